@@ -1,0 +1,159 @@
+"""A sweep: one file with the training inline, the search space, the budget and what happens afterwards."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cps_ray.config.section import RelativePath, Section
+from cps_ray.config.train import Count, TrainConfig, Whole
+
+Scalar = bool | int | float | str
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: Any) -> Any:
+    """`90s`, `10m`, `1.5h`, `2d` or a number of seconds -> seconds."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        if not found:
+            raise ValueError(f"a duration is a number with s, m, h or d, such as 90s or 1.5h, but got {value!r}.")
+        return float(found[1]) * _UNITS[found[2]]
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0.0)]
+
+
+class FloatParam(Section):
+    """A real number in [low, high]."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    log: bool = False
+    step: Annotated[float, Field(gt=0.0)] | None = None
+    when: dict[str, Scalar | list[Scalar]] | None = None
+    """Other parameters and the value, or values, under which this one is drawn; else `train` keeps its own."""
+
+
+class IntParam(Section):
+    """A whole number in [low, high]."""
+
+    type: Literal["int"]
+    low: Annotated[int, Field(strict=True)]
+    high: Annotated[int, Field(strict=True)]
+    log: bool = False
+    step: Count | None = None
+    when: dict[str, Scalar | list[Scalar]] | None = None
+
+
+class ChoiceParam(Section):
+    """One of the listed values."""
+
+    type: Literal["choice"]
+    values: Annotated[list[Scalar], Field(min_length=1)]
+    when: dict[str, Scalar | list[Scalar]] | None = None
+
+
+Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type")]
+
+
+class ObjectiveConfig(Section):
+    """What the search maximises, on the validation split."""
+
+    metric: str = "val/miou"
+    mode: Literal["max", "min"] = "max"
+    select: Literal["best", "last"] = "best"
+    """Of a trial's reports, the one that counts."""
+
+
+class BudgetConfig(Section):
+    """The first limit reached ends the search cleanly."""
+
+    trials: Count
+    time: Duration | None = None
+    """Wall time of one session of the search, without baselines and final runs."""
+
+
+class SamplerConfig(Section):
+    """How Optuna proposes the next trial."""
+
+    type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
+    seed: Whole = 0
+    startup_trials: Whole = 10
+    """Random trials before the model takes over (tpe and gp)."""
+
+
+class EarlyStoppingConfig(Section):
+    """Which trials are cut short, judged on `objective.metric` at steps."""
+
+    type: Literal["asha", "median", "none"] = "asha"
+    grace: Count = 1
+    """Steps before a trial is judged: asha's first rung. At least as long as the longest ramp, or late bloomers are cut."""
+    reduction: Annotated[int, Field(ge=2, strict=True)] = 3
+    """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction goes on."""
+
+
+class FailuresConfig(Section):
+    """What a sweep puts up with."""
+
+    retries: Whole = 1
+    """Restarts of one training after a crash or a lost node; each goes on from the last checkpoint."""
+    max_failed: Count = 10
+    """Failed trials that stop the sweep (exit 4)."""
+    max_consecutive: Count = 5
+    """Failed trials in a row that stop the sweep (exit 4)."""
+
+
+class FinalConfig(Section):
+    """After the search: the best configuration and the baselines, trained over seeds and judged on the test split."""
+
+    retrain: Literal["best", "none"] = "best"
+    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings changed for these runs, such as a longer schedule."""
+
+
+class SweepConfig(Section):
+    """One sweep, complete."""
+
+    version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output: RelativePath
+    """The run folder is output/name."""
+    train: TrainConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    budget: BudgetConfig
+    sampler: SamplerConfig = SamplerConfig()
+    early_stopping: EarlyStoppingConfig
+    concurrency: Literal["auto"] | Count = "auto"
+    """Trainings at once. auto: as many as the cluster holds, leaving Ray Data a whole CPU."""
+    failures: FailuresConfig = FailuresConfig()
+    search_space: Annotated[dict[str, Param], Field(min_length=1)]
+    """Dotted names inside `train`."""
+    enqueue: list[dict[str, Scalar]] = Field(default_factory=list)
+    """Points tried first."""
+    baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Name -> changes to the best configuration: same network, rate and steps, so that what differs is the change."""
+    final: FinalConfig = FinalConfig()
+
+    @model_validator(mode="after")
+    def _objective_is_validation(self) -> Self:
+        if not self.objective.metric.startswith("val/"):
+            raise ValueError(
+                f"`objective.metric` must be a validation metric such as val/miou, but got {self.objective.metric!r}. "
+                "Searching on the test split is refused."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grace_is_an_evaluation(self) -> Self:
+        every = self.train.schedule.eval_every
+        if self.early_stopping.type != "none" and self.early_stopping.grace % every:
+            raise ValueError(
+                f"`early_stopping.grace % train.schedule.eval_every == 0` must hold, "
+                f"but got grace={self.early_stopping.grace}, eval_every={every}."
+            )
+        return self

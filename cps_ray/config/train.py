@@ -1,0 +1,233 @@
+"""The recipe of one training: the schema of `python -m cps_ray.train FILE`, of `train:` in a sweep and of `best.yaml`."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cps_ray.config.section import RelativePath, Section
+
+Count = Annotated[int, Field(gt=0, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OptionValue = bool | int | float | str | None | list[int] | list[float]
+
+
+class SyntheticConfig(Section):
+    """The embedded data set: procedurally drawn street scenes, the same bits for the same settings."""
+
+    train: Count = 440
+    """Training images, all drawn with a mask; how many masks are used is the labelled split's business."""
+    val: Count = 60
+    test: Count = 120
+    height_px: Annotated[int, Field(ge=32, strict=True)] = 64
+    width_px: Annotated[int, Field(ge=32, strict=True)] = 96
+    seed: Whole = 0
+
+
+class DataConfig(Section):
+    """Which shards, which of their images are labelled, and what a batch is."""
+
+    shards: RelativePath
+    """Folder written by `python -m cps_ray.prepare`."""
+    synthetic: SyntheticConfig | None = None
+    """If given, the shards are drawn with these settings on first use. None: they must exist."""
+    prepare: str | None = None
+    """How to get the shards; shown when they are missing."""
+    labeled: Annotated[int, Field(gt=0, strict=True)] | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
+    """Training images whose masks are used: a count, or a share in (0, 1]. Drawn by `split_seed`, stratified by class."""
+    labeled_list: RelativePath | None = None
+    """Text file with the ids of the labelled images, instead of `labeled`."""
+    unlabeled_list: RelativePath | None = None
+    """Text file with the ids of the unlabelled images. None: every image that is not labelled."""
+    split_seed: Whole = 0
+    crop_px: tuple[Count, Count]
+    """(height, width) of a training crop."""
+    labeled_batch: Count
+    """Labelled images per step, over all workers."""
+    unlabeled_batch: Count
+    """Unlabelled images per step, over all workers. Not used by `method: supervised`."""
+    groups: dict[str, str] = Field(default_factory=dict)
+    """Name -> glob over image ids: parts of a split that an evaluation also reports apart."""
+
+    @model_validator(mode="after")
+    def _one_labeled_split(self) -> Self:
+        if (self.labeled is None) == (self.labeled_list is None):
+            raise ValueError("exactly one of `labeled` and `labeled_list` must be given.")
+        return self
+
+
+class NetworkConfig(Section):
+    """One segmentation network of segmentation-models-pytorch."""
+
+    architecture: str = "deeplabv3plus"
+    """A name `segmentation_models_pytorch.create_model` knows."""
+    encoder: str
+    """An encoder smp knows; `tu-NAME` gives any timm model."""
+    weights: str = "none"
+    """`none`, or a tag of the encoder's hub weights, such as `imagenet`."""
+    weights_file: RelativePath | None = None
+    """Local file (.pt, .pth, .safetensors) with the encoder's weights, instead of `weights`. Every key must fit."""
+    options: dict[str, OptionValue] = Field(default_factory=dict)
+    """Further arguments of `create_model`, such as `decoder_channels`."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.weights_file is not None and self.weights != "none":
+            raise ValueError(f"`weights: none` must hold beside `weights_file`, but got weights={self.weights!r}.")
+        return self
+
+
+class ModelConfig(NetworkConfig):
+    """The pair: network a, and network b where it differs in more than its initialisation."""
+
+    b: NetworkConfig | None = None
+    """Network b. None: the same as network a, initialised differently."""
+
+
+class OptimConfig(Section):
+    """One optimizer per network, the same settings for both."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0.0)]
+    """Base learning rate at the given global batch; it does not depend on the number of workers."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """SGD only."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    """On convolution and linear weights; never on biases and normalisation."""
+    decay: Literal["poly", "cosine", "constant"] = "poly"
+    power: Annotated[float, Field(gt=0.0)] = 0.9
+    """Of the poly schedule: lr * (1 - step/steps)^power."""
+    warmup_steps: Whole = 0
+    """Steps over which the rate rises linearly from 0."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest gradient norm of one network. None: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """Progress, in optimizer steps at the fixed global batch."""
+
+    steps: Count
+    eval_every: Count
+    """Steps between two evaluations, hence between two reports and two checkpoints."""
+
+    @model_validator(mode="after")
+    def _ends_on_an_evaluation(self) -> Self:
+        if self.steps % self.eval_every:
+            raise ValueError(
+                f"`steps % eval_every == 0` must hold, but got steps={self.steps}, eval_every={self.eval_every}."
+            )
+        return self
+
+
+class LossConfig(Section):
+    """The supervised loss. Ignored pixels (255) never count."""
+
+    supervised: Literal["ce", "ohem"] = "ce"
+    ohem_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
+    """Pixels whose true class has at most this probability are kept."""
+    ohem_min_kept: Count = 50_000
+    """At least so many pixels are kept, per worker and micro-batch."""
+
+
+class CpsConfig(Section):
+    """Cross pseudo supervision (Chen et al., CVPR 2021). Ignored by `method: supervised`."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 1.5
+    """Weight of the cross pseudo loss, both directions summed."""
+    ramp: Share = 0.0
+    """Share of all steps over which the weight rises from 0 to its value. 0: full weight from the start."""
+    ramp_shape: Literal["linear", "sigmoid"] = "linear"
+    """`sigmoid` is exp(-5 (1 - t)^2), Laine and Aila 2017."""
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
+    on: Literal["unlabeled", "all"] = "unlabeled"
+    """Images under the cross pseudo loss. The paper: all without CutMix, unlabelled with it."""
+    mix: Literal["none", "cutmix"] = "cutmix"
+    """CutMix (French et al., BMVC 2020) between unlabelled images of one batch."""
+    cutmix_boxes: Count = 3
+    cutmix_area: tuple[Share, Share] = (0.25, 0.5)
+    """Range of the summed area of the boxes, as a share of the image, before overlaps cancel."""
+    teacher_bn: Literal["train", "eval"] = "train"
+    """With CutMix: whether the pass that makes pseudo labels normalises by its batch (as the paper's code does) or by running statistics."""
+
+    @model_validator(mode="after")
+    def _area_is_a_range(self) -> Self:
+        low, high = self.cutmix_area
+        if low > high:
+            raise ValueError(f"`cutmix_area` must be (low, high) with low <= high, but got ({low}, {high}).")
+        return self
+
+
+class AugmentConfig(Section):
+    """Of training images, labelled and unlabelled alike."""
+
+    scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (0.5, 2.0)
+    """Range of the random zoom before the crop."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    color: Share = 0.0
+    """Strength of random brightness, contrast, saturation and hue. 0: none, as in the paper."""
+    blur: Share = 0.0
+    """Probability of a Gaussian blur."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        low, high = self.scale
+        if low > high:
+            raise ValueError(f"`scale` must be (low, high) with low <= high, but got ({low}, {high}).")
+        return self
+
+
+class ComputeConfig(Section):
+    """How a step is computed; none of it changes what is computed, up to rounding and batch-norm statistics."""
+
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """`fp16` scales the loss."""
+    channels_last: bool = False
+    accumulate: Count = 1
+    """Micro-batches per step and worker."""
+
+
+class ResourcesConfig(Section):
+    """What one training takes from the cluster."""
+
+    workers: Count = 1
+    """Ray Train workers; the global batch is split over them."""
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class TrainConfig(Section):
+    """One training, complete."""
+
+    seed: Whole = 0
+    """Of initialisation, order, augmentation and mixing. The labelled split has its own (`data.split_seed`)."""
+    method: Literal["supervised", "cps"] = "cps"
+    """`supervised` trains network a alone on the labelled images: the baseline."""
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    loss: LossConfig = LossConfig()
+    cps: CpsConfig = CpsConfig()
+    augment: AugmentConfig = AugmentConfig()
+    compute: ComputeConfig = ComputeConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _batches_split_evenly(self) -> Self:
+        parts = self.resources.workers * self.compute.accumulate
+        batches = {"labeled_batch": self.data.labeled_batch}
+        if self.method == "cps":
+            batches["unlabeled_batch"] = self.data.unlabeled_batch
+        for name, size in batches.items():
+            if size % parts:
+                raise ValueError(
+                    f"`data.{name} % (resources.workers * compute.accumulate) == 0` must hold, "
+                    f"but got {size} images for {self.resources.workers} x {self.compute.accumulate}."
+                )
+        return self
+
+    def dump(self, base: str | None = None) -> dict[str, Any]:
+        """Plain dict of every setting; paths relative to the folder `base`, absolute without it."""
+        return self.model_dump(mode="json", context={"base": base})

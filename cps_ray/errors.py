@@ -1,0 +1,51 @@
+"""The exception tree. Imports nothing; every layer may raise these, only the commands catch them.
+
+A message names where (file:line or path), what must hold, what was found and how to mend it. A command prints it as
+one line on stderr and exits with `exit_code`.
+"""
+
+
+class CpsRayError(Exception):
+    """Base of everything that cps_ray raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(CpsRayError):
+    """A setting, a flag or a file that a person wrote is wrong (exit 2). Raised before Ray starts."""
+
+    exit_code = 2
+
+
+class DataError(CpsRayError):
+    """A data set, shard, image, mask or split is missing or wrong (exit 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(CpsRayError):
+    """A weight file or checkpoint does not fit the network it is loaded into (exit 2)."""
+
+    exit_code = 2
+
+
+class NoTrialError(CpsRayError):
+    """The sweep finished, but no trial completed (exit 3)."""
+
+    exit_code = 3
+
+
+class FailureLimitError(CpsRayError):
+    """The sweep's `failures` limits stopped it (exit 4); what was finished is on disk."""
+
+    exit_code = 4
+
+
+class ResourceError(CpsRayError):
+    """The plan can never be scheduled on this cluster (exit 5)."""
+
+    exit_code = 5
+
+
+class DivergedError(CpsRayError):
+    """A training produced a loss that is not finite. The trial fails; the message names the step."""
