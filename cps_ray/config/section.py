@@ -22,7 +22,7 @@ def _base(context: Any) -> Path | None:
 def _absolute(path: Path, info: ValidationInfo) -> Path:
     """A path in a file is relative to that file's folder (validation context `base`)."""
     base = _base(info.context)
-    return Path(os.path.normpath((base or Path.cwd()) / path.expanduser()))
+    return Path(os.path.abspath((base or Path()) / os.path.expanduser(path)))
 
 
 def _portable(path: Path, info: SerializationInfo) -> str:

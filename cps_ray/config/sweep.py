@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
 from cps_ray.config.train import Count, TrainConfig, Whole
@@ -67,6 +67,16 @@ class ObjectiveConfig(Section):
     mode: Literal["max", "min"] = "max"
     select: Literal["best", "last"] = "best"
     """Of a trial's reports, the one that counts."""
+
+    @field_validator("metric")
+    @classmethod
+    def _is_of_validation(cls, metric: str) -> str:
+        if not metric.startswith("val/"):
+            raise ValueError(
+                f"must be a validation metric such as val/miou, but got {metric!r}. "
+                "Searching on the test split is refused."
+            )
+        return metric
 
 
 class BudgetConfig(Section):
@@ -138,15 +148,6 @@ class SweepConfig(Section):
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> changes to the best configuration: same network, rate and steps, so that what differs is the change."""
     final: FinalConfig = FinalConfig()
-
-    @model_validator(mode="after")
-    def _objective_is_validation(self) -> Self:
-        if not self.objective.metric.startswith("val/"):
-            raise ValueError(
-                f"`objective.metric` must be a validation metric such as val/miou, but got {self.objective.metric!r}. "
-                "Searching on the test split is refused."
-            )
-        return self
 
     @model_validator(mode="after")
     def _grace_is_an_evaluation(self) -> Self:

@@ -33,7 +33,7 @@ class DataConfig(Section):
     """If given, the shards are drawn with these settings on first use. None: they must exist."""
     prepare: str | None = None
     """How to get the shards; shown when they are missing."""
-    labeled: Annotated[int, Field(gt=0, strict=True)] | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
+    labeled: Count | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
     """Training images whose masks are used: a count, or a share in (0, 1]. Drawn by `split_seed`, stratified by class."""
     labeled_list: RelativePath | None = None
     """Text file with the ids of the labelled images, instead of `labeled`."""

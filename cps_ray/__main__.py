@@ -1,0 +1,25 @@
+"""`cps-ray COMMAND ...` and `python -m cps_ray COMMAND ...`: the same as `python -m cps_ray.COMMAND ...`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "prepare": "raw data set -> checked Parquet shards",
+    "sweep": "search, compare and export: one YAML file to best.yaml",
+    "train": "one training, such as best.yaml",
+}
+
+
+def main() -> int:
+    """Runs the command named by the first argument."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print("usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{about}" for name, about in COMMANDS.items()), sep="\n")
+        print("\n`cps-ray COMMAND --help` tells more.")
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    name = sys.argv.pop(1)
+    command = importlib.import_module(f"cps_ray.{name}")
+    return int(command.main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

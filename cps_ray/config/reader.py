@@ -1,0 +1,81 @@
+"""Files that people write -> frozen configs. Imports the rest of `config`.
+
+    load_sweep(Path("sweeps/quickstart.yaml"), ["budget.trials=2"]).train.optim.lr
+
+Overrides are `NAME=VALUE` as in `--set`: a dotted name from the root of the file, and a YAML value. A relative path in
+the file is relative to the file; a relative path in an override is relative to the working directory.
+"""
+
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cps_ray.config import yaml_reader
+from cps_ray.config.checks import described, faults
+from cps_ray.config.schema import M, Where, absolute, locate, parse, put, several
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.config.yaml_reader import Loc
+from cps_ray.errors import ConfigError
+
+__all__ = ["load_sweep", "load_train", "parse", "parse_train"]
+
+
+def parse_train(raw: dict[str, Any], where: str, base: Path | None = None) -> TrainConfig:
+    """A training from a plain dict, such as `TrainConfig.dump` gives. ConfigError begins with `where`."""
+    return parse(TrainConfig, raw, base=base, where=lambda loc: where)
+
+
+def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training file. ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE."""
+    return _load(TrainConfig, path, overrides)[0]
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """A sweep file, with its search space, points, baselines and final changes tried on its training.
+
+    ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
+    """
+    sweep, where = _load(SweepConfig, path, overrides)
+    sweep = _anchored(sweep, path.parent)
+    found = faults(sweep)
+    if found:
+        raise ConfigError(several(f"{where(loc)}: {described((loc, text))}" for loc, text in found))
+    return sweep
+
+
+def _load(model: type[M], path: Path, overrides: Sequence[str]) -> tuple[M, Where]:
+    document = yaml_reader.load(path)
+    raw: Any = document.data
+    changed: dict[Loc, str] = {}
+    for text in overrides:
+        loc, value = _override(model, raw, text)
+        raw = put(model, raw, loc, value, where=f"--set {text}")
+        changed[loc] = text
+
+    def where(loc: Loc) -> str:
+        # A fault of a whole section is blamed on the override inside it: the file alone was probably right.
+        by = [text for at, text in changed.items() if loc and all(map(operator.eq, at, loc))]
+        return f"--set {by[-1]}" if by else document.where(loc)
+
+    return parse(model, raw, base=path.parent, where=where), where
+
+
+def _override(model: type[M], raw: Any, text: str) -> tuple[Loc, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set train.optim.lr=0.01.")
+    loc = locate(model, raw, name)
+    return loc, absolute(model, loc, yaml_reader.scalar(value, f"--set {text}"), Path.cwd())
+
+
+def _anchored(sweep: SweepConfig, base: Path) -> SweepConfig:
+    """Paths among the changes made absolute, as the schema does for settings: nobody knows the file later on."""
+
+    def anchored(changes: dict[str, Any]) -> dict[str, Any]:
+        return {name: absolute(TrainConfig, locate(TrainConfig, {}, name), v, base) for name, v in changes.items()}
+
+    baselines = {name: anchored(changes) for name, changes in sweep.baselines.items()}
+    final = sweep.final.model_copy(update={"set": anchored(sweep.final.set)})
+    return sweep.model_copy(update={"baselines": baselines, "final": final})

@@ -1,0 +1,114 @@
+"""Which training images are labelled and which are not."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cps_ray.config.train import DataConfig
+from cps_ray.datasets.shards import Index
+from cps_ray.errors import DataError
+
+_CANDIDATES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledSplit:
+    """Rows of the training index, int64, ascending."""
+
+    labeled: NDArray[np.int64]
+    unlabeled: NDArray[np.int64]
+
+
+def split_labeled(data: DataConfig, index: Index) -> LabeledSplit:
+    """Divides the training images as `data` says. Raises DataError when there are too few, or lists do not fit."""
+    if data.labeled_list is not None:
+        labeled = _read_list(data.labeled_list, index)
+        bare = [index.ids[row] for row in labeled if not index.labeled[row]]
+        if bare:
+            raise DataError(
+                f"{data.labeled_list}: every labelled image must have a mask, but {len(bare)} have none, "
+                f"the first is {bare[0]}."
+            )
+    else:
+        labeled = _draw(data, index)
+    if data.unlabeled_list is not None:
+        unlabeled = _read_list(data.unlabeled_list, index)
+        both = np.intersect1d(labeled, unlabeled)
+        if both.size:
+            raise DataError(
+                f"{data.unlabeled_list}: no image may be labelled and unlabelled, but {both.size} are both, "
+                f"the first is {index.ids[both[0]]}."
+            )
+    else:
+        unlabeled = np.setdiff1d(np.arange(len(index)), labeled)
+    return LabeledSplit(np.sort(labeled), np.sort(unlabeled))
+
+
+def _draw(data: DataConfig, index: Index) -> NDArray[np.int64]:
+    masked = int(index.labeled.sum())
+    wanted = data.labeled
+    assert wanted is not None
+    count = max(1, round(wanted * masked)) if isinstance(wanted, float) else wanted
+    if count > masked:
+        raise DataError(
+            f"{data.shards}: data.labeled must be at most {masked}, the training images with a mask, but is {count}."
+        )
+    return stratified_order(index, data.split_seed, count)
+
+
+def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
+    """`count` of the rows that have masks, drawn so that classes appear about as often as in all of them.
+
+    Nested: the first k rows of a longer draw are the draw of k rows. Each pick is the one of 16 random candidates that
+    brings the share of images per class nearest to the whole set's; rare classes weigh as much as common ones.
+    """
+    rows = np.flatnonzero(index.labeled)
+    rows = np.random.default_rng((seed, 0x5917)).permutation(rows)
+    presence = index.presence[rows].astype(np.float64)
+    share_C = presence.mean(axis=0)  # noqa: N806
+    weight_C = np.divide(1.0, share_C, out=np.zeros_like(share_C), where=share_C > 0)  # noqa: N806
+    waiting = list(range(len(rows)))
+    seen_C = np.zeros_like(share_C)  # noqa: N806
+    chosen: list[int] = []
+    while len(chosen) < count:
+        candidates = waiting[:_CANDIDATES]
+        gap = seen_C + presence[candidates] - (len(chosen) + 1) * share_C
+        best = int(np.argmin((weight_C * gap**2).sum(axis=1)))
+        chosen.append(waiting.pop(best))
+        seen_C += presence[chosen[-1]]  # noqa: N806
+    return rows[chosen].astype(np.int64)
+
+
+def _read_list(path: Path, index: Index) -> NDArray[np.int64]:
+    """Rows of the ids in a text file: one per line; of several columns (image, mask) the first counts."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(
+            f"{path}: the list of ids cannot be read ({err}). Paths are relative to the config file."
+        ) from err
+    rows = {name: row for row, name in enumerate(index.ids)}
+    found: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name = line.split()[0]
+        row = next((rows[form] for form in _forms(name) if form in rows), None)
+        if row is None:
+            raise DataError(
+                f"{path}:{number}: {name!r} is no image of the training split, whose ids look like {index.ids[0]!r}."
+            )
+        if row in found:
+            raise DataError(f"{path}:{number}: {name!r} is listed twice, first in line {found[row]}.")
+        found[row] = number
+    if not found:
+        raise DataError(f"{path}: the list must name at least one image, but is empty.")
+    return np.array(list(found), dtype=np.int64)
+
+
+def _forms(name: str) -> tuple[str, str, str]:
+    """An entry may be an id, a path of the image, or a path with the data set's suffix (`ID_leftImg8bit.png`)."""
+    stem = PurePosixPath(name).stem
+    return name, stem, stem.rpartition("_")[0]

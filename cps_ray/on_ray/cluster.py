@@ -1,0 +1,147 @@
+"""A Ray cluster to work on: starting a local one or joining another, and how many trainings fit on it."""
+
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cps_ray.config.train import ResourcesConfig
+from cps_ray.errors import ResourceError
+
+WORKER_ENV = {
+    # The dashboard's Train tab is empty without it.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # A report waits for the next health check: 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # Relative paths must mean the same in a worker as in the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+_DATA_CPUS = 1.0
+"""Ray Data hangs without a word unless one whole CPU is free of reservations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A connected cluster."""
+
+    dashboard_url: str
+    local: bool
+    """Started here, and stopped with this process."""
+
+    def banner(self) -> list[str]:
+        """Where the dashboard is and how to get in."""
+        lines = [f"Ray dashboard: {self.dashboard_url}"]
+        if self.local:
+            lines.append(
+                "  It asks for a token once: `ray get-auth-token` prints it. From elsewhere, tunnel the port by ssh."
+            )
+        return lines
+
+
+@contextmanager
+def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator[Cluster]:
+    """Joins the cluster at `address` (or in RAY_ADDRESS), else starts one on this machine; leaves or stops it at the end.
+
+    `num_cpus`: logical CPUs of a local cluster; None: the machine's. Raises ResourceError if the address does not answer.
+    """
+    for name, value in WORKER_ENV.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    port = _free_port(8265)
+    # With two Ray instances on one host, Train's cleaner finds its own only by this address.
+    api = {} if address else {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": WORKER_ENV | api},
+    }
+    if address is None:
+        # Token authentication stays on: Ray's own default for local clusters.
+        options |= {
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": port,
+            "include_dashboard": True,
+            "num_cpus": num_cpus,
+        }
+    try:
+        context = ray.init(address=address or "local", **options)
+    except ConnectionError as err:
+        raise ResourceError(f"--address {address}: no Ray cluster answers there ({str(err).splitlines()[0]}).") from err
+    try:
+        yield Cluster(f"http://{context.dashboard_url}", local=address is None)
+    finally:
+        ray.shutdown()
+
+
+def _free_port(preferred: int) -> int:
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ResourceError("no free port on 127.0.0.1 for the dashboard.")
+
+
+def nodes() -> list[dict[str, float]]:
+    """Resources of every living node of the connected cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def trainings_at_once(
+    resources: ResourcesConfig, concurrency: str | int, on: Sequence[Mapping[str, float]], *, streams: bool = True
+) -> int:
+    """How many trainings may run at once on these nodes, leaving Ray Data a whole CPU: the preflight.
+
+    `streams`: whether they read unlabelled images, hence need Ray Data at all.
+
+    Raises ResourceError for a plan that could never be scheduled.
+    """
+    need = f"{resources.workers} workers x ({resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs)"
+    have = (
+        f"{sum(n.get('CPU', 0.0) for n in on):g} CPUs, {sum(n.get('GPU', 0.0) for n in on):g} GPUs on {len(on)} node(s)"
+    )
+    spares = range(len(on)) if streams else [None]
+    fit = max((_bundles(resources, on, spare) for spare in spares), default=0) // resources.workers
+    if fit < 1:
+        without_data = _bundles(resources, on, None) // resources.workers
+        why = "and Ray Data one whole CPU beside them, " if without_data else ""
+        raise ResourceError(
+            f"resources: one training takes {need}, {why}but the cluster has {have}. "
+            "Lower resources.workers, cpus_per_worker or gpus_per_worker, or add nodes."
+        )
+    if concurrency == "auto":
+        return fit
+    if int(concurrency) > fit:
+        raise ResourceError(
+            f"concurrency: {concurrency} trainings at once, each {need}, and one whole CPU for Ray Data must fit, "
+            f"but the cluster has {have}: {fit} fit. Lower concurrency or resources.cpus_per_worker, or say `auto`."
+        )
+    return int(concurrency)
+
+
+def _bundles(resources: ResourcesConfig, on: Sequence[Mapping[str, float]], spare: int | None) -> int:
+    """Workers that fit, when node number `spare` keeps a CPU for Ray Data."""
+    total = 0
+    for number, node in enumerate(on):
+        cpus = node.get("CPU", 0.0) - (_DATA_CPUS if number == spare else 0.0)
+        if cpus < 0:
+            return 0
+        fit = math.floor(cpus / resources.cpus_per_worker + 1e-9)
+        if resources.gpus_per_worker > 0:
+            fit = min(fit, math.floor(node.get("GPU", 0.0) / resources.gpus_per_worker + 1e-9))
+        total += fit
+    return total

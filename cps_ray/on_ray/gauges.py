@@ -1,0 +1,50 @@
+"""Our own numbers among Ray's metrics: `ray_cps_*`, scraped by Prometheus, seen in Grafana."""
+
+from typing import Any
+
+
+class TrainGauges:
+    """Of one training, set by rank 0 at each evaluation."""
+
+    def __init__(self, sweep: str, run: str) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        tags = {"sweep": sweep, "run": run}
+        keys = ("sweep", "run")
+        self._miou = Gauge("cps_val_miou", "Validation mIoU, 0 to 1.", keys)
+        self._step = Gauge("cps_step", "Optimizer steps done.", keys)
+        self._loss = Gauge("cps_loss", "Mean of a loss term since the last evaluation.", (*keys, "term"))
+        self._rate = Gauge("cps_images_per_s", "Training images per second, all workers.", keys)
+        self._wait = Gauge("cps_data_wait", "Share of the time a worker waits for data, 0 to 1.", keys)
+        self._images = Counter("cps_images_total", "Training images seen.", keys)
+        for metric in (self._miou, self._step, self._loss, self._rate, self._wait, self._images):
+            metric.set_default_tags(tags)
+
+    def set(self, metrics: dict[str, Any], images: int) -> None:
+        """`metrics` of an evaluation; `images` seen since the last one."""
+        self._miou.set(metrics["val/miou"])
+        self._step.set(metrics["step"])
+        self._rate.set(metrics["time/images_per_s"])
+        self._wait.set(metrics["time/data_wait"])
+        for name, value in metrics.items():
+            if name.startswith("train/"):
+                self._loss.set(value, {"term": name.removeprefix("train/")})
+        self._images.inc(images)
+
+
+class SweepGauges:
+    """Of a sweep, set by the driver: trials by state."""
+
+    def __init__(self, sweep: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._trials = Gauge("cps_trials", "Trials of the sweep by state.", ("sweep", "state"))
+        self._best = Gauge("cps_best_miou", "Best value of the objective so far.", ("sweep",))
+        self._trials.set_default_tags({"sweep": sweep})
+        self._best.set_default_tags({"sweep": sweep})
+
+    def set(self, counts: dict[str, int], best: float | None) -> None:
+        for state, count in counts.items():
+            self._trials.set(count, {"state": state})
+        if best is not None:
+            self._best.set(best)

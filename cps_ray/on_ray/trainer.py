@@ -1,0 +1,88 @@
+"""One training as a Ray Train run, and where its checkpoints are."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.state import META_FILE
+from cps_ray.on_ray.worker import WorkerSettings, train_loop
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Which metric ranks a run's checkpoints."""
+
+    metric: str = "val/miou"
+    mode: Literal["max", "min"] = "max"
+
+    def best(self, values: Sequence[float]) -> float:
+        return max(values) if self.mode == "max" else min(values)
+
+
+def make_trainer(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    sweep: str = "",
+    objective: Objective | None = None,
+    retries: int = 3,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """A TorchTrainer whose checkpoints and records lie in `run_dir`; it goes on from there if it is not empty.
+
+    It keeps the best checkpoint and the latest. A crash or a lost node restarts the workers up to `retries` times.
+    """
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    objective = objective or Objective()
+    resources = config.resources
+    run_dir = run_dir.absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=WorkerSettings(config.dump(), str(run_dir), sweep).plain(),
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=_bundle(config),
+        ),
+        run_config=train.RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            callbacks=list(callbacks),
+            # Without a limit a run that can never start retries for ever.
+            failure_config=train.FailureConfig(max_failures=retries, controller_failure_limit=3),
+            checkpoint_config=train.CheckpointConfig(
+                num_to_keep=1,
+                checkpoint_score_attribute=objective.metric,
+                checkpoint_score_order=objective.mode,
+            ),
+        ),
+    )
+
+
+def _bundle(config: TrainConfig) -> dict[str, float]:
+    resources = config.resources
+    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker > 0 else {}
+    return {"CPU": resources.cpus_per_worker, **gpus}
+
+
+def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, meta) of every whole checkpoint of a run, by step. `meta` has `step` and `metrics`."""
+    found = []
+    for path in run_dir.glob(f"checkpoint_*/{META_FILE}"):
+        found.append((path.parent, json.loads(path.read_text())))
+    return sorted(found, key=lambda entry: entry[1]["step"])
+
+
+def best_checkpoint(run_dir: Path, objective: Objective) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint with the best value of the objective, the earlier one at a tie; None if there is none."""
+    found = checkpoints(run_dir)
+    sign = 1.0 if objective.mode == "max" else -1.0
+    return max(found, key=lambda entry: sign * entry[1]["metrics"][objective.metric], default=None)

@@ -1,0 +1,172 @@
+"""What a Ray Train worker does: wire data, state and reports together, and call the engine's loop."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cps_ray.config.reader import parse_train
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import eval_batches, train_batches, train_data
+from cps_ray.datasets.shards import Shards
+from cps_ray.datasets.synthetic import open_data
+from cps_ray.engine.loop import Metrics, evaluate, fit, summarise
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import TrainState, build_state
+from cps_ray.errors import DivergedError
+from cps_ray.on_ray.gauges import TrainGauges
+from cps_ray.on_ray.stream import make_plan, stream
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+ERROR_FILE = "error.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What travels to every worker: plain values only."""
+
+    train: dict[str, Any]
+    """`TrainConfig.dump()`, paths absolute."""
+    run_dir: str
+    """Where rank 0 writes its records; on storage that the driver sees."""
+    sweep: str
+    """Name for the metrics' tags."""
+
+    def plain(self) -> dict[str, Any]:
+        """As `train_loop_config`."""
+        return asdict(self)
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, str]:
+    """Entry of each worker. Continues from the run's latest checkpoint, if there is one.
+
+    Returns {"diverged": why} when the loss was not finite: trying again would only find the same, so it is no crash.
+    """
+    job = WorkerSettings(**settings)
+    config = parse_train(job.train, "train")
+    log = _log(Path(job.run_dir))
+    try:
+        _train(config, job, log)
+    except DivergedError as err:
+        log.error("%s", err)
+        return {"diverged": str(err)}
+    except Exception:
+        log.error("failed\n%s", traceback.format_exc())
+        raise
+    return {}
+
+
+def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> None:
+    from ray import train
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, round(config.resources.cpus_per_worker)))
+    shards = open_data(config.data)
+    data = train_data(shards, config)
+    state = build_state(config, len(shards.classes), ranks)
+    checkpoint = train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state.load(Path(folder))
+    log.info(
+        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, %.2f M parameters per network",
+        *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
+        *(len(data.split.labeled), len(data.split.unlabeled)),
+        sum(p.numel() for p in state.pair.a.parameters()) / 1e6,
+    )
+    unlabeled = None
+    if config.method == "cps":
+        unlabeled = stream(make_plan(data, config, ranks.rank, ranks.world, state.step))
+    batches = train_batches(
+        data, config, rank=ranks.rank, world=ranks.world, start_step=state.step, unlabeled=unlabeled, threads=_threads()
+    )
+    reporter = Reporter(config, job, ranks, state.step, log)
+    fit(config, state, batches, lambda state: validate(config, shards, state, "val"), reporter)
+
+
+def validate(config: TrainConfig, shards: Shards, state: TrainState, split: str) -> Metrics:
+    """Network a on every image of a split, each once over all ranks: `{split}/miou`, `{split}/iou/<class>`."""
+    ranks = state.ranks
+    batches = eval_batches(shards, split, rank=ranks.rank, world=ranks.world, threads=_threads())
+    confusions = evaluate(config, state.pair.a, batches, len(shards.classes), ranks)
+    return summarise(confusions, shards.classes, split)
+
+
+class Reporter:
+    """Takes an evaluation to disk, to Ray's metrics and, with a checkpoint, to Ray Train."""
+
+    def __init__(self, config: TrainConfig, job: WorkerSettings, ranks: Ranks, step: int, log: logging.Logger) -> None:
+        self._ranks, self._log = ranks, log
+        self._file = Path(job.run_dir) / METRICS_FILE
+        data = config.data
+        per_step = data.labeled_batch + (data.unlabeled_batch if config.method == "cps" else 0)
+        self._images = per_step * config.schedule.eval_every
+        if ranks.rank == 0:
+            self._gauges = TrainGauges(job.sweep, Path(job.run_dir).name)
+            # A crash may have come between the record and the checkpoint: those steps are trained again.
+            keep = [line for line in read_metrics(self._file) if line["step"] <= step]
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in keep))
+
+    def __call__(self, metrics: Metrics, state: TrainState) -> bool:
+        from ray import train
+
+        if self._ranks.rank != 0:
+            train.report(metrics)
+            return True
+        self._gauges.set(metrics, self._images)
+        self._log.info(
+            "step %d: val/miou %.4f, train/loss %.4f, %.1f images/s, waiting for data %.0f %%",
+            *(metrics["step"], metrics["val/miou"], metrics["train/loss"]),
+            *(metrics["time/images_per_s"], 100 * metrics["time/data_wait"]),
+        )
+        with self._file.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
+        try:
+            state.save(folder, metrics)
+            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return True
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The records of a run so far, one per evaluation; a line cut short by a crash is left out."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _threads() -> int:
+    return max(1, min(4, (os.cpu_count() or 1) // 2))
+
+
+def _log(run_dir: Path) -> logging.Logger:
+    """Rank-independent: every rank appends to the run's log."""
+    log = logging.getLogger(f"cps_ray.run.{run_dir.name}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.FileHandler(run_dir / LOG_FILE)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+    return log

@@ -1,0 +1,175 @@
+"""What a sweep shows while it runs: a live table on a terminal, one line per event elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cps_ray.search.records import Event
+
+_FINISHED_SHOWN = 8
+
+
+class Display(Protocol):
+    """Hears events, and is ticked a few times a second."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def listen(self, event: Event) -> None:
+        """Called for every event."""
+
+    def tick(self) -> None:
+        """Called now and then."""
+
+
+def make_display(name: str, trials: int, console: Console) -> Display:
+    """Live on a terminal, lines elsewhere."""
+    return LiveTable(name, trials, console) if console.is_terminal else Lines(console)
+
+
+def show_params(params: Mapping[str, Any]) -> str:
+    """`optim.lr 0.0021  cps.weight 1.3`."""
+    return "  ".join(f"{name} {_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class Lines:
+    """One line per event, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def tick(self) -> None:
+        return None
+
+    def listen(self, event: Event) -> None:
+        text = _sentence(event)
+        if text:
+            clock = _clock(time.monotonic() - self._start)
+            self._console.print(f"{clock}  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sentence(event: Event) -> str:
+    kind, run = event["event"], event.get("run")
+    if kind == "started":
+        params = show_params(event.get("params", {}))
+        return f"{run}  started  {params}".rstrip()
+    if kind == "report":
+        return f"{run}  step {event['step']}/{event['steps']}  {event['value']:.4f}"
+    if kind == "finished":
+        return f"{run}  finished  best {event['value']:.4f}"
+    if kind == "pruned":
+        return f"{run}  pruned at step {event['step']}  best {event['value']:.4f}"
+    if kind == "failed":
+        return f"{run}  failed: {event['failure']}"
+    if kind == "best":
+        return f"{run}  is the new best: {event['value']:.4f}"
+    if kind == "phase":
+        return str(event["text"])
+    return ""
+
+
+class LiveTable:
+    """A table that is redrawn in place."""
+
+    def __init__(self, name: str, trials: int, console: Console) -> None:
+        self._name, self._trials = name, trials
+        self._start = time.monotonic()
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._best: tuple[str, float] | None = None
+        self._phase = "search"
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render, vertical_overflow="crop")
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._live.__exit__(*details)
+
+    def tick(self) -> None:
+        return None  # rich redraws from its own thread
+
+    def listen(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "phase":
+            self._phase = str(event["text"])
+            return
+        if kind == "best":
+            self._best = (event["run"], event["value"])
+            return
+        if "run" not in event:
+            return
+        row = self._rows.setdefault(event["run"], {"state": "", "since": time.monotonic(), "params": {}, "steps": 0})
+        if kind == "started":
+            row |= {
+                "state": "starting",
+                "params": event.get("params", {}),
+                "since": time.monotonic(),
+                "steps": event["steps"],
+            }
+        elif kind == "report":
+            best = max(row.get("best", event["value"]), event["value"])
+            row |= {"state": "running", "step": event["step"], "last": event["value"], "best": best}
+        else:
+            row |= {"state": kind, "seconds": time.monotonic() - row["since"], "failure": event.get("failure", "")}
+
+    def _render(self) -> Group:
+        states = [row["state"] for row in list(self._rows.values())]
+        head = Text(f"{self._name}", style="bold")
+        head.append(f"   {self._phase}   {_clock(time.monotonic() - self._start)}   ", style="not bold")
+        for state, style in (("finished", "green"), ("pruned", "yellow"), ("failed", "red"), ("running", "cyan")):
+            count = states.count(state) + (states.count("starting") if state == "running" else 0)
+            head.append(f"{count} {state}   ", style=style if count else "dim")
+        best = Text("best  ", style="bold")
+        best.append(
+            "none yet" if self._best is None else f"{self._best[1]:.4f}  trial {self._best[0]}", style="not bold green"
+        )
+        return Group(head, best, self._table())
+
+    def _table(self) -> Table:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for column, side in (
+            ("run", "left"),
+            ("state", "left"),
+            ("step", "right"),
+            ("last", "right"),
+            ("best", "right"),
+            ("time", "right"),
+        ):
+            table.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("settings", overflow="fold")
+        rows = list(self._rows.items())
+        running = [entry for entry in rows if entry[1]["state"] in ("starting", "running")]
+        done = [entry for entry in rows if entry not in running]
+        styles = {"finished": "green", "pruned": "yellow", "failed": "red", "running": "cyan", "starting": "dim"}
+        for name, row in [*done[-_FINISHED_SHOWN:], *running]:
+            seconds = row.get("seconds", time.monotonic() - row["since"])
+            last, best = (f"{row[key]:.4f}" if key in row else "" for key in ("last", "best"))
+            about = row.get("failure") or show_params(row["params"])
+            step = f"{row.get('step', 0)}/{row['steps']}"
+            table.add_row(name, row["state"], step, last, best, _clock(seconds), about, style=styles.get(row["state"]))
+        return table

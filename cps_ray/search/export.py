@@ -1,0 +1,116 @@
+"""What a user takes home: best.yaml, which trains as it is, and best/ with the model."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.datasets.shards import Manifest
+from cps_ray.engine.batch import IGNORE
+from cps_ray.on_ray.judge import Verdict, load_network
+from cps_ray.search.records import write_json, write_text
+
+BEST_FILE = "best.yaml"
+MODEL_FOLDER = "best"
+
+
+def write_best(root: Path, config: TrainConfig, header: str) -> Path:
+    """The whole config; its paths hold from the run folder."""
+    path = root / BEST_FILE
+    write_text(path, dump_yaml(config.dump(str(root)), header))
+    return path
+
+
+def export_model(
+    root: Path, config: TrainConfig, checkpoint: Path, manifest: Manifest, metrics: dict[str, Any]
+) -> Path:
+    """best/: network a as safetensors, what is needed to build and use it, its config and its scores."""
+    folder = root / MODEL_FOLDER
+    unfinished = root / f".{MODEL_FOLDER}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    network = load_network(config, checkpoint, len(manifest.classes))
+    weights = {name: value.contiguous() for name, value in network.network.state_dict().items()}
+    save_file(weights, unfinished / "model.safetensors")
+    model = config.model
+    describe = {
+        "library": "segmentation-models-pytorch",
+        "create_model": {
+            "arch": model.architecture,
+            "encoder_name": model.encoder,
+            "encoder_weights": None,
+            "classes": len(manifest.classes),
+            **model.options,
+        },
+        "input": {
+            "layout": "RGB, float32, (image / 255 - mean) / std, sides padded to a multiple of 32",
+            "mean": (network.mean.flatten() / 255).tolist(),
+            "std": (network.std.flatten() / 255).tolist(),
+        },
+        "classes": list(manifest.classes),
+        "palette": [list(color) for color in manifest.palette],
+        "ignore": IGNORE,
+    }
+    (unfinished / "model.json").write_text(json.dumps(describe, indent=2) + "\n")
+    (unfinished / "config.yaml").write_text(dump_yaml(config.dump(str(folder)), "The training that made this model."))
+    write_json(unfinished / "metrics.json", metrics)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return folder
+
+
+def write_seeds(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One line per final run."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_picture(path: Path, verdicts: dict[str, Verdict], manifest: Manifest, height_px: int = 192) -> None:
+    """A sheet: a row per example image, with the image, the truth and each model's answer."""
+    palette = np.array([*manifest.palette], dtype=np.uint8)
+    first = next(iter(verdicts.values()))
+    titles = ["image", "truth", *verdicts]
+    rows = []
+    for number, (_, image, truth, _) in enumerate(first.examples):
+        answers = [verdict.examples[number][3] for verdict in verdicts.values()]
+        # Pixels that count nowhere are black in the truth, and in the answers so that eyes compare like with like.
+        painted = [_paint(np.where(truth == IGNORE, IGNORE, mask), palette) for mask in (truth, *answers)]
+        tiles = [_tile(picture, height_px) for picture in (image, *painted)]
+        rows.append(np.hstack(tiles))
+    sheet = np.vstack([_heading(titles, rows[0].shape[1]), *rows])
+    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+
+
+def _paint(mask: NDArray[Any], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    colors[: len(palette)] = palette
+    return np.asarray(colors[mask], dtype=np.uint8)
+
+
+def _tile(picture: NDArray[np.uint8], height_px: int) -> NDArray[np.uint8]:
+    height, width = picture.shape[:2]
+    size = (round(width * height_px / height), height_px)
+    scaled = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
+    return np.asarray(
+        cv2.copyMakeBorder(scaled, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=(255, 255, 255)), dtype=np.uint8
+    )
+
+
+def _heading(titles: list[str], width: int) -> NDArray[np.uint8]:
+    band = np.full((34, width, 3), 255, dtype=np.uint8)
+    column = width // len(titles)
+    for number, title in enumerate(titles):
+        cv2.putText(
+            band, title, (number * column + 8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (30, 30, 30), 1, cv2.LINE_AA
+        )
+    return band

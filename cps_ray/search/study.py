@@ -1,0 +1,146 @@
+"""The search itself: an Optuna study on disk, which is the truth of a sweep. Knows nothing of Ray.
+
+Whatever else is lost, the study says which points were tried, what they reported and how they ended. A trial cut short
+is PRUNED with its curve, one that crashed or diverged is FAIL, a finished one is COMPLETE with the value that
+`objective.select` names.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from cps_ray.config.space import apply, draw
+from cps_ray.config.sweep import EarlyStoppingConfig, SamplerConfig, SweepConfig
+from cps_ray.config.train import TrainConfig
+
+STUDY_FILE = "study.db"
+
+
+def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseSampler:
+    # A resumed session must not draw the first session's points again.
+    seed = config.seed + trials_so_far
+    if config.type == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if config.type == "qmc":
+        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+    if config.type == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials)
+
+
+def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
+    if config.type == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.grace, reduction_factor=config.reduction)
+    if config.type == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=config.grace - 1)
+    return optuna.pruners.NopPruner()
+
+
+class Search:
+    """A sweep's study: asks for points, hears curves, says when to stop, and keeps the verdicts."""
+
+    def __init__(self, config: SweepConfig, folder: Path) -> None:
+        """Opens the study in `folder`, or begins it with the enqueued points."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = f"sqlite:///{folder / STUDY_FILE}"
+        direction = "maximize" if config.objective.mode == "max" else "minimize"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study = optuna.create_study(
+                storage=storage, study_name=config.name, direction=direction, load_if_exists=True
+            )
+            self.study.sampler = _sampler(config.sampler, len(self.study.trials))
+            self.study.pruner = _pruner(config.early_stopping)
+        self._config = config
+        if not self.study.trials:
+            for point in config.enqueue:
+                self.study.enqueue_trial(dict(point))
+        self._unfinished = self._running()
+        self._live: dict[int, Trial] = {}
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Every trial that was begun, in order of its number."""
+        return [t for t in self.study.trials if t.state != TrialState.WAITING]
+
+    def counts(self) -> dict[str, int]:
+        """Trials by state: complete, pruned, failed, running."""
+        names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+        counts = dict.fromkeys((*names.values(), "running"), 0)
+        for trial in self.trials:
+            counts[names.get(trial.state, "running")] += 1
+        return counts
+
+    def best(self) -> FrozenTrial | None:
+        """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
+        done = [t for t in self.trials if t.state == TrialState.COMPLETE and t.value is not None]
+        sign = 1.0 if self._config.objective.mode == "max" else -1.0
+        return max(done, key=lambda t: sign * (t.value or 0.0), default=None)
+
+    def next(self) -> tuple[int, TrainConfig] | None:
+        """Number and config of the next trial; None when the budget of trials is used up.
+
+        Trials that an earlier session left unfinished come first, with the numbers and points they had.
+        """
+        unfinished = next(self._unfinished, None)
+        if unfinished is not None:
+            trial = Trial(self.study, unfinished._trial_id)
+        elif len(self.trials) < self._config.budget.trials:
+            trial = self.study.ask()
+        else:
+            return None
+        changes = draw(self._config.search_space, trial)
+        if unfinished is None:
+            trial.set_user_attr("started", time.time())
+        self._live[trial.number] = trial
+        return trial.number, apply(self._config.train, changes, f"trial {trial.number}")
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Takes one point of a trial's curve; False if the trial is to be stopped. A step heard before is not news."""
+        trial = self._live[number]
+        if step in self._frozen(number).intermediate_values:
+            return True
+        trial.report(value, step)
+        return step >= self._config.train.schedule.steps or not trial.should_prune()
+
+    def finish(self, number: int, *, failure: str | None, **facts: Any) -> TrialState:
+        """The verdict on a trial that has ended; `facts` are kept with it. `failure` in one line, None if there was none."""
+        curve = self._frozen(number).intermediate_values
+        trial = self._live.pop(number)
+        for name, value in {"failure": failure, "ended": time.time(), **facts}.items():
+            if value is not None:
+                trial.set_user_attr(name, value)
+        finite = {step: value for step, value in curve.items() if math.isfinite(value)}
+        if failure is not None or not finite:
+            self.study.tell(number, state=TrialState.FAIL)
+        elif max(finite) < self._config.train.schedule.steps:
+            self.study.tell(number, state=TrialState.PRUNED)
+        else:
+            self.study.tell(number, self.value(finite))
+        return self._frozen(number).state
+
+    def value(self, curve: dict[int, float]) -> float:
+        """The one number of a curve (step -> value), as `objective.select` says."""
+        if self._config.objective.select == "last":
+            return curve[max(curve)]
+        return max(curve.values()) if self._config.objective.mode == "max" else min(curve.values())
+
+    def failures(self) -> tuple[int, int]:
+        """Failed trials in all, and in a row at the end of the finished ones."""
+        ended = [t for t in self.trials if t.state.is_finished()]
+        ended.sort(key=lambda t: t.user_attrs.get("ended", 0.0))
+        failed = [t.state == TrialState.FAIL for t in ended]
+        in_a_row = next((n for n, one in enumerate(reversed(failed)) if not one), len(failed))
+        return sum(failed), in_a_row
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.trials[number]
+
+    def _running(self) -> Iterator[FrozenTrial]:
+        return iter([t for t in self.study.trials if t.state == TrialState.RUNNING])

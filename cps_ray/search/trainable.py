@@ -1,0 +1,114 @@
+"""A trial as Ray Tune sees it: a class trainable that owns one Ray Train run and takes it down cleanly.
+
+It carries no results: the run's records lie in its folder, where the driver reads them. `step` only beats, so that Tune
+can stop the trial at any time; `cleanup` aborts the run's controller, so that no placement group or worker is left.
+"""
+
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import train, tune
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from cps_ray.config.reader import load_train
+from cps_ray.errors import CpsRayError
+from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, make_trainer
+from cps_ray.on_ray.worker import ERROR_FILE
+
+_BEAT_S = 0.5
+FAILURE = "failure"
+"""Key of a last result: why the training failed, in one line."""
+
+
+class _Introduce(ControllerCallback):  # type: ignore[misc]
+    """Runs in the controller of the Train run, and tells the trial whom to abort."""
+
+    def __init__(self, trial: Any) -> None:
+        self._trial = trial
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._trial.attach.remote(ray.get_runtime_context().current_actor)
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]
+    """Trains the config in `config["folder"]/config.yaml`, going on from that folder's latest checkpoint."""
+
+    def setup(
+        self, config: dict[str, Any], sweep: str = "", objective: Objective | None = None, retries: int = 1
+    ) -> None:
+        self._folder = Path(config["folder"])
+        self._sweep, self._objective, self._retries = sweep, objective, retries
+        self._run: Future[Any] | None = None
+        self._controller: Any = None
+
+    def attach(self, controller: Any) -> None:
+        """Called by the run's controller."""
+        self._controller = controller
+
+    def step(self) -> dict[str, Any]:
+        """Returns within half a second; the last result has `done`, and FAILURE if the training failed."""
+        if self._run is None:
+            me = ray.get_runtime_context().current_actor
+            pool = ThreadPoolExecutor(1, thread_name_prefix="fit")
+            self._run = pool.submit(self._fit, [_Introduce(me)])
+        wait([self._run], timeout=_BEAT_S)
+        if not self._run.done():
+            return {"beat": 1}
+        failure = self._run.result()
+        return {"done": True} | ({FAILURE: failure} if failure else {})
+
+    def _fit(self, callbacks: list[Any]) -> str | None:
+        """One line about what went wrong, and all of it in error.txt; None if nothing did."""
+        try:
+            config = load_train(self._folder / CONFIG_FILE)
+            trainer = make_trainer(
+                config,
+                self._folder,
+                sweep=self._sweep,
+                objective=self._objective,
+                retries=self._retries,
+                callbacks=callbacks,
+            )
+            outcome = trainer.fit().return_value
+            diverged: str | None = outcome.get("diverged") if outcome else None
+            if diverged:
+                (self._folder / ERROR_FILE).write_text(f"{diverged}\n")
+            return diverged
+        except Exception as err:  # whatever it was, it is this trial's failure, not the sweep's
+            (self._folder / ERROR_FILE).write_text(traceback.format_exc())
+            return reason(err)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the Train run keeps its own."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: the Train run finds its own."""
+
+    def cleanup(self) -> None:
+        """Tune waits for this when it stops a trial."""
+        if self._run is None or self._run.done() or self._controller is None:
+            return
+        try:
+            ray.get(self._controller.abort.remote(), timeout=9)
+        except ray.exceptions.RayActorError:
+            pass  # abort ends the actor: expected
+        except ray.exceptions.GetTimeoutError:
+            ray.kill(self._controller)
+
+
+def reason(err: BaseException) -> str:
+    """One line: the worker's own exception, dug out of Ray's wrappers."""
+    if isinstance(err, train.TrainingFailedError):
+        failures: dict[int, BaseException] = getattr(err, "worker_failures", {})
+        err = next(iter(failures.values()), err)
+    cause = getattr(err, "cause", None)
+    if isinstance(cause, BaseException):
+        return reason(cause)
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [""]
+    # The last line of a remote traceback is the exception itself.
+    text = lines[-1] if "Traceback" in str(err) else lines[0]
+    return text if isinstance(err, CpsRayError) else f"{type(err).__name__}: {text}"

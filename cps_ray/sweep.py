@@ -1,0 +1,185 @@
+"""`python -m cps_ray.sweep FILE`: search, compare and export.
+
+    python -m cps_ray.sweep sweeps/quickstart.yaml
+    python -m cps_ray.sweep sweeps/cityscapes.yaml --dry-run 5
+    python -m cps_ray.sweep sweeps/camvid.yaml --set budget.trials=30 --name camvid-long
+    python -m cps_ray.sweep resume runs/camvid-long --trials 50
+    python -m cps_ray.sweep status runs/camvid-long
+
+Exit codes: 0 done; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
+130/143 interrupted, resumable.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cps_ray.command import entry, guarded
+from cps_ray.config.reader import load_sweep
+from cps_ray.config.space import apply, preview
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.errors import ConfigError, DataError
+
+_VERBS = ("run", "resume", "status", "best")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; a file without a verb means `run`. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in _VERBS and not words[0].startswith("-"):
+        words.insert(0, "run")
+    args = _parser().parse_args(words)
+    return guarded(lambda: int(args.do(args)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cps_ray.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(required=True, metavar="FILE | resume | status | best")
+    run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
+    run.add_argument("file", type=Path)
+    run.add_argument(
+        "--dry-run", type=int, nargs="?", const=5, metavar="N", help="check everything, show N draws, start nothing"
+    )
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in budget.trials=10"
+    )
+    run.add_argument("--name", help="another name, hence another run folder")
+    run.add_argument("--output", type=Path, help="another folder for run folders")
+    run.add_argument("--fresh", action="store_true", help="move an existing run folder aside")
+    run.add_argument("--address", help="join this Ray cluster instead of starting one")
+    run.set_defaults(do=_run)
+    resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
+    resume.add_argument("folder", type=Path)
+    resume.add_argument("--trials", type=int, help="a larger budget of trials")
+    resume.add_argument("--address")
+    resume.set_defaults(do=_resume)
+    status = verbs.add_parser("status", help="how a sweep stands; only reads files")
+    status.add_argument("folder", type=Path)
+    status.set_defaults(do=_status)
+    best = verbs.add_parser("best", help="print the best configuration, a file that trains as it is")
+    best.add_argument("folder", type=Path)
+    best.set_defaults(do=_best)
+    return parser
+
+
+def _load(path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None) -> SweepConfig:
+    extra = [f"name={name}"] if name else []
+    extra += [f"output={output.absolute()}"] if output else []
+    return load_sweep(path, [*overrides, *extra])
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _load(args.file, args.set, args.name, args.output)
+    if args.dry_run is not None:
+        return _dry_run(config, args.dry_run)
+    from cps_ray.search import run
+
+    run.check(config)
+    root = run.begin(config, args.file, fresh=args.fresh)
+    return run.Sweep(config, root, Console(), args.address).run()
+
+
+def _dry_run(config: SweepConfig, draws: int) -> int:
+    """Validates, draws and prints; needs neither the data nor a cluster, but says what is missing."""
+    from cps_ray.datasets.loader import check_data
+    from cps_ray.datasets.shards import open_shards
+    from cps_ray.engine.networks import check_names
+
+    console = Console()
+    table = Table(
+        title=f"{config.name}: {draws} random draws of {config.budget.trials} trials", title_justify="left", box=None
+    )
+    for name in config.search_space:
+        table.add_column(name, justify="right")
+    for number, changes in enumerate(preview(config.search_space, draws, config.sampler.seed)):
+        changed = apply(config.train, changes, f"draw {number}")
+        check_names(changed.model)
+        cells = [changes.get(name, "-") for name in config.search_space]
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    console.print(table)
+    steps, finals = config.train.schedule.steps, len(config.final.seeds) * (1 + len(config.baselines))
+    finals = 0 if config.final.retrain == "none" else finals
+    console.print(
+        f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs. Every draw is a valid training."
+    )
+    data = config.train.data
+    if data.synthetic is not None and not data.shards.exists():
+        console.print(f"Data: {data.shards} will be drawn on first use.")
+        return 0
+    try:
+        check_data(open_shards(data.shards, data.prepare), data)
+        console.print(f"Data: {data.shards} is there.")
+    except DataError as err:
+        console.print(f"Data is missing: {err}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from cps_ray.search import run
+
+    _need_run_folder(args.folder)
+    overrides = [] if args.trials is None else [f"budget.trials={args.trials}"]
+    config = _load(args.folder / run.SWEEP_FILE, overrides)
+    root = args.folder.absolute()
+    if args.trials is not None:
+        run.write_resolved(root, config)
+    return run.Sweep(config, root, Console(), args.address).run()
+
+
+def _status(args: argparse.Namespace) -> int:
+    from cps_ray.search import records, run
+    from cps_ray.search.study import Search
+
+    _need_run_folder(args.folder)
+    config = _load(args.folder / run.SWEEP_FILE, [])
+    search = Search(config, args.folder.absolute())
+    summary = records.read_json(args.folder / records.SUMMARY_FILE) or {}
+    console = Console()
+    counts = "  ".join(f"{count} {state}" for state, count in search.counts().items())
+    console.print(
+        f"{config.name}: {summary.get('status', 'begun')}, {counts}, of {config.budget.trials} trials", highlight=False
+    )
+    table = Table(box=None)
+    for name in ("number", "state", "steps", "score_best", "seconds", *config.search_space):
+        table.add_column(name, justify="right")
+    for row in records.trial_rows(search, config):
+        keys = (
+            "number",
+            "state",
+            "steps",
+            "score_best",
+            "seconds",
+            *(f"params.{name}" for name in config.search_space),
+        )
+        cells = ["-" if row[key] is None else row[key] for key in keys]
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    console.print(table)
+    if summary.get("best"):
+        for line in run.verdict_lines(args.folder, summary):
+            console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _best(args: argparse.Namespace) -> int:
+    path = args.folder / "best.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no trial of this sweep has completed yet, or this is no run folder.")
+    print(path.read_text(), end="")
+    return 0
+
+
+def _need_run_folder(folder: Path) -> None:
+    from cps_ray.search.run import SWEEP_FILE, is_run_folder
+
+    if not is_run_folder(folder):
+        raise ConfigError(f"{folder}: must be a run folder of a sweep (with {SWEEP_FILE} and study.db), but is none.")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,199 @@
+"""Error sentences, overrides, relative paths, and the cross checks of a sweep."""
+
+from pathlib import Path
+
+import pytest
+
+from cps_ray.config.reader import load_sweep, load_train, parse, parse_train
+from cps_ray.config.sweep import ObjectiveConfig
+from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.errors import ConfigError
+
+LR = "  optim.lr: {type: float, low: 1e-3, high: 1e-1, log: true}"
+WEIGHT = "{type: float, low: 0.5, high: 5}"
+POINT = "{optim.lr: 0.01, cps.mix: cutmix, cps.cutmix_boxes: 3}"
+
+
+def test_loads_with_paths_relative_to_the_file(sweep_file, tmp_path):
+    sweep = load_sweep(sweep_file())
+    assert sweep.train.optim.lr == 0.01
+    assert sweep.train.data.shards == tmp_path / "data" / "tiny"
+    assert sweep.output == tmp_path / "runs"
+
+
+def test_the_dump_of_a_training_loads_as_a_file(sweep_file, tmp_path):
+    train = load_sweep(sweep_file()).train
+    path = tmp_path / "runs" / "tiny" / "best.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(dump_yaml(train.dump(str(path.parent)), "the best"), encoding="utf-8")
+    assert "../../data/tiny" in path.read_text(encoding="utf-8")
+    assert load_train(path) == train
+    assert parse_train(train.dump(), "trial 3") == train
+
+
+SCHEMA_FAULTS = [
+    ("crop_px:", "crop_size:", "8: train.data.crop_size: no such setting. Did you mean crop_px?"),
+    ("    lr: 1e-2", "    momentum: 0.5", "12: train.optim.lr: is missing."),
+    ("lr: 1e-2", "lr: abc", "13: train.optim.lr: must be a number, but got 'abc'."),
+    ("lr: 1e-2", "lr: true", "13: train.optim.lr: must be a number, but got true."),
+    ("lr: 1e-2", "lr: 0", "13: train.optim.lr: must be greater than 0, but got 0."),
+    ("lr: 1e-2", "lr: .inf", "13: train.optim.lr: must be a finite number, but got inf."),
+    ("labeled: 0.125", "labeled: abc", "7: train.data.labeled: must be a whole number or a number, but got 'abc'."),
+    ("[64, 96]", "[64]", "8: train.data.crop_px[1]: is missing."),
+    ("[64, 96]", "[64, 9.5]", "8: train.data.crop_px[1]: must be a whole number, but got 9.5."),
+    ("{encoder: resnet18,", "{encoder: resnet18, b: {encoder: x, weigths: y},", "11: train.model.b.weigths: no such setting. Did you mean weights?"),
+    ("steps: 200", "steps: 210", "14: train.schedule: `steps % eval_every == 0` must hold, but got steps=210, eval_every=50."),
+    ("labeled_batch: 4", "labeled_batch: -4", "9: train.data.labeled_batch: must be greater than 0, but got -4."),
+    ("asha", "ash", "16: early_stopping.type: must be asha, median or none, but got 'ash'."),
+    ("{trials: 4}", "{trials: 4, time: 3x}", "15: budget.time: a duration is a number with"),
+    ("low: 0.5", "lo: 0.5", "19: search_space.cps.weight.lo: no such setting. Did you mean low?"),
+    ("type: choice", "type: chioce", "20: search_space.cps.mix.type: must be one of float, int, choice, but got 'chioce'."),
+    ("type: choice, ", "", "20: search_space.cps.mix.type: is missing."),
+    ("budget: {", "objective: {metric: test/miou}\nbudget: {", "15: objective.metric: must be a validation metric"),
+    ("version: 1", "version: 2", "1: version: must be 1, but got 2."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), SCHEMA_FAULTS)
+def test_schema_faults_name_line_setting_and_remedy(sweep_file, old, new, message):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(sweep_file((old, new)))
+    assert str(caught.value).startswith(f"sweeps/x.yaml:{message.split(':')[0]}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_many_faults_are_cut_to_three(sweep_file):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(sweep_file(("version: 1", "version: 1\na: 1\nb: 1\nc: 1\nd: 1")))
+    assert len(str(caught.value).splitlines()) == 4
+    assert str(caught.value).endswith("\n... and 1 more.")
+
+
+def test_parse_names_any_place():
+    with pytest.raises(ConfigError, match=r"^trial 7: model: is missing\.$"):
+        parse_train({"data": _DATA, "optim": {"lr": 1.0}, "schedule": _SCHEDULE}, "trial 7")
+    assert parse(ObjectiveConfig, {}) == ObjectiveConfig()
+
+
+_DATA = {"shards": "s", "labeled": 1, "crop_px": [64, 64], "labeled_batch": 2, "unlabeled_batch": 2}
+_SCHEDULE = {"steps": 10, "eval_every": 5}
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("budget.trials=10", lambda sweep: sweep.budget.trials == 10),
+        ("train.optim.lr=1e-4", lambda sweep: sweep.train.optim.lr == 1e-4),
+        ("train.data.synthetic.train=20", lambda sweep: sweep.train.data.synthetic.train == 20),
+        ("train.data.synthetic={}", lambda sweep: sweep.train.data.synthetic.train == 440),
+        ("train.cps={ramp: 0.5}", lambda sweep: sweep.train.cps.ramp == 0.5),
+        ("train.model.options={}", lambda sweep: sweep.train.model.options == {}),
+        (
+            "train.model.options.depth=4",
+            lambda sweep: sweep.train.model.options == {"decoder_channels": 64, "depth": 4},
+        ),
+        ("search_space.optim.lr.high=0.05", lambda sweep: sweep.search_space["optim.lr"].high == 0.05),
+        ("search_space.cps.ramp={type: float, low: 0, high: 1}", lambda sweep: "cps.ramp" in sweep.search_space),
+        ("baselines.new.cps.weight=0", lambda sweep: sweep.baselines["new"] == {"cps.weight": 0}),
+        ("final.set.optim.lr=0.1", lambda sweep: sweep.final.set == {"schedule.steps": 400, "optim.lr": 0.1}),
+        ("output=here", lambda sweep: sweep.output == Path.cwd() / "here"),
+        ("train.data={shards: here}", lambda sweep: sweep.train.data.shards == Path.cwd() / "here"),
+    ],
+)
+def test_overrides(sweep_file, override, found):
+    assert found(load_sweep(sweep_file(), [override]))
+
+
+def test_the_last_override_wins(sweep_file):
+    assert load_sweep(sweep_file(), ["budget.trials=10", "budget.trials=11"]).budget.trials == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.optim.lrr=1", "train.optim.lrr: no such setting. Did you mean lr?"),
+        ("train.optim.lr=x", "train.optim.lr: must be a number, but got 'x'."),
+        ("train.schedule.steps=210", "train.schedule: `steps % eval_every == 0` must hold"),
+        ("train.seed.x=1", "train.seed: must be a whole number, but got a mapping."),
+        ("name.x=1", "name is 'tiny' and holds no settings."),
+        ("search_space.optim.lr.low=-1", "search_space.optim.lr: log: true needs low > 0 (got -1)."),
+        ("final.set.schedule.steps=7", "final.set: schedule: `steps % eval_every == 0` must hold"),
+        ("train.optim.lr=@", "not valid YAML: found character '@'"),
+        ("budget", "must be NAME=VALUE, such as --set train.optim.lr=0.01."),
+        ("a..b=1", "must be NAME=VALUE, such as --set train.optim.lr=0.01."),
+    ],
+)
+def test_override_errors_name_the_override(sweep_file, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(sweep_file(), ["train.optim.momentum=0.5", override])
+    assert str(caught.value).startswith(f"--set {override}: {message}")
+
+
+SWEEP_FAULTS = [
+    (LR, LR.replace("lr", "lrr"), "18: search_space.optim.lrr: no such setting in train. Did you mean optim.lr?"),
+    (LR, LR.replace("optim.lr", "lr"), "18: search_space.lr: no such setting in train. Did you mean optim.lr?"),
+    *[
+        (LR, LR.replace("optim.lr", name), f"18: search_space.{name}: cannot be searched: ")
+        for name in ("seed", "method", "data.crop_px", "schedule.steps", "resources.workers", "compute.accumulate",
+                     "model.weights_file")
+    ],
+    (WEIGHT, "{type: float, low: 6, high: 5}", "19: search_space.cps.weight: low <= high must hold"),
+    (WEIGHT, "{type: float, low: 0, high: 5, log: true}",
+     '19: search_space.cps.weight: log: true needs low > 0 (got 0). For "without CPS" use baselines.'),
+    (WEIGHT, "{type: float, low: 1, high: 2, log: true, step: 0.5}", "log: true and step exclude each other"),
+    (WEIGHT, "{type: float, low: 0.0, high: 0.9, step: 0.2}", "high must be low + k * step"),
+    (WEIGHT, "{type: float, low: -1, high: 5}", "19: search_space.cps.weight.low: must be at least 0, but got -1.0."),
+    ("values: [none, cutmix]", "values: [none, cutmix, mixup]", "20: search_space.cps.mix.values[2]: must be none or cutmix"),
+    ("values: [none, cutmix]", "values: [cutmix, cutmix]", "20: search_space.cps.mix: values lists 'cutmix' twice."),
+    ("when: {cps.mix", "when: {cps.mixx", "21: search_space.cps.cutmix_boxes.when.cps.mixx: when refers to cps.mixx, "
+     "which is not in search_space. Did you mean cps.mix?"),
+    ("when: {cps.mix: cutmix}", "when: {cps.cutmix_boxes: 1}", "refers to itself."),
+    ("when: {cps.mix: cutmix}", "when: {cps.mix: cut}", "'cut' is not one of none, cutmix."),
+    ("when: {cps.mix: cutmix}", "when: {cps.mix: []}", "needs at least one value."),
+    ("[none, cutmix]}", "[none, cutmix], when: {cps.cutmix_boxes: 3}}", "depend on each other in a circle."),
+    (POINT, "{optim.lrr: 0.01}", "23: enqueue[0].optim.lrr: is not in search_space. Did you mean optim.lr?"),
+    (POINT, "{optim.lr: 1}", "23: enqueue[0].optim.lr: 1 is not within 0.001 and 0.1."),
+    (POINT, "{cps.mix: cutmix, cps.cutmix_boxes: 2.5}", "23: enqueue[0].cps.cutmix_boxes: must be a whole number"),
+    (POINT, "{cps.mix: cosine}", "23: enqueue[0].cps.mix: 'cosine' is not one of none, cutmix."),
+    (POINT, "{cps.mix: none, cps.cutmix_boxes: 2}", "23: enqueue[0].cps.cutmix_boxes: is drawn only where cps.mix = cutmix"),
+    (POINT, "{cps.cutmix_boxes: 2}", "23: enqueue[0].cps.cutmix_boxes: is drawn only where cps.mix = cutmix"),
+    ("{method: supervised}", "{methd: supervised}", "25: baselines.supervised.methd: no such setting. Did you mean method?"),
+    ("supervised: {", "../up: {", "25: baselines.../up: names a folder"),
+    ("{schedule.steps: 400}", "{schedule.steps: 410}", "28: final.set: schedule: `steps % eval_every == 0` must hold"),
+    ("{schedule.steps: 400}", "{data.labeled: 0.5}", "28: final.set.data.labeled: cannot be changed"),
+    ("{schedule.steps: 400}", "{seed: 5}", "28: final.set.seed: cannot be changed: use `final.seeds`."),
+    ("grace: 50", "grace: 400", "16: early_stopping.grace: must be at most train.schedule.steps=200, but got 400."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), SWEEP_FAULTS)
+def test_sweep_faults(sweep_file, old, new, message):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(sweep_file((old, new)))
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith("sweeps/x.yaml:") for line in lines)
+    assert message in str(caught.value)
+
+
+def test_sweep_allows_what_is_right(sweep_file):
+    load_sweep(sweep_file((WEIGHT, "{type: float, low: 0.0, high: 0.95, step: 0.05}")))
+    load_sweep(sweep_file(("asha, grace: 50", "none, grace: 400")))
+    load_sweep(
+        sweep_file((LR, "  model.options.decoder_channels: {type: int, low: 16, high: 64, step: 16}"), (POINT, "{}"))
+    )
+
+
+def test_bounds_are_tried_with_what_makes_them_active(sweep_file):
+    space = "  model.b.encoder: {type: choice, values: [resnet18]}\n"
+    space += "  model.b.architecture: {type: choice, values: [unet], when: {model.b.encoder: resnet18}}"
+    assert "model.b.encoder" in load_sweep(sweep_file((LR, space), (POINT, "{}"))).search_space
+
+
+def test_paths_in_changes_are_relative_to_the_file(sweep_file, tmp_path):
+    baselines = "{method: supervised}\n  more: {data: {shards: ../other}}"
+    sweep = load_sweep(
+        sweep_file(("{method: supervised}", baselines), ("{schedule.steps: 400}", "{model.weights_file: w.pt}"))
+    )
+    assert sweep.baselines["more"] == {"data": {"shards": str(tmp_path / "other")}}
+    assert sweep.final.set == {"model.weights_file": str(tmp_path / "sweeps" / "w.pt")}
