@@ -1,5 +1,6 @@
 """What the commands share: errors become one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,8 @@ from cps_ray.errors import CpsRayError
 
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`; a CpsRayError is printed as one line on stderr."""
+    # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU. Read at import.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     try:
         return run()
     except CpsRayError as err:

@@ -1,7 +1,6 @@
 """`python -m cps_ray.prepare`: a raw data set, or the embedded one, to checked Parquet shards."""
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,12 +8,13 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cps_ray.config.schema import parse
+from cps_ray.command import entry, guarded
+from cps_ray.config.reader import parse
 from cps_ray.config.train import SyntheticConfig
 from cps_ray.datasets import formats, synthetic
 from cps_ray.datasets.recipe import Recipe, load_recipe
 from cps_ray.datasets.shards import Item, Manifest, open_shards, write_shards
-from cps_ray.errors import CpsRayError
+from cps_ray.errors import DataError
 
 SIZES = {"train": "train", "val": "val", "test": "test", "height": "height_px", "width": "width_px", "seed": "seed"}
 """Option of `synthetic` -> setting."""
@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     drawn = commands.add_parser("synthetic", help="the embedded data set: drawn street scenes")
     for command in (camvid, folder):
         command.add_argument("raw", type=Path, metavar="RAW", help="folder of the raw data")
+        command.add_argument(
+            "--scale", type=float, default=1.0, help="shrink images and masks to this share of their sides"
+        )
     folder.add_argument("--recipe", type=Path, required=True, help="YAML file: classes, ids and files per split")
     for option, setting in SIZES.items():
         default = SyntheticConfig.model_fields[setting].default
@@ -44,10 +47,16 @@ def _watched(progress: Progress, split: str, items: Iterable[Item]) -> Iterator[
         progress.advance(task)
 
 
-def _write(raw: Path, out: Path, recipe: Recipe, made_by: str) -> None:
+def _write(raw: Path, out: Path, recipe: Recipe, made_by: str, scale: float) -> None:
+    if not 0.0 < scale <= 1.0:
+        raise DataError(f"--scale must be in (0, 1], but is {scale:g}.")
+    found = formats.folder(raw, recipe)
+    if scale < 1.0:
+        found = {name: formats.scaled(items, scale) for name, items in found.items()}
+        made_by = f"{made_by}, scale {scale:g}"
     columns = (TextColumn("{task.description}: {task.completed} images"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        splits = {name: _watched(progress, name, items) for name, items in formats.folder(raw, recipe).items()}
+        splits = {name: _watched(progress, name, items) for name, items in found.items()}
         names, palette = [entry.name for entry in recipe.classes], [entry.color for entry in recipe.classes]
         write_shards(out, splits, classes=names, palette=palette, made_by=made_by)
 
@@ -57,9 +66,9 @@ def _prepare(args: argparse.Namespace) -> None:
         settings = {setting: getattr(args, setting) for setting in SIZES.values()}
         synthetic.write_synthetic(args.out, parse(SyntheticConfig, settings))
     elif args.format == "camvid":
-        _write(args.raw, args.out, formats.CAMVID, "camvid")
+        _write(args.raw, args.out, formats.CAMVID, "camvid", args.scale)
     else:
-        _write(args.raw, args.out, load_recipe(args.recipe), f"folder, {args.recipe.name}")
+        _write(args.raw, args.out, load_recipe(args.recipe), f"folder, {args.recipe.name}", args.scale)
 
 
 def _share(part: int, whole: int) -> str:
@@ -85,15 +94,15 @@ def summary(manifest: Manifest) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares, prints a summary, and returns the exit code: 0, or that of the error it printed."""
     args = _parser().parse_args(argv)
-    try:
-        _prepare(args)
-        manifest = open_shards(args.out).manifest
-    except CpsRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return guarded(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    _prepare(args)
+    manifest = open_shards(args.out).manifest
     Console().print(f"{args.out}: {manifest.made_by.format}", summary(manifest), highlight=False, soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry(main)

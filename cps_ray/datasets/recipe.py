@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cps_ray.config import yaml_reader
-from cps_ray.config.schema import parse
+from cps_ray.config.reader import parse
 from cps_ray.config.section import Section
 from cps_ray.engine.batch import IGNORE
 

@@ -115,14 +115,14 @@ def _times(color: Color, factor: float) -> Color:
 
 def _leaves(rng: Rng) -> Color:
     """Mostly green; autumn and blossom take the colours of bricks and sky."""
-    kind = rng.choice(["green", "autumn", "pale"], p=[0.6, 0.25, 0.15])
+    kind = rng.choice(["green", "autumn", "pale"], p=[0.75, 0.2, 0.05])
     hue = {"green": (0.2, 0.4), "autumn": (0.02, 0.15), "pale": (0.5, 1.0)}[kind]
-    return _hsv(rng, hue, (0.15, 0.75), (0.2, 0.75))
+    return _hsv(rng, hue, (0.3, 0.75), (0.2, 0.7))
 
 
 def _sky_colors(rng: Rng) -> tuple[Color, Color]:
     """Above and at the horizon."""
-    kind = rng.choice(["blue", "grey", "evening", "night"], p=[0.4, 0.3, 0.2, 0.1])
+    kind = rng.choice(["blue", "grey", "evening", "night"], p=[0.5, 0.3, 0.15, 0.05])
     if kind == "blue":
         return _hsv(rng, (0.52, 0.64), (0.3, 0.8), (0.6, 1.0)), _hsv(rng, (0.5, 0.64), (0.0, 0.3), (0.8, 1.0))
     if kind == "grey":
@@ -152,7 +152,7 @@ def _ground(left: float, right: float, near: float, far: float) -> list[Point]:
 def _building(rng: Rng, canvas: _Canvas, lateral: float, near: float, far: float) -> None:
     """One house beside the street: the front that faces the camera, the wall along the street, windows in both."""
     high = rng.uniform(1.6, 5.5)
-    color = _hsv(rng, (0.0, 1.0), (0.0, 0.5), (0.25, 0.95))
+    color = _hsv(rng, (0.0, 0.17), (0.0, 0.55), (0.3, 0.95))
     glass = _hsv(rng, (0.5, 0.7), (0.0, 0.5), (0.1, 0.9)) if rng.random() < 0.7 else _times(color, 0.5)
     outward = float(np.sign(lateral)) * rng.uniform(1.5, 4.0)
     columns, edges = int(rng.integers(2, 5)), np.linspace(0.3, high, int(rng.integers(3, 7)))
@@ -198,8 +198,8 @@ def _pavement(rng: Rng, canvas: _Canvas) -> None:
     """Sidewalk with joints, road with markings, and shadows on both."""
     street = canvas.street
     near, far = 0.8, 60.0
-    stone = _hsv(rng, (0.0, 1.0), (0.0, 0.3), (0.3, 0.85))
-    asphalt = _hsv(rng, (0.0, 1.0), (0.0, 0.2), (0.2, 0.7))
+    stone = _hsv(rng, (0.0, 0.17), (0.0, 0.25), (0.45, 0.85))
+    asphalt = _hsv(rng, (0.5, 0.7), (0.0, 0.15), (0.2, 0.5))
     canvas.fill(SIDEWALK, stone, _ground(-400, 400, near, far))
     joint, pitch = _times(stone, rng.uniform(0.65, 0.9)), rng.uniform(0.3, 0.6)
     depths = 0.9 + pitch * np.arange(1, 9)
@@ -316,14 +316,14 @@ def _develop(rng: Rng, canvas: _Canvas) -> NDArray[np.uint8]:
     blobs = np.stack([_noise(rng, height, width, size) for size in (1, 2, 6)], axis=-1)
     texture = (blobs * grain[canvas.mask]).sum(axis=-1)
     across = np.linspace(-1, 1, width, dtype=np.float32)[None, :] * rng.uniform(-0.2, 0.2)
-    light = canvas.shade * (1 + across) * rng.uniform(0.55, 1.2)
-    tint = 1 + rng.uniform(-0.18, 0.18, 3)
+    light = canvas.shade * (1 + across) * rng.uniform(0.7, 1.15)
+    tint = 1 + rng.uniform(-0.1, 0.1, 3)
     picture = (canvas.image + texture[:, :, None]) * light[:, :, None] * tint.astype(np.float32)
     picture = picture + rng.uniform(0, 30)
     blur = rng.uniform(0.0, 0.9)
     if blur > 0.3:
         picture = cv2.GaussianBlur(picture, (0, 0), blur)
-    picture = picture + rng.uniform(1, 7) * rng.standard_normal(picture.shape, np.float32)
+    picture = picture + rng.uniform(1, 5) * rng.standard_normal(picture.shape, np.float32)
     return np.asarray(np.clip(np.round(picture), 0, 255), np.uint8)
 
 

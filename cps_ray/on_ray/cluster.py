@@ -22,6 +22,8 @@ WORKER_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The display is ours; with the new output Tune prints boxes even when told to be quiet.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 _DATA_CPUS = 1.0
 """Ray Data hangs without a word unless one whole CPU is free of reservations."""

@@ -1,6 +1,7 @@
 """One training as a Ray Train run, and where its checkpoints are."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,13 @@ def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     for path in run_dir.glob(f"checkpoint_*/{META_FILE}"):
         found.append((path.parent, json.loads(path.read_text())))
     return sorted(found, key=lambda entry: entry[1]["step"])
+
+
+def drop_checkpoints(run_dir: Path) -> None:
+    """Frees the disk of a run that nobody will go on with."""
+    for path in run_dir.glob("checkpoint_*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def best_checkpoint(run_dir: Path, objective: Objective) -> tuple[Path, dict[str, Any]] | None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import ChoiceParam, SweepConfig
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ModelConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import check_data
 from cps_ray.datasets.shards import Shards
@@ -25,7 +25,7 @@ from cps_ray.engine.networks import check_model
 from cps_ray.errors import ConfigError, FailureLimitError, NoTrialError
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.gauges import SweepGauges
-from cps_ray.on_ray.trainer import Objective, best_checkpoint
+from cps_ray.on_ray.trainer import Objective, best_checkpoint, drop_checkpoints
 from cps_ray.search.display import Display, make_display, show_params
 from cps_ray.search.export import MODEL_FOLDER, export_model, write_best, write_picture, write_seeds
 from cps_ray.search.finals import OWN, FinalRun, FinalWork, Judged, compare, is_done, judge_finals, plan_finals
@@ -76,8 +76,11 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
 
 def check(config: SweepConfig) -> Shards:
     """Everything that can be wrong before a cluster starts: networks, every choice of them, data and splits."""
-    for model in {changed.model for changed in _network_choices(config)}:
-        check_model(model)
+    seen: list[ModelConfig] = []
+    for changed in _network_choices(config):
+        if changed.model not in seen:
+            seen.append(changed.model)
+            check_model(changed.model)
     shards = open_data(config.train.data)
     check_data(shards, config.train.data)
     return shards
@@ -126,7 +129,7 @@ class _Signals:
 
 @dataclass(slots=True)
 class SearchWork:
-    """The trials as the work of a session."""
+    """The trials as the work of a session. Of all their checkpoints only the best trial's stay."""
 
     search: Search
     config: SweepConfig
@@ -174,14 +177,18 @@ class SearchWork:
             kind = "finished" if state == TrialState.COMPLETE else "pruned"
             self.events(kind, run=job.name, step=max(curve), value=self.search.value(curve))
         best = self.search.best()
+        if best is None or best.number != number:
+            drop_checkpoints(job.folder)
         if best is not None and (before is None or best.number != before.number):
+            if before is not None:
+                drop_checkpoints(trial_folder(self.root, before.number))
             self.events("best", run=job.name, value=best.value)
-            self._write_best(best.number)
+            self._write_best()
         write_tables(self.root, self.search, self.config)
         write_summary(self.root, self.search, self.config, "running")
         self._publish()
 
-    def _write_best(self, number: int) -> None:
+    def _write_best(self) -> None:
         write_best(self.root, best_config(self.search, self.config), best_header(self.root, self.search, self.config))
 
     def _check_limits(self, failure: str) -> None:
@@ -349,8 +356,8 @@ class Sweep:
             folder = export_model(self._root, top.run.job.config, top.checkpoint, shards.manifest, metrics)
             write_seeds(folder / "seeds.csv", [one.row(self._objective.metric) for one in judged])
             answers = {one.run.group: one.verdict for one in judged if one.run.seed == top.run.seed}
-            names = {group: "CPS" if group == OWN and best.method == "cps" else group for group in answers}
-            write_picture(folder / "examples.png", {names[g]: v for g, v in answers.items()}, shards.manifest)
+            answers[best.method.upper()] = answers.pop(OWN)  # last, so that it stands beside what it is compared with
+            write_picture(folder / "examples.png", answers, shards.manifest)
             final = compare(judged)
         else:
             trial = self._search.best()

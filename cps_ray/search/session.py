@@ -92,6 +92,8 @@ class Session:
                     max_concurrent_trials=self._at_once,
                     search_alg=_Suggest(self),
                     scheduler=_Listen(self),
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
                 ),
                 run_config=tune.RunConfig(
                     # The trainable's registered name is the cluster's, so two sweeps must differ in it.
@@ -139,7 +141,19 @@ class Session:
         self._work.finish(self._jobs.pop(trial_id), failure)
 
 
-class _Suggest(Searcher):  # type: ignore[misc]
+def _name(trial: Any) -> str:
+    """0007, in Tune's words as in ours."""
+    return Path(trial.config["folder"]).name
+
+
+class _Unsaved:
+    """Tune pickles what it is given into its own files; those are never read again, so nothing goes in."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Suggest(_Unsaved, Searcher):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         super().__init__()
         self._session = session
@@ -157,7 +171,7 @@ class _Suggest(Searcher):  # type: ignore[misc]
         raise NotImplementedError("A sweep resumes from its study, never from Tune's files.")
 
 
-class _Listen(FIFOScheduler):  # type: ignore[misc]
+class _Listen(_Unsaved, FIFOScheduler):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         super().__init__()
         self._session = session
@@ -168,7 +182,7 @@ class _Listen(FIFOScheduler):  # type: ignore[misc]
         return decision
 
 
-class _Stop(Stopper):  # type: ignore[misc]
+class _Stop(_Unsaved, Stopper):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         self._session = session
 
@@ -177,6 +191,3 @@ class _Stop(Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return self._session.stopping
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy in its own files, which are never read again.

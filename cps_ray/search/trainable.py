@@ -43,6 +43,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._sweep, self._objective, self._retries = sweep, objective, retries
         self._run: Future[Any] | None = None
         self._controller: Any = None
+        self._aborted = False
 
     def attach(self, controller: Any) -> None:
         """Called by the run's controller."""
@@ -78,6 +79,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 (self._folder / ERROR_FILE).write_text(f"{diverged}\n")
             return diverged
         except Exception as err:  # whatever it was, it is this trial's failure, not the sweep's
+            if self._aborted:
+                return None
             (self._folder / ERROR_FILE).write_text(traceback.format_exc())
             return reason(err)
 
@@ -92,6 +95,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Tune waits for this when it stops a trial."""
         if self._run is None or self._run.done() or self._controller is None:
             return
+        self._aborted = True
         try:
             ray.get(self._controller.abort.remote(), timeout=9)
         except ray.exceptions.RayActorError:

@@ -1,0 +1,43 @@
+"""What tests of several layers share: a tiny data set, a tiny training."""
+
+from pathlib import Path
+
+import pytest
+
+from cps_ray.config.reader import parse_train
+from cps_ray.config.train import SyntheticConfig, TrainConfig
+from cps_ray.datasets.synthetic import write_synthetic
+
+SYNTHETIC = {"train": 24, "val": 6, "test": 6, "height_px": 32, "width_px": 48, "seed": 0}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set, tiny, drawn once per test session."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_synthetic(folder, SyntheticConfig(**SYNTHETIC))
+    return folder
+
+
+@pytest.fixture
+def tiny(shards: Path) -> TrainConfig:
+    """Six steps of CPS with CutMix on the tiny data set. Without dropout, which draws anew on every worker."""
+    return parse_train(
+        {
+            "data": {
+                "shards": str(shards),
+                "labeled": 6,
+                "crop_px": [32, 48],
+                "labeled_batch": 4,
+                "unlabeled_batch": 4,
+            },
+            "model": {
+                "encoder": "tu-test_efficientnet",
+                "options": {"decoder_channels": 16, "decoder_aspp_dropout": 0.0},
+            },
+            "optim": {"name": "sgd", "lr": 0.01},
+            "schedule": {"steps": 6, "eval_every": 2},
+            "cps": {"weight": 1.0, "ramp": 0.5},
+        },
+        "tiny",
+    )

@@ -1,0 +1,127 @@
+"""The loop, resume and divergence."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import changed
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import eval_batches, train_batches, train_data
+from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.batch import Batch
+from cps_ray.engine.loop import evaluate, fit
+from cps_ray.engine.metrics import confusion
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import TrainState, build_state, read_checkpoint
+from cps_ray.errors import CheckpointError, DivergedError
+
+
+def run(config: TrainConfig, state: TrainState, stop_at: int | None = None) -> list[dict[str, Any]]:
+    """Trains on the real data path; returns the reports."""
+    shards = open_shards(config.data.shards)
+    reports: list[dict[str, Any]] = []
+
+    def report(metrics: dict[str, Any], _: TrainState) -> bool:
+        reports.append(metrics)
+        return metrics["step"] != stop_at
+
+    batches = train_batches(train_data(shards, config), config, start_step=state.step)
+    fit(config, state, batches, lambda _: {}, report)
+    return reports
+
+
+def test_reports_come_at_the_cadence_and_carry_the_means(tiny: TrainConfig) -> None:
+    reports = run(tiny, build_state(tiny, 7, Ranks()))
+    assert [r["step"] for r in reports] == [2, 4, 6]
+    assert {
+        "train/loss",
+        "train/sup_a",
+        "train/sup_b",
+        "train/cps",
+        "train/agreement",
+        "optim/lr",
+        "cps/weight",
+    } <= set(reports[0])
+    assert reports[0]["cps/weight"] == pytest.approx(1 / 3)
+    assert 0 <= reports[0]["time/data_wait"] <= 1
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_resumed_training_equals_the_unbroken_one_bit_for_bit(
+    tiny: TrainConfig, tmp_path: Path, name: str, stop: int
+) -> None:
+    # With dropout: its random numbers, too, are a function of the step.
+    options = {"decoder_channels": 16, "decoder_aspp_dropout": 0.5}
+    config = changed(tiny, optim__name=name, model__options=options)
+    unbroken = build_state(config, 7, Ranks())
+    whole = run(config, unbroken)
+
+    first = build_state(config, 7, Ranks())
+    run(config, first, stop_at=stop)
+    first.save(tmp_path, {})
+    torch.manual_seed(12345)  # whatever another process had drawn before
+    second = build_state(config, 7, Ranks())
+    second.load(tmp_path)
+    assert second.step == stop
+    rest = run(config, second)
+    for a, b in zip(unbroken.pair.state_dict().values(), second.pair.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    losses = lambda reports: [r["train/loss"] for r in reports]  # noqa: E731
+    assert losses(whole)[stop // 2 :] == losses(rest)
+
+
+def test_report_false_stops(tiny: TrainConfig) -> None:
+    state = build_state(tiny, 7, Ranks())
+    run(tiny, state, stop_at=2)
+    assert state.step == 2
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tiny: TrainConfig) -> None:
+    config = changed(tiny, optim__lr=1e20)
+    with pytest.raises(DivergedError, match=r"not finite at step [1-4]"):
+        run(config, build_state(config, 7, Ranks()))
+
+
+def test_a_damaged_checkpoint_is_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
+    state = build_state(tiny, 7, Ranks())
+    state.save(tmp_path, {})
+    file = tmp_path / "state.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read") as caught:
+        read_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+    build_state(tiny, 7, Ranks()).save(tmp_path, {})
+    with pytest.raises(CheckpointError, match="must be of this config's networks"):
+        build_state(changed(tiny, model__encoder="tu-test_resnet"), 7, Ranks()).load(tmp_path)
+
+
+def test_evaluation_counts_every_pixel_once_and_splits_by_group(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__groups={"first": "test_00000", "odd": "test_0000[135]"})
+    shards = open_shards(config.data.shards)
+    network = build_state(config, 7, Ranks()).pair.a
+
+    def batches() -> Iterator[Any]:
+        return eval_batches(shards, "test", size=4)
+
+    found = evaluate(config, network, batches(), 7, Ranks())
+    by_image = {}
+    for batch in eval_batches(shards, "test", size=1):
+        with torch.inference_mode():
+            by_image[batch.ids[0]] = confusion(network.eval()(batch.image).argmax(1), batch.mask, 7)[0]
+    assert len(by_image) == 6
+    assert torch.equal(found[""], torch.stack(list(by_image.values())).sum(0))
+    assert torch.equal(found["first"], by_image["test_00000"])
+    assert torch.equal(found["odd"], by_image["test_00001"] + by_image["test_00003"] + by_image["test_00005"])
+
+
+def test_batches_end_with_the_steps(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    batches: list[Batch] = list(train_batches(data, tiny, start_step=4))
+    assert len(batches) == 2

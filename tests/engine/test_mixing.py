@@ -1,0 +1,35 @@
+import numpy as np
+import torch
+
+from cps_ray.config.train import CpsConfig
+from cps_ray.engine.mixing import boxes_mask, cutmix_masks, paste
+
+
+def test_one_box_has_the_area_asked_for() -> None:
+    cps = CpsConfig(cutmix_boxes=1, cutmix_area=(0.4, 0.4))
+    shares = [boxes_mask(cps, 200, 300, np.random.default_rng(seed)).mean() for seed in range(200)]
+    assert abs(np.mean(shares) - 0.4) < 0.01
+
+
+def test_three_boxes_paste_about_a_quarter() -> None:
+    # Measured on the reference's generator: mean 0.25, 5 to 95 % 0.15 to 0.37.
+    shares = [boxes_mask(CpsConfig(), 128, 128, np.random.default_rng(seed)).mean() for seed in range(400)]
+    assert 0.22 < np.mean(shares) < 0.28
+    assert 0.10 < np.quantile(shares, 0.05) < np.quantile(shares, 0.95) < 0.42
+
+
+def test_masks_depend_on_seed_step_and_position_only() -> None:
+    whole = cutmix_masks(CpsConfig(), 7, 3, range(4), 32, 48)
+    halves = [cutmix_masks(CpsConfig(), 7, 3, part, 32, 48) for part in (range(2), range(2, 4))]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, cutmix_masks(CpsConfig(), 7, 4, range(4), 32, 48))
+
+
+def test_paste_takes_the_partner_inside_the_mask() -> None:
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    own, partner = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 9, dtype=torch.uint8)
+    mixed = paste(mask, own, partner)
+    assert (mixed[:, :, :2] == 9).all()
+    assert (mixed[:, :, 2:] == 0).all()
