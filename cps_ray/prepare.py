@@ -55,7 +55,8 @@ def _write(raw: Path, out: Path, recipe: Recipe, made_by: str, scale: float) -> 
         found = {name: formats.scaled(items, scale) for name, items in found.items()}
         made_by = f"{made_by}, scale {scale:g}"
     columns = (TextColumn("{task.description}: {task.completed} images"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         splits = {name: _watched(progress, name, items) for name, items in found.items()}
         names, palette = [entry.name for entry in recipe.classes], [entry.color for entry in recipe.classes]
         write_shards(out, splits, classes=names, palette=palette, made_by=made_by)

@@ -80,9 +80,9 @@ def _run(args: argparse.Namespace) -> int:
         return _dry_run(config, args.dry_run)
     from cps_ray.search import run
 
-    run.check(config)
+    shards = run.check(config)
     root = run.begin(config, args.file, fresh=args.fresh)
-    return run.Sweep(config, root, Console(), args.address).run()
+    return run.Sweep(config, root, Console(), args.address).run(shards)
 
 
 def _dry_run(config: SweepConfig, draws: int) -> int:
@@ -129,7 +129,7 @@ def _resume(args: argparse.Namespace) -> int:
     root = args.folder.absolute()
     if args.trials is not None:
         run.write_resolved(root, config)
-    return run.Sweep(config, root, Console(), args.address).run()
+    return run.Sweep(config, root, Console(), args.address).run(run.check(config))
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -48,6 +48,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 def _load(model: type[M], path: Path, overrides: Sequence[str]) -> tuple[M, Where]:
     document = yaml_reader.load(path)
     raw: Any = document.data
+    _refuse_other_kind(model, raw, path)
     changed: dict[Loc, str] = {}
     for text in overrides:
         loc, value = _override(model, raw, text)
@@ -60,6 +61,15 @@ def _load(model: type[M], path: Path, overrides: Sequence[str]) -> tuple[M, Wher
         return f"--set {by[-1]}" if by else document.where(loc)
 
     return parse(model, raw, base=path.parent, where=where), where
+
+
+def _refuse_other_kind(model: type[M], raw: dict[str, Any], path: Path) -> None:
+    """A sweep given as a training, or the reverse, would only be a list of wrong keys."""
+    is_sweep = "train" in raw and "search_space" in raw
+    if model is TrainConfig and is_sweep:
+        raise ConfigError(f"{path}: this is a sweep, not a training. Run it: python -m cps_ray.sweep {path}")
+    if model is SweepConfig and not is_sweep and {"data", "model", "optim"} <= set(raw):
+        raise ConfigError(f"{path}: this is a training, not a sweep. Run it: python -m cps_ray.train {path}")
 
 
 def _override(model: type[M], raw: Any, text: str) -> tuple[Loc, Any]:

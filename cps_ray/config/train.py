@@ -228,6 +228,14 @@ class TrainConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _half_precision_needs_a_gpu(self) -> Self:
+        if self.compute.autocast == "fp16" and self.resources.gpus_per_worker == 0:
+            raise ValueError(
+                "`compute.autocast: fp16` needs `resources.gpus_per_worker` above 0, but got 0. Take bf16 or none on a CPU."
+            )
+        return self
+
     def dump(self, base: str | None = None) -> dict[str, Any]:
         """Plain dict of every setting; paths relative to the folder `base`, absolute without it."""
         return self.model_dump(mode="json", context={"base": base})

@@ -58,6 +58,7 @@ def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
+    _check_answers(address)
     port = _free_port(8265)
     # With two Ray instances on one host, Train's cleaner finds its own only by this address.
     api = {} if address else {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
@@ -82,6 +83,19 @@ def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator
         yield Cluster(f"http://{context.dashboard_url}", local=address is None)
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """Ray itself tries for minutes before it gives up."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # none, or `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as err:
+        raise ResourceError(
+            f"--address {address}: no Ray cluster answers there ({err}). Start one: ray start --head"
+        ) from err
 
 
 def _free_port(preferred: int) -> int:

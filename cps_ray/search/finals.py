@@ -4,18 +4,20 @@ A baseline is the best configuration with the baseline's changes: same network, 
 the result is then the change itself, not the search.
 """
 
+import shutil
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.loop import Metrics
 from cps_ray.on_ray.judge import Verdict, judge_all
-from cps_ray.on_ray.trainer import Objective, best_checkpoint
+from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, best_checkpoint
 from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
 from cps_ray.search.records import FINAL_FOLDER, Events, spread
 from cps_ray.search.session import Job
@@ -46,6 +48,14 @@ def plan_finals(root: Path, config: SweepConfig, best: TrainConfig) -> list[Fina
             changed = apply(best, {**config.final.set, **changes, "seed": seed}, f"final run {name}")
             runs.append(FinalRun(group, seed, Job(name, root / FINAL_FOLDER / name, changed)))
     return runs
+
+
+def drop_stale(runs: list[FinalRun]) -> None:
+    """Removes final runs of an earlier best configuration, left by a sweep that was extended since."""
+    for run in runs:
+        config = run.job.folder / CONFIG_FILE
+        if config.exists() and load_train(config) != run.job.config:
+            shutil.rmtree(run.job.folder)
 
 
 def is_done(job: Job) -> bool:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +29,20 @@ from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.on_ray.trainer import Objective, best_checkpoint, drop_checkpoints
 from cps_ray.search.display import Display, make_display, show_params
 from cps_ray.search.export import MODEL_FOLDER, export_model, write_best, write_picture, write_seeds
-from cps_ray.search.finals import OWN, FinalRun, FinalWork, Judged, compare, is_done, judge_finals, plan_finals
+from cps_ray.search.finals import (
+    OWN,
+    FinalRun,
+    FinalWork,
+    Judged,
+    compare,
+    drop_stale,
+    is_done,
+    judge_finals,
+    plan_finals,
+)
 from cps_ray.search.records import (
     SUMMARY_FILE,
+    TRIALS_FOLDER,
     Events,
     read_json,
     trial_folder,
@@ -52,6 +64,8 @@ def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
     Raises ConfigError if the folder holds a sweep; `fresh` moves that one aside instead.
     """
     root = config.output / config.name
+    if (root / SWEEP_FILE).exists() and not (root / TRIALS_FOLDER).exists():
+        shutil.rmtree(root)  # begun, but refused before its first trial: nothing is lost
     if root.exists() and any(root.iterdir()):
         if not fresh:
             summary = read_json(root / SUMMARY_FILE) or {}
@@ -248,13 +262,12 @@ class Sweep:
         self._objective = Objective(config.objective.metric, config.objective.mode)
         self._signals = _Signals()
 
-    def run(self) -> int:
-        """Returns the exit code: 0, or 130/143 when interrupted.
+    def run(self, shards: Shards) -> int:
+        """Works on `shards`, as `check` opened them. Returns the exit code: 0, or 130/143 when interrupted.
 
         Raises ResourceError, FailureLimitError, NoTrialError; what is finished is on disk then.
         """
         with _locked(self._root), self._signals.watched():
-            shards = check(self._config)
             self._search = Search(self._config, self._root)
             self._events = Events(self._root)
             try:
@@ -333,6 +346,7 @@ class Sweep:
     def _run_finals(self, runs: list[FinalRun], display: Display) -> list[Judged]:
         if not runs:
             return []
+        drop_stale(runs)
         waiting = [run for run in runs if not is_done(run.job)]
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
         work = FinalWork(runs, self._objective, self._events)

@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+import torch
+from support import changed
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import (
+    check_data,
+    eval_batches,
+    read_unlabeled,
+    train_batches,
+    train_data,
+    unlabeled_places,
+)
+from cps_ray.datasets.shards import Encoded, open_shards
+from cps_ray.engine.batch import Batch
+from cps_ray.errors import DataError
+
+
+def same(a: Batch, b: Batch) -> bool:
+    assert a.unlabeled_image is not None
+    assert b.unlabeled_image is not None
+    pairs = (
+        (a.labeled_image, b.labeled_image),
+        (a.labeled_mask, b.labeled_mask),
+        (a.unlabeled_image, b.unlabeled_image),
+    )
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_batches_keep_the_contract(tiny: TrainConfig) -> None:
+    batches = list(train_batches(train_data(open_shards(tiny.data.shards), tiny), tiny))
+    assert len(batches) == tiny.schedule.steps
+    for batch in batches:
+        assert batch.labeled_image.shape == (4, 3, 32, 48)
+        assert batch.labeled_mask.shape == (4, 32, 48)
+        assert batch.unlabeled_image is not None
+        assert batch.unlabeled_image.shape == (4, 3, 32, 48)
+        assert batch.labeled_image.dtype == batch.labeled_mask.dtype == batch.unlabeled_image.dtype == torch.uint8
+
+
+def test_two_ranks_make_the_batches_of_one(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    whole = list(train_batches(data, tiny))
+    halves = [list(train_batches(data, tiny, rank=rank, world=2, threads=1)) for rank in range(2)]
+    for one, a, b in zip(whole, *halves, strict=True):
+        assert a.unlabeled_image is not None
+        assert b.unlabeled_image is not None
+        joined = Batch(
+            torch.cat([a.labeled_image, b.labeled_image]),
+            torch.cat([a.labeled_mask, b.labeled_mask]),
+            torch.cat([a.unlabeled_image, b.unlabeled_image]),
+        )
+        assert same(one, joined)
+
+
+def test_starting_late_gives_the_later_batches(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    whole = list(train_batches(data, tiny))
+    late = list(train_batches(data, tiny, start_step=4))
+    assert all(same(a, b) for a, b in zip(whole[4:], late, strict=True))
+
+
+def test_labelled_images_never_come_unlabelled(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    seen = {one.id for one in read_unlabeled(data, unlabeled_places(data, tiny, 0, 1, 0))}
+    assert len(seen) == 18  # 24 positions, a pass of 18 images and more
+    assert not seen & {data.index.ids[row] for row in data.split.labeled}
+
+
+def test_an_error_of_the_stream_reaches_the_training(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+
+    def broken():
+        yield from list(read_unlabeled(data, unlabeled_places(data, tiny, 0, 1, 0)))[:8]
+        raise DataError("row 9 is damaged")
+
+    with pytest.raises(DataError, match="row 9 is damaged"):
+        list(train_batches(data, tiny, unlabeled=broken()))
+
+
+def test_a_damaged_image_reaches_the_training(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    broken = (Encoded("x", b"no image", None) for _ in range(1000))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        list(train_batches(data, tiny, unlabeled=broken))
+
+
+def test_supervised_reads_no_unlabelled_image(tiny: TrainConfig) -> None:
+    config = changed(tiny, method="supervised")
+    (first, *_) = train_batches(train_data(open_shards(config.data.shards), config), config)
+    assert first.unlabeled_image is None
+
+
+def test_all_labelled_leaves_cps_nothing(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__labeled=24)
+    with pytest.raises(DataError, match="needs unlabelled images, but all 24 training images are labelled"):
+        train_data(open_shards(config.data.shards), config)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_evaluation_sees_every_image_once(shards: Path, world: int) -> None:
+    ids = [
+        name
+        for rank in range(world)
+        for b in eval_batches(open_shards(shards), "val", rank=rank, world=world, size=2)
+        for name in b.ids
+    ]
+    assert sorted(ids) == [f"val_{n:05d}" for n in range(6)]
+
+
+def test_the_embedded_data_is_fit_for_use(tiny: TrainConfig) -> None:
+    check_data(open_shards(tiny.data.shards), tiny.data)

@@ -1,0 +1,56 @@
+"""The preflight: how many trainings fit beside Ray Data's whole CPU."""
+
+import pytest
+
+from cps_ray.config.train import ResourcesConfig
+from cps_ray.errors import ResourceError
+from cps_ray.on_ray.cluster import trainings_at_once
+
+
+def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "expected"),
+    [
+        ({"cpus_per_worker": 0.5}, [node(2)], 2),
+        ({"cpus_per_worker": 1}, [node(2)], 1),
+        ({"workers": 2, "cpus_per_worker": 1}, [node(4)], 1),
+        ({"workers": 2, "cpus_per_worker": 1}, [node(2), node(2)], 1),
+        ({"cpus_per_worker": 6, "gpus_per_worker": 1}, [node(64, 8)], 8),
+        ({"cpus_per_worker": 8, "gpus_per_worker": 1}, [node(64, 8)], 7),
+        ({"workers": 8, "cpus_per_worker": 6, "gpus_per_worker": 1}, [node(64, 4), node(64, 4)], 1),
+        ({"cpus_per_worker": 8, "gpus_per_worker": 1}, [node(8, 1), node(16, 1)], 2),
+        ({"cpus_per_worker": 1}, [node(0), node(1), node(1)], 1),
+    ],
+)
+def test_as_many_as_fit(resources: dict[str, float], nodes: list[dict[str, float]], expected: int) -> None:
+    assert trainings_at_once(ResourcesConfig(**resources), "auto", nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes"),
+    [
+        ({"cpus_per_worker": 2}, [node(2)]),
+        ({"workers": 2, "cpus_per_worker": 1}, [node(2)]),
+        ({"gpus_per_worker": 1}, [node(16)]),
+        ({"workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, [node(16, 2)]),
+        ({"cpus_per_worker": 6}, [node(4), node(4)]),
+    ],
+)
+def test_what_can_never_run_is_refused(resources: dict[str, float], nodes: list[dict[str, float]]) -> None:
+    with pytest.raises(ResourceError, match=r"one training takes .* but the cluster has"):
+        trainings_at_once(ResourcesConfig(**resources), "auto", nodes)
+
+
+def test_without_a_stream_every_cpu_is_for_training() -> None:
+    resources = ResourcesConfig(workers=2, cpus_per_worker=1)
+    assert trainings_at_once(resources, "auto", [node(2)], streams=False) == 1
+
+
+def test_a_number_is_taken_at_its_word_or_refused() -> None:
+    resources = ResourcesConfig(cpus_per_worker=1)
+    assert trainings_at_once(resources, 2, [node(8)]) == 2
+    with pytest.raises(ResourceError, match=r"concurrency: 8 trainings at once.* 7 fit"):
+        trainings_at_once(resources, 8, [node(8)])

@@ -1,0 +1,277 @@
+"""What people get wrong: one line with the place, the finding and the remedy, and the documented exit code."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from cps_ray import prepare, sweep, train
+from cps_ray.datasets.shards import Item, encode_mask, write_shards
+
+SWEEP = """\
+version: 1
+name: bad
+output: runs
+train:
+  data:
+    shards: SHARDS
+    labeled: 6
+    crop_px: [32, 48]
+    labeled_batch: 4
+    unlabeled_batch: 4
+  model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16}}
+  optim: {lr: 0.01}
+  schedule: {steps: 4, eval_every: 2}
+  resources: {cpus_per_worker: 0.5}
+budget: {trials: 2}
+early_stopping: {type: none}
+search_space:
+  cps.weight: {type: float, low: 0.5, high: 2.0}
+final: {retrain: none}
+"""
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes the sweep above with (old, new) parts replaced, into the working directory; returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def written(*changes: tuple[str, str], name: str = "bad.yaml") -> str:
+        text = SWEEP
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        Path(name).write_text(text.replace("SHARDS", str(shards)))
+        return name
+
+    return written
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (("crop_px", "crop_size"), ["bad.yaml:8", "train.data.crop_size", "no such setting", "crop_px"]),
+        (("labeled: 6", "labeled: 6\n    labeled: 7"), ["bad.yaml:8", "labeled", "twice"]),
+        (("lr: 0.01", "lr: fast"), ["bad.yaml:12", "train.optim.lr", "number", "fast"]),
+        (("lr: 0.01", "lr: -1"), ["bad.yaml:12", "train.optim.lr", "-1", "greater than 0"]),
+        (("eval_every: 2", "eval_every: 3"), ["bad.yaml:13", "steps % eval_every == 0", "steps=4, eval_every=3"]),
+        (("cps.weight:", "cps.wait:"), ["bad.yaml:18", "search_space.cps.wait", "Did you mean cps.weight?"]),
+        (("low: 0.5,", "low: 0, log: true,"), ["bad.yaml:18", "low > 0", "baselines"]),
+        (("low: 0.5", "low: 3.0"), ["bad.yaml:18", "3.0", "2.0"]),
+        (("budget:", "objective: {metric: test/miou}\nbudget:"), ["bad.yaml:15", "test/miou", "val/miou"]),
+        (
+            ("cps.weight: {type: float, low: 0.5, high: 2.0}", "data.labeled_batch: {type: int, low: 2, high: 4}"),
+            ["bad.yaml:18", "search_space.data.labeled_batch"],
+        ),
+        (("cpus_per_worker: 0.5", "workers: 3"), ["labeled_batch", "== 0` must hold", "4 images for 3 x 1"]),
+        (("resources:", "compute: {autocast: fp16}\n  resources:"), ["fp16", "gpus_per_worker", "bf16"]),
+        (("version: 1", "version: 1\n\tname: x"), ["bad.yaml:2"]),
+    ],
+    ids=lambda value: value[1].strip()[:30] if isinstance(value, tuple) else "",
+)
+def test_settings(write: Write, capsys: pytest.CaptureFixture[str], change: tuple[str, str], parts: list[str]) -> None:
+    assert sweep.main([write(change)]) == 2
+    text = one_line(capsys)
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (("tu-test_efficientnet", "resnet5O"), ["model.encoder", "'resnet5O'", "Did you mean resnet50?"]),
+        (("decoder_channels: 16", "decoder_chanels: 16"), ["model", "decoder_chanels", "cannot be built"]),
+        (("model: {", "model: {weights_file: none.pt, "), ["none.pt", "does not exist", "relative to the config file"]),
+        (("labeled: 6", "labeled: 600"), ["data.labeled", "at most 24", "600"]),
+        (("labeled: 6", "labeled_list: ids.txt"), ["ids.txt", "cannot be read"]),
+        (("SHARDS", "nowhere\n    prepare: make them so"), ["nowhere", "no shards here", "make them so"]),
+        (
+            (
+                "cps.weight: {type: float, low: 0.5, high: 2.0}",
+                "model.encoder: {type: choice, values: [tu-test_resnet, resnt18]}",
+            ),
+            ["'resnt18'", "Did you mean resnet18?"],
+        ),
+    ],
+    ids=lambda value: value[1].strip()[:30] if isinstance(value, tuple) else "",
+)
+def test_networks_and_data(
+    write: Write, capsys: pytest.CaptureFixture[str], change: tuple[str, str], parts: list[str]
+) -> None:
+    assert sweep.main([write(change)]) == 2
+    text = one_line(capsys)
+    assert all(part in text for part in parts), text
+    assert not Path("runs").exists(), "nothing may be left behind that stands in the way of the next try"
+
+
+def test_a_missing_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write()
+    assert sweep.main(["none.yaml"]) == 2
+    assert "none.yaml" in one_line(capsys)
+
+
+def test_an_override_without_a_value(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([write(), "--set", "budget.trials"]) == 2
+    assert "--set budget.trials: must be NAME=VALUE" in one_line(capsys)
+
+
+def test_an_override_with_a_typo(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([write(), "--set", "budget.trails=3"]) == 2
+    text = one_line(capsys)
+    assert "--set budget.trails=3" in text
+    assert "trials" in text
+
+
+def test_a_sweep_given_as_a_training(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([write()]) == 2
+    assert "python -m cps_ray.sweep bad.yaml" in one_line(capsys)
+
+
+def test_an_unknown_id_in_a_list(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ids.txt").write_text("train_00001\ntrain_99999\n")
+    assert sweep.main([write(("labeled: 6", "labeled_list: ids.txt"))]) == 2
+    text = one_line(capsys)
+    assert "ids.txt:2: 'train_99999' is no image of the training split" in text
+
+
+def test_an_existing_run_folder(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/bad/trials/0000").mkdir(parents=True)
+    assert sweep.main([write()]) == 2
+    text = one_line(capsys)
+    assert "already holds a sweep" in text
+    assert "--fresh" in text
+    assert Path("runs/bad/trials/0000").is_dir()
+
+
+def test_an_existing_training_folder(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line[2:] for line in SWEEP.replace("SHARDS", str(shards)).splitlines() if line.startswith("  ")]
+    path = tmp_path / "t.yaml"
+    path.write_text("\n".join(line for line in lines if "cps.weight" not in line) + "\n")
+    (tmp_path / "train-t").mkdir()
+    (tmp_path / "train-t" / "log.txt").touch()
+    assert train.main([str(path)]) == 2
+    text = one_line(capsys)
+    assert "already holds a training" in text
+    assert "--resume" in text
+
+
+def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(["resume", str(tmp_path)]) == 2
+    assert "must be a run folder of a sweep" in one_line(capsys)
+
+
+def test_a_test_split_without_masks(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    pixels = np.arange(3, dtype=np.uint8)
+
+    def item(name: str, *, masked: bool) -> Item:
+        unique = cv2.imencode(".png", np.full((32, 48, 3), int(name[-1]), np.uint8))[1].tobytes()
+        return Item(name, unique, encode_mask(np.zeros((32, 48), np.uint8)) if masked else None)
+
+    assert image
+    assert pixels.size
+    splits = {
+        "train": [item(f"a{n}", masked=True) for n in range(1, 8)],
+        "val": [item("b8", masked=True)],
+        "test": [item("c9", masked=False)],
+    }
+    write_shards(tmp_path / "own", splits, classes=["x", "y"], palette=[(0, 0, 0), (1, 1, 1)], made_by="test")
+    assert sweep.main([write(("SHARDS", "own"))]) == 2
+    assert "split 'test' must have masks" in one_line(capsys)
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """Two images per split in CamVid's layout."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for kind in (split, f"{split}annot"):
+            (tmp_path / "raw" / kind).mkdir(parents=True)
+        for n in range(2):
+            image = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / "raw" / split / f"{split}{n}.png"), image)
+            mask = rng.integers(0, 12, (24, 32), dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / "raw" / f"{split}annot" / f"{split}{n}.png"), mask)
+    return tmp_path / "raw"
+
+
+def prepared(raw: Path) -> int:
+    return prepare.main(["camvid", str(raw), str(raw.parent / "out")])
+
+
+def test_the_layout_itself_is_fine(camvid: Path) -> None:
+    assert prepared(camvid) == 0
+
+
+def test_a_mask_of_another_size(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cv2.imwrite(str(camvid / "trainannot" / "train1.png"), np.zeros((12, 16), np.uint8))
+    assert prepared(camvid) == 2
+    text = one_line(capsys)
+    assert all(part in text for part in ("train1", "32x24", "16x12")), text
+    assert not (camvid.parent / "out").exists()
+
+
+def test_a_mask_value_out_of_range(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cv2.imwrite(str(camvid / "trainannot" / "train1.png"), np.full((24, 32), 77, np.uint8))
+    assert prepared(camvid) == 2
+    text = one_line(capsys)
+    assert all(part in text for part in ("train1.png", "77")), text
+
+
+def test_an_image_without_its_mask(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (camvid / "valannot" / "val1.png").unlink()
+    assert prepared(camvid) == 2
+    assert "val1" in one_line(capsys)
+
+
+def test_an_empty_split(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(camvid / "test")
+    shutil.rmtree(camvid / "testannot")
+    assert prepared(camvid) == 2
+    assert "test" in one_line(capsys)
+
+
+def test_a_damaged_image(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = camvid / "train" / "train0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    assert prepared(camvid) == 2
+    assert "train0" in one_line(capsys)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (
+            ("cpus_per_worker: 0.5", "cpus_per_worker: 9000"),
+            ["1 workers x (9000 CPUs", "the cluster has", "Lower resources"],
+        ),
+        (("cpus_per_worker: 0.5", "gpus_per_worker: 64"), ["64 GPUs", "the cluster has"]),
+        (("budget:", "concurrency: 4000\nbudget:"), ["concurrency: 4000", "one whole CPU for Ray Data", "fit"]),
+    ],
+    ids=["cpus", "gpus", "concurrency"],
+)
+def test_a_plan_that_can_never_run(
+    write: Write, capsys: pytest.CaptureFixture[str], change: tuple[str, str], parts: list[str]
+) -> None:
+    name = write(change)
+    assert sweep.main([name]) == 5
+    text = one_line(capsys)
+    assert all(part in text for part in parts), text
+    assert sweep.main([name]) == 5, "the folder it left is no sweep: the next try is not refused"
+
+
+def test_a_cluster_that_does_not_answer(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main([write(), "--address", "127.0.0.1:1"]) == 5
+    assert "no Ray cluster answers" in one_line(capsys)

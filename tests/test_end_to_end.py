@@ -1,0 +1,275 @@
+"""The road as people walk it: real commands in processes of their own, on a local cluster, with real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cps_ray.config.reader import load_train
+from cps_ray.config.train import TrainConfig
+from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.datasets.loader import eval_batches, train_batches, train_data
+from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.loop import evaluate, fit, summarise
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import build_state
+
+pytestmark = pytest.mark.ray
+
+SWEEP = """\
+version: 1
+name: tiny
+output: runs
+train:
+  data:
+    shards: SHARDS
+    labeled: 6
+    crop_px: [32, 48]
+    labeled_batch: 4
+    unlabeled_batch: 4
+    groups: {first: "*_0000[012]"}
+  model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16, decoder_aspp_dropout: 0.0}}
+  optim: {name: adamw, lr: 3e-3}
+  schedule: {steps: 20, eval_every: 5}
+  resources: {cpus_per_worker: 0.5}
+budget: {trials: 4}
+early_stopping: {type: asha, grace: 5, reduction: 2}
+search_space:
+  cps.weight: {type: float, low: 0.5, high: 2.0}
+  optim.lr: {type: float, low: 1e-6, high: 1e-2, log: true}
+baselines:
+  supervised-only: {method: supervised}
+final: {retrain: best, seeds: [1, 2]}
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, shards: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SWEEP.replace("SHARDS", str(shards)))
+    return path
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-u", "-m", f"cps_ray.{words[0]}", *words[1:]]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*words: str, cwd: Path) -> tuple[int, str]:
+    process = start(*words, cwd=cwd)
+    out, _ = process.communicate(timeout=400)
+    return process.returncode, out
+
+
+def read_until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) -> str:
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if wanted(line):
+            return text
+    raise AssertionError(f"ended before it was said:\n{text}")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Living processes below one, and their command lines."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: dict[int, str] = {}
+    waiting = [pid]
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            waiting.append(child)
+            try:
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+    return found
+
+
+def alive(pid: int, command: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") == command != ""
+    except OSError:
+        return False
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
+    """The same training by the engine alone, in this process: the independent reference."""
+    torch.set_num_threads(1)  # as a worker with half a CPU has: sums in the same order
+    shards = open_shards(config.data.shards)
+    state = build_state(config, 7, Ranks())
+    found = []
+
+    def validate(_: object) -> dict[str, float]:
+        return summarise(evaluate(config, state.pair.a, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val")
+
+    def report(metrics: dict[str, float], _: object) -> bool:
+        found.append(metrics)
+        return True
+
+    fit(config, state, train_batches(train_data(shards, config), config), validate, report)
+    return found
+
+
+def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
+    cwd = sweep_file.parent
+    code, out = run("sweep", "tiny.yaml", cwd=cwd)
+    assert code == 0, out
+    assert "Ray dashboard: http://127.0.0.1:" in out
+    root = cwd / "runs" / "tiny"
+
+    summary = json.loads((root / "summary.json").read_text())
+    counts = summary["trials"]
+    assert summary["status"] == "finished"
+    assert counts["complete"] + counts["pruned"] == 4, out
+    assert counts["complete"] >= 1
+    assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds somebody to stop"
+    assert set(summary["final"]["groups"]) == {"best", "supervised-only"}
+    assert summary["final"]["groups"]["best"]["test/miou"]["n"] == 2
+    assert "test/first/miou" in summary["final"]["groups"]["best"]
+
+    trials = pq.read_table(root / "trials.parquet").to_pylist()
+    assert [row["number"] for row in trials] == [0, 1, 2, 3]
+    assert (root / "trials.csv").read_text().count("\n") == 5
+    history = pq.read_table(root / "history.parquet").to_pylist()
+    assert {row["run"] for row in history} >= {"0000", "best-seed1", "supervised-only-seed2"}
+
+    # What was sampled is what was trained, and what is on record is what was reported.
+    for row in trials:
+        folder = root / "trials" / f"{row['number']:04d}"
+        config = load_train(folder / "config.yaml")
+        assert config.optim.lr == row["params.optim.lr"]
+        assert config.cps.weight == row["params.cps.weight"]
+        assert max(r["val/miou"] for r in records(folder)) == row["score_best"]
+        assert (folder / "log.txt").read_text()
+        assert not (folder / "error.txt").exists()
+        assert (row["state"] == "pruned") == (row["steps"] < 20)
+
+    best = load_train(root / "best.yaml")
+    (top,) = [row for row in trials if row["number"] == summary["best"]["trial"]]
+    assert best.optim.lr == top["params.optim.lr"]
+    assert top["score"] == max(row["score"] for row in trials if row["score"] is not None)
+    # The baseline is the best configuration, supervised.
+    baseline = load_train(root / "final" / "supervised-only-seed1" / "config.yaml")
+    assert baseline.method == "supervised"
+    assert (baseline.optim, baseline.schedule, baseline.model) == (best.optim, best.schedule, best.model)
+
+    model = json.loads((root / "best" / "model.json").read_text())
+    assert len(model["classes"]) == 7
+    assert load_file(root / "best" / "model.safetensors")
+    assert cv2.imread(str(root / "best" / "examples.png")).shape[1] > 4 * 200
+    seeds = (root / "best" / "seeds.csv").read_text().splitlines()
+    assert len(seeds) == 5
+
+    assert run("sweep", "status", "runs/tiny", cwd=cwd)[0] == 0
+    assert run("sweep", "best", "runs/tiny", cwd=cwd)[1] == (root / "best.yaml").read_text()
+
+    # best.yaml trains as it is, and to the same score.
+    code, out = run("train", "runs/tiny/best.yaml", cwd=cwd)
+    assert code == 0, out
+    again = max(record["val/miou"] for record in records(root / "train-best"))
+    assert f"{again:.4f}" == f"{summary['best']['value']:.4f}"
+
+
+def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> None:
+    cwd = sweep_file.parent
+    process = start("sweep", "tiny.yaml", "--set", "final.retrain=none", "--set", "early_stopping.type=none", cwd=cwd)
+    before = read_until(process, lambda line: "step 5/20" in line)
+    children = descendants(process.pid)
+    assert any("RayTrainWorker" in command for command in children.values())
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, before + rest
+    deadline = time.monotonic() + 20
+    while (left := {p: c for p, c in children.items() if alive(p, c)}) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+    assert "Resume: python -m cps_ray.sweep resume runs/tiny" in rest
+    summary = json.loads((cwd / "runs/tiny/summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["trials"]["running"] >= 1
+
+    code, out = run("sweep", "resume", "runs/tiny", cwd=cwd)
+    assert code == 0, out
+    summary = json.loads((cwd / "runs/tiny/summary.json").read_text())
+    assert summary["trials"] == {"budget": 4, "complete": 4, "pruned": 0, "failed": 0, "running": 0}
+    # The interrupted trial went on from its checkpoint, under its number.
+    assert "step 0 of 20" in (cwd / "runs/tiny/trials/0000/log.txt").read_text()
+    for number in range(4):
+        folder = cwd / "runs/tiny/trials" / f"{number:04d}"
+        assert [record["step"] for record in records(folder)] == [5, 10, 15, 20]
+    resumed = load_train(cwd / "runs/tiny/trials/0000/config.yaml")
+    expected = [record["val/miou"] for record in without_a_cluster(resumed)]
+    assert [record["val/miou"] for record in records(cwd / "runs/tiny/trials/0000")] == pytest.approx(
+        expected, abs=1e-9
+    )
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 120, "eval_every": 10})})
+    (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
+    process = start("train", "t.yaml", "--set", "resources.cpus_per_worker=0.5", cwd=tmp_path)
+    read_until(process, lambda line: line.startswith("step 20/120"))
+    (victim,) = [pid for pid, command in descendants(process.pid).items() if "RayTrainWorker" in command]
+    os.kill(victim, signal.SIGKILL)
+    rest, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, rest
+    starts = [
+        line for line in (tmp_path / "train-t/log.txt").read_text().splitlines() if " of 120: rank 0 of 1" in line
+    ]
+    assert len(starts) == 2
+    resumed_at = int(starts[1].split("step ")[1].split()[0])
+    assert resumed_at in (10, 20, 30)  # the checkpoint before the kill
+    found = records(tmp_path / "train-t")
+    assert [record["step"] for record in found] == list(range(10, 121, 10))
+    expected = without_a_cluster(config)
+    for name in ("train/loss", "val/miou"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], abs=1e-9)
+
+
+def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 20, "eval_every": 1})})
+    (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
+    code, out = run("train", "t.yaml", "--workers", "2", "--set", "resources.cpus_per_worker=0.5", cwd=tmp_path)
+    assert code == 0, out
+    expected = [record["train/loss"] for record in without_a_cluster(config)]
+    assert [record["train/loss"] for record in records(tmp_path / "train-t")] == pytest.approx(expected, rel=1e-3)
+
+
+def test_when_every_trial_diverges_the_limit_stops_the_sweep(sweep_file: Path) -> None:
+    cwd = sweep_file.parent
+    space = "search_space={optim.lr: {type: float, low: 1.0e+20, high: 1.0e+25, log: true}}"
+    limits = "failures={max_consecutive: 2}"
+    code, out = run("sweep", "tiny.yaml", "--set", space, "--set", limits, "--set", "budget.trials=9", cwd=cwd)
+    assert code == 4, out
+    assert "2 trials in a row failed" in out
+    assert "not finite at step" in out
+    assert "not finite at step" in (cwd / "runs/tiny/trials/0000/error.txt").read_text()
+    summary = json.loads((cwd / "runs/tiny/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["trials"]["failed"] >= 2
+    code, out = run("sweep", "resume", "runs/tiny", "--trials", "2", cwd=cwd)
+    assert code == 3, out
+    assert "no trial completed" in out
