@@ -41,6 +41,10 @@ class FailureLimitError(CpsRayError):
     exit_code = 4
 
 
+class FinalRunError(CpsRayError):
+    """A final run failed, so that nothing can be compared (exit 1); the search is whole, and resume tries again."""
+
+
 class ResourceError(CpsRayError):
     """The plan can never be scheduled on this cluster (exit 5)."""
 

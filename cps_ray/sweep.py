@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--trials", type=int, help="a larger budget of trials")
+    resume.add_argument("--time", help="a larger budget of wall time, all sessions together, such as 10h")
     resume.add_argument("--address")
     resume.set_defaults(do=_resume)
     status = verbs.add_parser("status", help="how a sweep stands; only reads files")
@@ -113,7 +114,7 @@ def _dry_run(config: SweepConfig, draws: int) -> int:
         console.print(f"Data: {data.shards} will be drawn on first use.")
         return 0
     try:
-        check_data(open_shards(data.shards, data.prepare), data)
+        check_data(open_shards(data.shards, data.prepare), config.train)
         console.print(f"Data: {data.shards} is there.")
     except DataError as err:
         console.print(f"Data is missing: {err}", soft_wrap=True, markup=False, highlight=False)
@@ -124,10 +125,10 @@ def _resume(args: argparse.Namespace) -> int:
     from cps_ray.search import run
 
     _need_run_folder(args.folder)
-    overrides = [] if args.trials is None else [f"budget.trials={args.trials}"]
+    overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
     config = _load(args.folder / run.SWEEP_FILE, overrides)
     root = args.folder.absolute()
-    if args.trials is not None:
+    if overrides:
         run.write_resolved(root, config)
     return run.Sweep(config, root, Console(), args.address).run(run.check(config))
 

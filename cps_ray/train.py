@@ -2,9 +2,9 @@
 
     python -m cps_ray.train runs/quickstart/best.yaml
     python -m cps_ray.train runs/camvid/best.yaml --set seed=7 --output runs/camvid-seed7 --workers 2
-    python -m cps_ray.train runs/camvid/best.yaml --output runs/camvid-seed7 --resume
+    python -m cps_ray.train runs/camvid-seed7/config.yaml --output runs/camvid-seed7 --resume
 
-Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130 interrupted, resumable.
+Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
 
 import argparse
@@ -48,27 +48,45 @@ def _run(args: argparse.Namespace) -> int:
     workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
     config = load_train(args.file, [*args.set, *workers])
     folder = (args.output or args.file.parent / f"train-{args.file.stem}").absolute()
+    begun = folder / CONFIG_FILE
     if folder.exists() and any(folder.iterdir()) and not args.resume:
-        raise ConfigError(f"{folder}: already holds a training. Go on: --resume. Start again: --output another folder.")
+        raise ConfigError(
+            f"{folder}: already holds a training. Go on: {_resume(folder)}. Start again: --output another folder."
+        )
+    if begun.exists() and load_train(begun).model_copy(update={"resources": config.resources}) != config:
+        raise ConfigError(
+            f"{folder}: was begun with other settings; only resources may change. Go on: {_resume(folder)}"
+        )
     check_model(config.model)
-    check_data(open_data(config.data), config.data)
+    check_data(open_data(config.data), config)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {args.file.name}."))
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    begun.write_text(dump_yaml(config.dump(str(folder)), f"Made from {args.file.name}."))
+    received: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         with connected(args.address) as cluster:
             trainings_at_once(config.resources, 1, nodes(), streams=config.method == "cps")
             print(*cluster.banner(), f"Run folder: {folder}", sep="\n", flush=True)
             _fit(config, folder)
     except KeyboardInterrupt:
-        print(f"interrupted. Resume: python -m cps_ray.train {args.file} --output {folder} --resume")
-        return 130
+        print(f"interrupted. Resume: {_resume(folder)}")
+        return 128 + received[0]
     return 0
+
+
+def _resume(folder: Path) -> str:
+    return f"python -m cps_ray.train {folder}/config.yaml --output {folder} --resume"
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Runs the training in a thread, so that Ctrl-C and the progress lines stay ours."""
-    from cps_ray.on_ray.trainer import Objective, best_checkpoint, make_trainer
+    from cps_ray.on_ray.trainer import Objective, best_checkpoint, make_trainer, reason
 
     outcome: dict[str, Any] = {}
 
@@ -86,8 +104,6 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         shown = _show(config, folder, shown)
     error = outcome.get("error")
     if error is not None:
-        from cps_ray.search.trainable import reason
-
         raise CpsRayError(f"{folder}: the training failed: {reason(error)}. More in {folder}/log.txt") from error
     if outcome.get("value"):
         raise DivergedError(f"{folder}: {outcome['value']['diverged']}")

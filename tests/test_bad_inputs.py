@@ -95,6 +95,8 @@ def test_settings(write: Write, capsys: pytest.CaptureFixture[str], change: tupl
         (("model: {", "model: {weights_file: none.pt, "), ["none.pt", "does not exist", "relative to the config file"]),
         (("labeled: 6", "labeled: 600"), ["data.labeled", "at most 24", "600"]),
         (("labeled: 6", "labeled_list: ids.txt"), ["ids.txt", "cannot be read"]),
+        (("budget:", "objective: {metric: val/mIoU}\nbudget:"), ["objective.metric", "Did you mean val/miou?"]),
+        (("retrain: none", "set: {model.encoder: resnet5}"), ["'resnet5'", "Did you mean resnet50?"]),
         (("SHARDS", "nowhere\n    prepare: make them so"), ["nowhere", "no shards here", "make them so"]),
         (
             (
@@ -147,11 +149,20 @@ def test_an_unknown_id_in_a_list(write: Write, capsys: pytest.CaptureFixture[str
 
 def test_an_existing_run_folder(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/bad/trials/0000").mkdir(parents=True)
+    Path("runs/bad/sweep.source.yaml").touch()
     assert sweep.main([write()]) == 2
     text = one_line(capsys)
     assert "already holds a sweep" in text
     assert "--fresh" in text
     assert Path("runs/bad/trials/0000").is_dir()
+
+
+def test_a_folder_of_something_else_is_left_alone(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/bad").mkdir(parents=True)
+    Path("runs/bad/sweep.yaml").write_text("mine")
+    assert sweep.main([write()]) == 2
+    assert "holds other files" in one_line(capsys)
+    assert Path("runs/bad/sweep.yaml").read_text() == "mine"
 
 
 def test_an_existing_training_folder(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,25 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(tiny: TrainConfi
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], abs=1e-9)
 
 
+def test_sigterm_ends_a_training_in_order_and_resume_goes_on(tiny: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(dump_yaml(tiny.dump(str(tmp_path))))
+    long = ["--set", "schedule.steps=60", "--set", "schedule.eval_every=5", "--set", "resources.cpus_per_worker=0.5"]
+    process = start("train", "t.yaml", *long, cwd=tmp_path)
+    read_until(process, lambda line: line.startswith("step 5/60"))
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    time.sleep(2)
+    assert not [command for pid, command in children.items() if alive(pid, command)]
+    command = rest.split("Resume: python -m cps_ray.")[1].splitlines()[0].split()
+    code, out = run(*command, "--set", "optim.lr=0.5", cwd=tmp_path)
+    assert code == 2, "other settings would make another training"
+    code, out = run(*command, cwd=tmp_path)
+    assert code == 0, out
+    assert [record["step"] for record in records(tmp_path / "train-t")] == list(range(5, 61, 5))
+
+
 def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path) -> None:
     config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 20, "eval_every": 1})})
     (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))

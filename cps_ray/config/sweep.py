@@ -84,7 +84,7 @@ class BudgetConfig(Section):
 
     trials: Count
     time: Duration | None = None
-    """Wall time of one session of the search, without baselines and final runs."""
+    """Wall time of the search, all its sessions together, without final runs. Trials it cuts short count as pruned."""
 
 
 class SamplerConfig(Section):

@@ -6,16 +6,17 @@ Decoding and augmentation run in threads beside the step (OpenCV frees the GIL).
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import DataConfig, TrainConfig
+from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.augment import TrainView
 from cps_ray.datasets.order import LABELED, UNLABELED, image_at, positions, positions_from
 from cps_ray.datasets.shards import Encoded, Index, Shards, decode_image, decode_mask, read_rows
@@ -177,12 +178,27 @@ class _Producer:
         return self._view(decode_image(encoded.image), mask, seed)
 
 
-def check_data(shards: Shards, data: DataConfig) -> None:
+def check_data(shards: Shards, config: TrainConfig) -> None:
     """Raises DataError unless the splits a training and its evaluation need are there, with masks to judge by."""
-    split_labeled(data, shards.index("train"))
+    train_data(shards, config)
     for split in ("val", "test"):
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
+
+
+def metrics_of(shards: Shards, split: str, groups: Mapping[str, str]) -> list[str]:
+    """Names of everything an evaluation of this split measures: mIoU, and IoU of the classes that it shows."""
+    index = shards.index(split)
+    parts = {"": index.labeled}
+    for name, pattern in groups.items():
+        parts[f"{name}/"] = index.labeled & np.array([fnmatchcase(one, pattern) for one in index.ids])
+    names = []
+    for prefix, rows in parts.items():
+        if rows.any():
+            names.append(f"{split}/{prefix}miou")
+            shown = np.flatnonzero(index.presence[rows].sum(axis=0))
+            names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in shown]
+    return names
 
 
 def eval_batches(
@@ -201,14 +217,15 @@ def _ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], dept
     """The batches in order, `depth` of them being decoded before they are asked for."""
     waiting: list[Future[EvalBatch]] = []
     for chunk in chunks:
-        waiting.append(pool.submit(_eval_batch, index, chunk))
+        waiting.append(pool.submit(eval_batch, index, chunk))
         if len(waiting) > depth:
             yield waiting.pop(0).result()
     for future in waiting:
         yield future.result()
 
 
-def _eval_batch(index: Index, rows: list[int]) -> EvalBatch:
+def eval_batch(index: Index, rows: list[int]) -> EvalBatch:
+    """These rows of an index, which have masks and one size."""
     places = [(int(index.file[row]), int(index.row[row])) for row in rows]
     encoded = read_rows(index.files, places)
     images = [torch.from_numpy(decode_image(one.image)).permute(2, 0, 1) for one in encoded]

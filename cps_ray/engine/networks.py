@@ -24,11 +24,11 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(self, network: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
-        """`mean`, `std`: per RGB channel, for values in 0..1."""
+        """`mean`, `std`: per RGB channel, for values in 0..1. Part of the state, so that a checkpoint is judged as it was trained."""
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1) * 255.0, persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1) * 255.0)
+        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1) * 255.0)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float logits (B, C, H, W). Sizes that are no multiple of 32 are padded, then cropped."""

@@ -51,7 +51,8 @@ class TrainState:
             folder / STATE_FILE,
         )
         temporary = folder / f"{META_FILE}.tmp"
-        temporary.write_text(json.dumps({"step": self.step, "metrics": metrics}))
+        size = (folder / STATE_FILE).stat().st_size  # tells a whole copy of this folder from one cut short
+        temporary.write_text(json.dumps({"step": self.step, "metrics": metrics, "bytes": size}))
         os.replace(temporary, folder / META_FILE)
 
     def load(self, folder: Path) -> None:
@@ -84,6 +85,7 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
     pair = build_pair(config, num_classes).to(ranks.device)
     if config.compute.channels_last:
         pair = pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _freeze_unused(pair, config.data.crop_px)
     model: nn.Module = pair
     if ranks.world > 1:
         # In place, so that `pair` and `model` go on sharing their networks.
@@ -96,6 +98,21 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
     networks = [pair.a] if pair.b is None else [pair.a, pair.b]
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.compute.autocast == "fp16")
     return TrainState(pair, model, [_optimizer(config.optim, network) for network in networks], scaler, ranks)
+
+
+def _freeze_unused(pair: Pair, crop_px: tuple[int, int]) -> None:
+    """Some networks have parameters that no output depends on, such as the classifier's last convolution in smp's
+    EfficientNet; DDP would wait for their gradients. On any number of workers, so that checkpoints stay the same.
+    """
+    mean = pair.a.mean
+    image = torch.zeros(1, 3, *crop_px, dtype=torch.uint8, device=mean.device)
+    pair.eval()  # batch norm keeps its statistics
+    logits_a, logits_b = pair(image)
+    (logits_a.sum() if logits_b is None else logits_a.sum() + logits_b.sum()).backward()
+    for parameter in pair.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    pair.zero_grad(set_to_none=True)
+    pair.train()
 
 
 def _optimizer(optim: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:

@@ -2,7 +2,9 @@
 
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,10 +77,16 @@ def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator
             "include_dashboard": True,
             "num_cpus": num_cpus,
         }
+    in_main = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(address=address or "local", **options)
-    except ConnectionError as err:
-        raise ResourceError(f"--address {address}: no Ray cluster answers there ({str(err).splitlines()[0]}).") from err
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as err:
+        reason = (str(err).splitlines() or [type(err).__name__])[0]
+        raise ResourceError(f"--address {address or 'local'}: no Ray cluster can be joined there ({reason}).") from err
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler, which leaves at once
     try:
         yield Cluster(f"http://{context.dashboard_url}", local=address is None)
     finally:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import eval_batches
+from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.synthetic import open_data
 from cps_ray.engine.loop import Metrics, evaluate, summarise
 from cps_ray.engine.networks import Segmenter, build_network
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import autocast, read_checkpoint
-from cps_ray.errors import CheckpointError
+from cps_ray.errors import CheckpointError, CpsRayError
+from cps_ray.on_ray.trainer import reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,10 @@ def judge(train: dict[str, Any], checkpoint: str, split: str, num_examples: int 
     confusions = evaluate(config, network, eval_batches(shards, split), len(shards.classes), ranks)
     examples = []
     if num_examples:
-        singles = list(eval_batches(shards, split, size=1))
-        for place in np.linspace(0, len(singles) - 1, num_examples).round().astype(int):
-            batch = singles[place]
+        index = shards.index(split)
+        rows = np.flatnonzero(index.labeled)
+        for place in np.linspace(0, len(rows) - 1, num_examples).round().astype(int):
+            batch = eval_batch(index, [int(rows[place])])
             with torch.inference_mode(), autocast(config, device):
                 predicted = network(batch.image.to(device)).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
             image = batch.image[0].permute(1, 2, 0).numpy()
@@ -79,5 +81,8 @@ def judge_all(jobs: list[tuple[TrainConfig, Path]], split: str, num_examples: in
         # Never more CPUs than a training had, and at most the one that Ray Data had: it is idle now.
         placed = task.options(num_cpus=min(1.0, resources.cpus_per_worker), num_gpus=resources.gpus_per_worker)
         waiting.append(placed.remote(config.dump(), str(checkpoint), split, num_examples))
-    verdicts: list[Verdict] = ray.get(waiting)
+    try:
+        verdicts: list[Verdict] = ray.get(waiting)
+    except ray.exceptions.RayTaskError as err:
+        raise CpsRayError(f"judging on {split!r} failed: {reason(err)}") from err
     return verdicts

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.engine.state import META_FILE
+from cps_ray.engine.state import META_FILE, STATE_FILE
+from cps_ray.errors import CpsRayError
 from cps_ray.on_ray.worker import WorkerSettings, train_loop
 
 CONFIG_FILE = "config.yaml"
@@ -78,7 +79,13 @@ def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, meta) of every whole checkpoint of a run, by step. `meta` has `step` and `metrics`."""
     found = []
     for path in run_dir.glob(f"checkpoint_*/{META_FILE}"):
-        found.append((path.parent, json.loads(path.read_text())))
+        try:
+            meta = json.loads(path.read_text())
+            whole = (path.parent / STATE_FILE).stat().st_size == meta["bytes"]
+        except (OSError, ValueError):
+            continue  # an upload that a crash has cut short
+        if whole:
+            found.append((path.parent, meta))
     return sorted(found, key=lambda entry: entry[1]["step"])
 
 
@@ -94,3 +101,16 @@ def best_checkpoint(run_dir: Path, objective: Objective) -> tuple[Path, dict[str
     found = checkpoints(run_dir)
     sign = 1.0 if objective.mode == "max" else -1.0
     return max(found, key=lambda entry: sign * entry[1]["metrics"][objective.metric], default=None)
+
+
+def reason(err: BaseException) -> str:
+    """One line: the worker's own exception, dug out of Ray's wrappers."""
+    failures: dict[int, BaseException] = getattr(err, "worker_failures", None) or {}  # of a TrainingFailedError
+    err = next(iter(failures.values()), err)
+    cause = getattr(err, "cause", None)
+    if isinstance(cause, BaseException):
+        return reason(cause)
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [""]
+    # The last line of a remote traceback is the exception itself.
+    text = lines[-1] if "Traceback" in str(err) else lines[0]
+    return text if isinstance(err, CpsRayError) else f"{type(err).__name__}: {text}"

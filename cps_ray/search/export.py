@@ -87,6 +87,9 @@ def write_picture(path: Path, verdicts: dict[str, Verdict], manifest: Manifest, 
         painted = [_paint(np.where(truth == IGNORE, IGNORE, mask), palette) for mask in (truth, *answers)]
         tiles = [_tile(picture, height_px) for picture in (image, *painted)]
         rows.append(np.hstack(tiles))
+    width = max(row.shape[1] for row in rows)
+    white = (255, 255, 255)
+    rows = [cv2.copyMakeBorder(r, 0, 0, 0, width - r.shape[1], cv2.BORDER_CONSTANT, value=white) for r in rows]
     sheet = np.vstack([_heading(titles, rows[0].shape[1]), *rows])
     cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
 

@@ -17,7 +17,7 @@ from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.loop import Metrics
 from cps_ray.on_ray.judge import Verdict, judge_all
-from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, best_checkpoint
+from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, best_checkpoint, checkpoints
 from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
 from cps_ray.search.records import FINAL_FOLDER, Events, spread
 from cps_ray.search.session import Job
@@ -59,9 +59,9 @@ def drop_stale(runs: list[FinalRun]) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Whether the run has recorded its last step."""
-    records = read_metrics(job.folder / METRICS_FILE)
-    return bool(records) and records[-1]["step"] >= job.config.schedule.steps
+    """Whether the run's last checkpoint, which is always kept, is of its last step."""
+    found = checkpoints(job.folder)
+    return bool(found) and found[-1][1]["step"] >= job.config.schedule.steps
 
 
 class FinalWork:

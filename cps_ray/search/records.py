@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, TrialState
 
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig
 from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
 from cps_ray.search.study import Search
 
@@ -70,13 +70,22 @@ def trial_rows(search: Search, config: SweepConfig) -> list[dict[str, Any]]:
                 "score": trial.value if trial.state == TrialState.COMPLETE else None,
                 "score_best": None if best_step is None else curve[best_step],
                 "step_best": best_step,
-                "score_last": curve[max(curve)] if curve else None,
+                "score_last": trial.user_attrs.get("score_last"),
                 "steps": max(curve, default=0),
                 "seconds": round(ended - started, 1) if started and ended else None,
-                **{f"params.{name}": trial.params.get(name) for name in config.search_space},
+                **{
+                    f"params.{name}": _cell(trial.params.get(name), param)
+                    for name, param in config.search_space.items()
+                },
             }
         )
     return rows
+
+
+def _cell(value: Any, param: Param) -> Any:
+    """A column has one type: the values of a mixed choice, such as [true, batchnorm], are written as text."""
+    mixed = isinstance(param, ChoiceParam) and len({type(one) for one in param.values}) > 1
+    return str(value) if mixed and value is not None else value
 
 
 def write_tables(root: Path, search: Search, config: SweepConfig) -> None:
@@ -134,7 +143,8 @@ def write_summary(root: Path, search: Search, config: SweepConfig, status: str, 
             "step": max(best.intermediate_values, key=lambda s: (best.intermediate_values[s] == best.value, -s)),
             "params": best.params,
         },
-        "final": earlier.get("final"),
+        # Of another best trial, it would say nothing about this one.
+        "final": earlier.get("final") if best and (earlier.get("best") or {}).get("trial") == best.number else None,
         "seeds": {
             "train": config.train.seed,
             "labeled_split": config.train.data.split_seed,

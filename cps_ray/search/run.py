@@ -1,8 +1,8 @@
 """A sweep from its file to best.yaml: search, final runs, verdict, export. Any part may be cut off, and resumed."""
 
+import difflib
 import fcntl
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from rich.console import Console
 
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import ChoiceParam, SweepConfig
-from cps_ray.config.train import ModelConfig, TrainConfig
+from cps_ray.config.train import DataConfig, ModelConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import check_data
+from cps_ray.datasets.loader import check_data, metrics_of
 from cps_ray.datasets.shards import Shards
 from cps_ray.datasets.synthetic import open_data
 from cps_ray.engine.loop import Metrics
 from cps_ray.engine.networks import check_model
-from cps_ray.errors import ConfigError, FailureLimitError, NoTrialError
+from cps_ray.errors import ConfigError, FailureLimitError, FinalRunError, NoTrialError
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.on_ray.trainer import Objective, best_checkpoint, drop_checkpoints
@@ -41,6 +41,7 @@ from cps_ray.search.finals import (
     plan_finals,
 )
 from cps_ray.search.records import (
+    EVENTS_FILE,
     SUMMARY_FILE,
     TRIALS_FOLDER,
     Events,
@@ -55,31 +56,44 @@ from cps_ray.search.study import STUDY_FILE, Search
 
 SWEEP_FILE = "sweep.yaml"
 SOURCE_FILE = "sweep.source.yaml"
+LOCK_FILE = ".lock"
 _RESUME = "python -m cps_ray.sweep resume"
 
 
 def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
     """Makes the run folder with the resolved sweep and the file as written.
 
-    Raises ConfigError if the folder holds a sweep; `fresh` moves that one aside instead.
+    Raises ConfigError if the folder holds a sweep or anything else; `fresh` moves it aside instead.
     """
     root = config.output / config.name
-    if (root / SWEEP_FILE).exists() and not (root / TRIALS_FOLDER).exists():
-        shutil.rmtree(root)  # begun, but refused before its first trial: nothing is lost
-    if root.exists() and any(root.iterdir()):
-        if not fresh:
-            summary = read_json(root / SUMMARY_FILE) or {}
-            done = summary.get("trials", {})
-            state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
-            raise ConfigError(
-                f"{root}: already holds a sweep ({state}). Continue: {_RESUME} {_shown(root)}. "
-                "Start again: --name NEW, or --fresh to move it aside."
-            )
-        root.rename(root.with_name(f"{root.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"))
+    if root.exists() and any(path.name != LOCK_FILE for path in root.iterdir()):
+        with _locked(root):
+            if fresh:
+                root.rename(root.with_name(f"{root.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"))
+            else:
+                _clear(root)
     root.mkdir(parents=True, exist_ok=True)
     write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
     write_resolved(root, config)
     return root
+
+
+def _clear(root: Path) -> None:
+    """Empties a folder that a sweep was refused in before its first trial; ConfigError if there is more to lose."""
+    if not (root / SOURCE_FILE).exists():
+        raise ConfigError(
+            f"{root}: must be empty or a sweep's, but holds other files. Take another --name or --output."
+        )
+    if (root / TRIALS_FOLDER).exists():
+        summary = read_json(root / SUMMARY_FILE) or {}
+        done = summary.get("trials", {})
+        state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
+        raise ConfigError(
+            f"{root}: already holds a sweep ({state}). Continue: {_RESUME} {_shown(root)}. "
+            "Start again: --name NEW, or --fresh to move it aside."
+        )
+    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE):
+        (root / name).unlink(missing_ok=True)
 
 
 def write_resolved(root: Path, config: SweepConfig) -> None:
@@ -89,14 +103,22 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
 
 
 def check(config: SweepConfig) -> Shards:
-    """Everything that can be wrong before a cluster starts: networks, every choice of them, data and splits."""
-    seen: list[ModelConfig] = []
-    for changed in _network_choices(config):
-        if changed.model not in seen:
-            seen.append(changed.model)
-            check_model(changed.model)
+    """Everything that can be wrong before a cluster starts: networks, data and metric, of trials and of final runs."""
     shards = open_data(config.train.data)
-    check_data(shards, config.train.data)
+    models: list[ModelConfig] = []
+    data: list[tuple[DataConfig, str]] = []
+    for changed in (*_network_choices(config), *_final_trainings(config)):
+        if changed.model not in models:
+            models.append(changed.model)
+            check_model(changed.model)
+        if (changed.data, changed.method) not in data:
+            data.append((changed.data, changed.method))
+            check_data(open_data(changed.data), changed)
+    known = metrics_of(shards, "val", config.train.data.groups)
+    if config.objective.metric not in known:
+        near = difflib.get_close_matches(config.objective.metric, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known[:6])}, ..."
+        raise ConfigError(f"objective.metric: {config.objective.metric} is not measured on this val split. {hint}")
     return shards
 
 
@@ -106,6 +128,14 @@ def _network_choices(config: SweepConfig) -> Iterator[TrainConfig]:
         if name.startswith("model.") and isinstance(param, ChoiceParam):
             for value in param.values:
                 yield apply(config.train, {name: value}, f"search_space.{name}")
+
+
+def _final_trainings(config: SweepConfig) -> list[TrainConfig]:
+    """The final runs as far as they are known before the search."""
+    if config.final.retrain == "none":
+        return []
+    groups = ({}, *config.baselines.values())
+    return [apply(config.train, {**config.final.set, **changes}, "final runs") for changes in groups]
 
 
 def _shown(path: Path) -> str:
@@ -153,13 +183,17 @@ class SearchWork:
     limit: str | None = None
     """Why the failure limits stopped the sweep."""
     started: float = field(default_factory=time.monotonic)
-    _steps: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the search, earlier sessions included."""
+        return self.search.seconds_before + time.monotonic() - self.started
 
     @property
     def out_of_time(self) -> bool:
         """Whether the budget of wall time is used up."""
         limit = self.config.budget.time
-        return limit is not None and time.monotonic() - self.started > limit
+        return limit is not None and self.seconds > limit
 
     def next(self) -> Job | None:
         if self.limit or self.out_of_time:
@@ -191,16 +225,26 @@ class SearchWork:
             kind = "finished" if state == TrialState.COMPLETE else "pruned"
             self.events(kind, run=job.name, step=max(curve), value=self.search.value(curve))
         best = self.search.best()
-        if best is None or best.number != number:
-            drop_checkpoints(job.folder)
         if best is not None and (before is None or best.number != before.number):
-            if before is not None:
-                drop_checkpoints(trial_folder(self.root, before.number))
             self.events("best", run=job.name, value=best.value)
             self._write_best()
+        self.tidy()
         write_tables(self.root, self.search, self.config)
         write_summary(self.root, self.search, self.config, "running")
         self._publish()
+
+    def cut(self) -> None:
+        """A limit has ended the search: gives the trials that it cut short their verdicts."""
+        for number in self.search.live:
+            self.search.finish(number, failure=None, cut="failures" if self.limit else "budget.time")
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Frees the disk. Of all ended trials each time: a stopped one may still have been writing when its turn came."""
+        best = self.search.best()
+        for trial in self.search.trials:
+            if trial.state.is_finished() and (best is None or trial.number != best.number):
+                drop_checkpoints(trial_folder(self.root, trial.number))
 
     def _write_best(self) -> None:
         write_best(self.root, best_config(self.search, self.config), best_header(self.root, self.search, self.config))
@@ -242,7 +286,7 @@ def best_header(root: Path, search: Search, config: SweepConfig) -> str:
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """One process per run folder."""
-    with (root / ".lock").open("w") as file:
+    with (root / LOCK_FILE).open("w") as file:
         _lock(file, root)
         yield
 
@@ -272,20 +316,24 @@ class Sweep:
             self._events = Events(self._root)
             try:
                 with connected(self._address) as cluster:
-                    streams = self._config.train.method == "cps"
-                    self._at_once = trainings_at_once(
-                        self._config.train.resources, self._config.concurrency, nodes(), streams=streams
-                    )
+                    self._at_once = self._fit([self._config.train])
+                    self._finals_at_once = self._fit(_final_trainings(self._config))
                     for line in cluster.banner():
                         self._say(line)
                     self._say(f"Run folder: {_shown(self._root)}, {self._at_once} training(s) at once")
                     self._work(shards)
             except Interrupted:
                 return self._interrupted()
-            except (FailureLimitError, NoTrialError) as err:
+            except (FailureLimitError, NoTrialError, FinalRunError) as err:
                 self._save("failed", reason=str(err))
                 raise
         return 0
+
+    def _fit(self, trainings: list[TrainConfig]) -> int:
+        """How many of these may run at once; ResourceError if one never could."""
+        asked, there = self._config.concurrency, nodes()
+        each = [trainings_at_once(c.resources, asked, there, streams=c.method == "cps") for c in trainings]
+        return min(each, default=1)
 
     def _work(self, shards: Shards) -> None:
         display = make_display(self._config.name, self._config.budget.trials, self._console)
@@ -303,12 +351,14 @@ class Sweep:
             judged = self._run_finals(runs, display)
         self._export(best, judged, shards)
 
-    def _session(self, work: Any, display: Display, tick: Callable[[Session], None] = lambda _: None) -> None:
+    def _session(
+        self, work: Any, display: Display, at_once: int, tick: Callable[[Session], None] = lambda _: None
+    ) -> None:
         session = Session(
             work,
             self._root / "tune",
             sweep=self._config.name,
-            at_once=self._at_once,
+            at_once=at_once,
             objective=self._objective,
             retries=self._config.failures.retries,
         )
@@ -329,7 +379,8 @@ class Sweep:
         counts = self._search.counts()
         done = sum(counts.values()) - counts["running"]
         left = self._config.budget.trials - done
-        if left <= 0:
+        limit = self._config.budget.time
+        if left <= 0 or (limit is not None and self._search.seconds_before > limit):
             return
         self._events("phase", text=f"search: {done} of {self._config.budget.trials} trials done" if done else "search")
         work = SearchWork(self._search, self._config, self._root, self._events, SweepGauges(self._config.name))
@@ -338,7 +389,11 @@ class Sweep:
             if work.limit or work.out_of_time:
                 session.stop()
 
-        self._session(work, display, tick)
+        try:
+            self._session(work, display, self._at_once, tick)
+        finally:
+            self._search.add_seconds(time.monotonic() - work.started)
+        work.cut()
         write_tables(self._root, self._search, self._config)
         if work.limit:
             raise FailureLimitError(f"stopped: {work.limit}")
@@ -351,10 +406,16 @@ class Sweep:
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
         work = FinalWork(runs, self._objective, self._events)
         if waiting:
-            self._session(work, display)
+            self._session(work, display, self._finals_at_once)
         write_tables(self._root, self._search, self._config)
+        if work.failed:
+            name, failure = next(iter(work.failed.items()))
+            raise FinalRunError(
+                f"{self._root}: {len(work.failed)} of {len(runs)} final runs failed ({name}: {failure}). "
+                f"Try them again: {_RESUME} {_shown(self._root)}"
+            )
         self._events("phase", text="judging the final models on the test split")
-        return judge_finals([run for run in runs if run.job.name not in work.failed], self._objective)
+        return judge_finals(runs, self._objective)
 
     def _export(self, best: TrainConfig, judged: list[Judged], shards: Shards) -> None:
         own = [one for one in judged if one.run.group == OWN]

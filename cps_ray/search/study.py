@@ -43,7 +43,10 @@ def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
 
 
 class Search:
-    """A sweep's study: asks for points, hears curves, says when to stop, and keeps the verdicts."""
+    """A sweep's study: asks for points, hears curves, says when to stop, and keeps the verdicts.
+
+    A trial's intermediate values are what `objective.select` makes of its curve so far: the best, or the last.
+    """
 
     def __init__(self, config: SweepConfig, folder: Path) -> None:
         """Opens the study in `folder`, or begins it with the enqueued points."""
@@ -63,6 +66,21 @@ class Search:
                 self.study.enqueue_trial(dict(point))
         self._unfinished = self._running()
         self._live: dict[int, Trial] = {}
+        self._curves: dict[int, dict[int, float]] = {}
+
+    @property
+    def live(self) -> list[int]:
+        """Numbers of the trials begun or taken up here that have no verdict yet."""
+        return list(self._live)
+
+    @property
+    def seconds_before(self) -> float:
+        """Wall time that earlier sessions have searched."""
+        return float(self.study.user_attrs.get("seconds", 0.0))
+
+    def add_seconds(self, seconds: float) -> None:
+        """Of a session that has ended."""
+        self.study.set_user_attr("seconds", self.seconds_before + seconds)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -104,16 +122,22 @@ class Search:
     def report(self, number: int, step: int, value: float) -> bool:
         """Takes one point of a trial's curve; False if the trial is to be stopped. A step heard before is not news."""
         trial = self._live[number]
+        curve = self._curves.setdefault(number, {})
+        curve[step] = value
         if step in self._frozen(number).intermediate_values:
             return True
-        trial.report(value, step)
+        # Trials are compared at a step by what `objective.select` makes of them there: with `best`, one noisy evaluation
+        # at a rung does not end a trial that was better before.
+        trial.report(self.value(curve) if math.isfinite(value) else value, step)
         return step >= self._config.train.schedule.steps or not trial.should_prune()
 
     def finish(self, number: int, *, failure: str | None, **facts: Any) -> TrialState:
         """The verdict on a trial that has ended; `facts` are kept with it. `failure` in one line, None if there was none."""
         curve = self._frozen(number).intermediate_values
         trial = self._live.pop(number)
-        for name, value in {"failure": failure, "ended": time.time(), **facts}.items():
+        heard = self._curves.pop(number, {})
+        last = heard[max(heard)] if heard else None
+        for name, value in {"failure": failure, "ended": time.time(), "score_last": last, **facts}.items():
             if value is not None:
                 trial.set_user_attr(name, value)
         finite = {step: value for step, value in curve.items() if math.isfinite(value)}
@@ -126,7 +150,8 @@ class Search:
         return self._frozen(number).state
 
     def value(self, curve: dict[int, float]) -> float:
-        """The one number of a curve (step -> value), as `objective.select` says."""
+        """The one number of a curve (step -> value), as `objective.select` says; values that are not finite do not count."""
+        curve = {step: value for step, value in curve.items() if math.isfinite(value)}
         if self._config.objective.select == "last":
             return curve[max(curve)]
         return max(curve.values()) if self._config.objective.mode == "max" else min(curve.values())

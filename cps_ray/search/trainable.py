@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import train, tune
+from ray import tune
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cps_ray.config.reader import load_train
-from cps_ray.errors import CpsRayError
-from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, make_trainer
+from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, make_trainer, reason
 from cps_ray.on_ray.worker import ERROR_FILE
 
 _BEAT_S = 0.5
@@ -102,17 +101,3 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             pass  # abort ends the actor: expected
         except ray.exceptions.GetTimeoutError:
             ray.kill(self._controller)
-
-
-def reason(err: BaseException) -> str:
-    """One line: the worker's own exception, dug out of Ray's wrappers."""
-    if isinstance(err, train.TrainingFailedError):
-        failures: dict[int, BaseException] = getattr(err, "worker_failures", {})
-        err = next(iter(failures.values()), err)
-    cause = getattr(err, "cause", None)
-    if isinstance(cause, BaseException):
-        return reason(cause)
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [""]
-    # The last line of a remote traceback is the exception itself.
-    text = lines[-1] if "Traceback" in str(err) else lines[0]
-    return text if isinstance(err, CpsRayError) else f"{type(err).__name__}: {text}"

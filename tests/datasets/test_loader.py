@@ -111,4 +111,4 @@ def test_evaluation_sees_every_image_once(shards: Path, world: int) -> None:
 
 
 def test_the_embedded_data_is_fit_for_use(tiny: TrainConfig) -> None:
-    check_data(open_shards(tiny.data.shards), tiny.data)
+    check_data(open_shards(tiny.data.shards), tiny)

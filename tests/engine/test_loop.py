@@ -125,3 +125,15 @@ def test_batches_end_with_the_steps(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
     batches: list[Batch] = list(train_batches(data, tiny, start_step=4))
     assert len(batches) == 2
+
+
+def test_parameters_that_no_output_needs_are_frozen(tiny: TrainConfig) -> None:
+    """DDP would wait for their gradients: PSPNet leaves the last stages of its encoder unused."""
+    config = changed(tiny, model__architecture="pspnet", model__encoder="resnet18", model__options={})
+    state = build_state(config, 7, Ranks())
+    frozen = [name for name, p in state.pair.named_parameters() if not p.requires_grad]
+    assert any("layer4" in name for name in frozen)
+    run(config, state)
+    assert all(p.grad is not None for p in state.pair.parameters() if p.requires_grad)
+    usual = build_state(tiny, 7, Ranks())
+    assert all(p.requires_grad for p in usual.pair.parameters())

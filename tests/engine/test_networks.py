@@ -99,3 +99,11 @@ def test_pair_is_one_module(tiny: TrainConfig) -> None:
     pair = build_pair(tiny, 3)
     assert isinstance(pair, Pair)
     assert {name.split(".")[0] for name, _ in pair.named_parameters()} == {"a", "b"}
+
+
+def test_a_state_carries_its_normalisation() -> None:
+    network = build_network(TINY, 2, seed=0)
+    network.mean.fill_(127.5)
+    other = build_network(TINY, 2, seed=1)
+    other.load_state_dict(network.state_dict())
+    assert other.mean.flatten().tolist() == [127.5] * 3

@@ -87,6 +87,18 @@ def test_asha_prunes_the_worse_half_and_keeps_its_curve(config: SweepConfig, tmp
     assert search.study.trials[2].intermediate_values == {2: 0.1}
 
 
+def test_one_noisy_evaluation_at_a_rung_does_not_end_a_good_trial(config: SweepConfig, tmp_path: Path) -> None:
+    search = Search(config, tmp_path)
+    for _ in range(2):
+        search.next()
+    assert train_to(search, 0, [0.5, 0.55])
+    assert train_to(search, 1, [0.7, 0.1]), "its best, 0.7, is the better one at the rung of step 4"
+    assert search.study.trials[1].intermediate_values == {2: 0.7, 4: 0.7}
+    search.report(1, 8, 0.2)
+    search.finish(1, failure=None)
+    assert search.study.trials[1].user_attrs["score_last"] == 0.2
+
+
 def test_a_trial_is_never_pruned_at_its_last_step(config: SweepConfig, tmp_path: Path) -> None:
     search = Search(config, tmp_path)
     for _ in range(2):
