@@ -4,10 +4,12 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cps_ray.config.train import ResourcesConfig
@@ -43,9 +45,8 @@ class Cluster:
         """Where the dashboard is and how to get in."""
         lines = [f"Ray dashboard: {self.dashboard_url}"]
         if self.local:
-            lines.append(
-                "  It asks for a token once: `ray get-auth-token` prints it. From elsewhere, tunnel the port by ssh."
-            )
+            ray = os.path.relpath(Path(sys.executable).with_name("ray"))
+            lines.append(f"  It asks for a token once: `{ray} get-auth-token` prints it.")
         return lines
 
 
