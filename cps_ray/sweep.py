@@ -79,10 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     config = _load(args.file, args.set, args.name, args.output)
     if args.dry_run is not None:
         return _dry_run(config, args.dry_run)
-    from cps_ray.search import run
+    from cps_ray.search import folder, run
 
-    shards = run.check(config)
-    root = run.begin(config, args.file, fresh=args.fresh)
+    shards = folder.check(config)
+    root = folder.begin(config, args.file, fresh=args.fresh)
     return run.Sweep(config, root, Console(), args.address).run(shards)
 
 
@@ -122,23 +122,23 @@ def _dry_run(config: SweepConfig, draws: int) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from cps_ray.search import run
+    from cps_ray.search import folder, run
 
     _need_run_folder(args.folder)
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
-    config = _load(args.folder / run.SWEEP_FILE, overrides)
+    config = _load(args.folder / folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
     if overrides:
-        run.write_resolved(root, config)
-    return run.Sweep(config, root, Console(), args.address).run(run.check(config))
+        folder.write_resolved(root, config)
+    return run.Sweep(config, root, Console(), args.address).run(folder.check(config))
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cps_ray.search import records, run
+    from cps_ray.search import folder, records, run
     from cps_ray.search.study import Search
 
     _need_run_folder(args.folder)
-    config = _load(args.folder / run.SWEEP_FILE, [])
+    config = _load(args.folder / folder.SWEEP_FILE, [])
     search = Search(config, args.folder.absolute())
     summary = records.read_json(args.folder / records.SUMMARY_FILE) or {}
     console = Console()
@@ -176,7 +176,7 @@ def _best(args: argparse.Namespace) -> int:
 
 
 def _need_run_folder(folder: Path) -> None:
-    from cps_ray.search.run import SWEEP_FILE, is_run_folder
+    from cps_ray.search.folder import SWEEP_FILE, is_run_folder
 
     if not is_run_folder(folder):
         raise ConfigError(f"{folder}: must be a run folder of a sweep (with {SWEEP_FILE} and study.db), but is none.")
