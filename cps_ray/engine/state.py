@@ -93,8 +93,8 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
         if pair.b is not None:
             pair.b = synchronise(pair.b, ranks.device)  # type: ignore[assignment]
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        # Buffers are equal on all ranks already (synchronised batch norm); broadcasting them would break the second forward.
-        model = DistributedDataParallel(pair, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are equal on all ranks already (synchronised batch norm); exchanging them would break the second forward.
+        model = DistributedDataParallel(pair, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
     networks = [pair.a] if pair.b is None else [pair.a, pair.b]
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.compute.autocast == "fp16")
     return TrainState(pair, model, [_optimizer(config.optim, network) for network in networks], scaler, ranks)

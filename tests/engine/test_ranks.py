@@ -63,8 +63,7 @@ def test_one_worker_and_two_have_the_same_curve(tiny: TrainConfig, tmp_path: Pat
     one = train(config, 1, tmp_path / "one.json")
     two = train(config, 2, tmp_path / "two.json")
     assert len(one["losses"]) == 20
-    # Sums in another order differ in the last bits, and training amplifies that: a relative 1e-3 after 20 steps.
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
-    assert two["losses"][:3] == pytest.approx(one["losses"][:3], rel=1e-5)
+    # Sums in another order differ in the last bits of float32: 2e-7 was measured.
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     # No image counted twice or left out: 6 images of 32x48.
     assert one["pixels"] == two["pixels"] == 6 * 32 * 48
