@@ -84,7 +84,10 @@ def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator
         context = ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as err:
         reason = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ResourceError(f"--address {address or 'local'}: no Ray cluster can be joined there ({reason}).") from err
+        raise ResourceError(
+            f"--address {address or 'local'}: no Ray cluster can be joined there ({reason}). "
+            "If it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there."
+        ) from err
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler, which leaves at once
