@@ -183,15 +183,10 @@ def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_test_split_without_masks(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
-    pixels = np.arange(3, dtype=np.uint8)
-
     def item(name: str, *, masked: bool) -> Item:
         unique = cv2.imencode(".png", np.full((32, 48, 3), int(name[-1]), np.uint8))[1].tobytes()
         return Item(name, unique, encode_mask(np.zeros((32, 48), np.uint8)) if masked else None)
 
-    assert image
-    assert pixels.size
     splits = {
         "train": [item(f"a{n}", masked=True) for n in range(1, 8)],
         "val": [item("b8", masked=True)],

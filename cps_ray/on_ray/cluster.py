@@ -51,10 +51,10 @@ class Cluster:
 
 
 @contextmanager
-def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator[Cluster]:
+def connected(address: str | None) -> Iterator[Cluster]:
     """Joins the cluster at `address` (or in RAY_ADDRESS), else starts one on this machine; leaves or stops it at the end.
 
-    `num_cpus`: logical CPUs of a local cluster; None: the machine's. Raises ResourceError if the address does not answer.
+    Raises ResourceError if the address does not answer.
     """
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
@@ -72,12 +72,7 @@ def connected(address: str | None, *, num_cpus: float | None = None) -> Iterator
     }
     if address is None:
         # Token authentication stays on: Ray's own default for local clusters.
-        options |= {
-            "dashboard_host": "127.0.0.1",
-            "dashboard_port": port,
-            "include_dashboard": True,
-            "num_cpus": num_cpus,
-        }
+        options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
     in_main = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

@@ -29,9 +29,9 @@ class Display(Protocol):
         """Called now and then."""
 
 
-def make_display(name: str, trials: int, console: Console) -> Display:
+def make_display(name: str, console: Console) -> Display:
     """Live on a terminal, lines elsewhere."""
-    return LiveTable(name, trials, console) if console.is_terminal else Lines(console)
+    return LiveTable(name, console) if console.is_terminal else Lines(console)
 
 
 def show_params(params: Mapping[str, Any]) -> str:
@@ -95,8 +95,8 @@ def _sentence(event: Event) -> str:
 class LiveTable:
     """A table that is redrawn in place."""
 
-    def __init__(self, name: str, trials: int, console: Console) -> None:
-        self._name, self._trials = name, trials
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
         self._start = time.monotonic()
         self._rows: dict[str, dict[str, Any]] = {}
         self._best: tuple[str, float] | None = None

@@ -102,7 +102,7 @@ class Sweep:
         return min(each, default=1)
 
     def _work(self, shards: Shards) -> None:
-        display = make_display(self._config.name, self._config.budget.trials, self._console)
+        display = make_display(self._config.name, self._console)
         self._events.listeners.append(display.listen)
         with display:
             self._run_search(display)

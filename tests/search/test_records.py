@@ -153,7 +153,7 @@ EVENTS = (
 @pytest.mark.parametrize("terminal", [True, False])
 def test_both_displays_tell_the_story(terminal: bool, tmp_path: Path) -> None:
     console = Console(force_terminal=terminal, record=True, width=120, file=(tmp_path / "out").open("w"))
-    display = make_display("s", 3, console)
+    display = make_display("s", console)
     assert isinstance(display, LiveTable) == terminal
     events = Events(tmp_path)
     events.listeners.append(display.listen)
