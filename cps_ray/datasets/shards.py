@@ -1,45 +1,54 @@
-"""Shards, the on-disk form of every data set: Parquet files of encoded images and masks, and `manifest.json`.
+"""Shards, the on-disk form of every data set, and their only reader.
 
-The only writer and the only reader of that form. One image is one row and one row group, hence any image can be read
-alone. Image bytes stay as they came (JPEG, PNG); masks are grey PNGs of train ids 0..C-1, or 255 where a pixel counts
-in no loss and no metric.
+A shard is a Parquet file of encoded images and masks, one row an image. Beside the shards lie `manifest.json` and one index
+per split, a Parquet file too: all that is known of each image, and at which byte of which shard it is. So one image costs
+one read of its own bytes, whatever the size of shards and row groups, and a pass in random order is as fast as one in file
+order. Image bytes stay as they came (JPEG, PNG); masks are grey PNGs of train ids 0..C-1, or 255 where a pixel counts in
+no loss and no metric.
 """
 
 import hashlib
+import io
 import os
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from cps_ray import __version__
 from cps_ray.config.section import Section
-from cps_ray.engine.batch import IGNORE
 from cps_ray.errors import DataError
 
 MANIFEST = "manifest.json"
-
-SCHEMA = pa.schema(
+SHARD_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("image", pa.binary(), nullable=False),
         pa.field("mask", pa.binary()),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("file", pa.int32(), nullable=False),
+        pa.field("image_at", pa.int64(), nullable=False),
+        pa.field("image_bytes", pa.int64(), nullable=False),
+        pa.field("image_sha256", pa.binary(32), nullable=False),
+        pa.field("mask_at", pa.int64()),
+        pa.field("mask_bytes", pa.int64()),
+        pa.field("mask_sha256", pa.binary(32)),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
         pa.field("classes", pa.list_(pa.uint8()), nullable=False),
-        pa.field("image_sha256", pa.string(), nullable=False),
-        pa.field("mask_sha256", pa.string()),
+        pa.field("pixels", pa.list_(pa.int64()), nullable=False),
+        pa.field("perceptual_hash", pa.uint64(), nullable=False),
     ]
 )
 
@@ -53,13 +62,24 @@ class MadeBy(Section):
     """The raw format and its settings, in words."""
 
 
+class ShardFile(Section):
+    """One Parquet file."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
 class Split(Section):
     """What the manifest says of one split."""
 
     images: int
     masks: int
-    files: tuple[str, ...]
-    """Names inside the folder."""
+    files: tuple[ShardFile, ...]
+    index: str
+    """Name of the index file."""
+    index_sha256: str
     class_pixels: tuple[int, ...]
     """Per class, over all masks."""
     class_images: tuple[int, ...]
@@ -68,26 +88,25 @@ class Split(Section):
     """Over the ids and checksums of all rows: two equal values are the same data in the same order."""
 
 
+class LeftOut(Section):
+    """A file that `prepare --skip-bad` left out."""
+
+    file: str
+    why: str
+
+
 class Manifest(Section):
     """`manifest.json`."""
 
-    version: Literal[1]
+    version: Literal[2]
     made_by: MadeBy
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     """(r, g, b) in 0..255 per class."""
     splits: dict[str, Split]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image to be written, with its mask if it has one."""
-
-    id: str
-    image: bytes
-    """JPEG or PNG."""
-    mask: bytes | None
-    """PNG, one channel, uint8 train ids 0..C-1 or 255."""
+    notes: tuple[str, ...] = ()
+    """What was decided, and what was found to be odd, when the raw files were read."""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,206 +118,128 @@ class Encoded:
     mask: bytes | None
 
 
+def sha256(data: bytes) -> bytes:
+    """32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
 @dataclass(frozen=True, slots=True)
-class Index:
-    """Every row of one split, without its bytes; sorted by (file, row)."""
+class Places:
+    """Where images lie: all that reading them takes. N images; small, and travels to any process."""
 
     files: tuple[str, ...]
     """Absolute paths."""
     ids: tuple[str, ...]
     file: NDArray[np.int32]
     """(N,) position in `files`."""
-    row: NDArray[np.int32]
-    """(N,) row in that file."""
-    height: NDArray[np.int32]
-    """(N,) in px."""
-    width: NDArray[np.int32]
-    """(N,) in px."""
-    labeled: NDArray[np.bool_]
-    """(N,) whether there is a mask."""
-    presence: NDArray[np.bool_]
-    """(N, C) whether the mask shows the class; all False without a mask."""
+    image: NDArray[np.int64]
+    """(N, 2) first byte in the file, number of bytes."""
+    image_sha256: NDArray[np.uint8]
+    """(N, 32)."""
+    mask: NDArray[np.int64]
+    """(N, 2) of masks; 0 bytes without one."""
+    mask_sha256: NDArray[np.uint8]
+    """(N, 32)."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
-
-# ---------------------------------------------------------------------------------------------------------- decoding
-
-
-def _undecodable(data: bytes) -> str:
-    if data.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not an image; fetch the files with `git lfs pull`"
-    return f"cannot be decoded ({len(data)} bytes, the first are {data[:8]!r}); get the file again"
-
-
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """Encoded bytes -> uint8 (H, W, 3) RGB, turned as its EXIF orientation says. DataError if they are no image."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
-    if pixels is None:
-        raise DataError(f"image {_undecodable(data)}.")
-    return np.asarray(pixels, np.uint8)
-
-
-def decode_mask(data: bytes) -> NDArray[np.uint8]:
-    """PNG bytes -> uint8 (H, W) train ids. DataError if they are no image of one channel of 8 bits."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if pixels is None:
-        raise DataError(f"mask {_undecodable(data)}.")
-    if pixels.ndim != 2 or pixels.dtype != np.uint8:
-        raise DataError(f"mask must have one channel of uint8, but has shape {pixels.shape} of {pixels.dtype}.")
-    return np.asarray(pixels, np.uint8)
-
-
-def encode_mask(mask: NDArray[np.uint8]) -> bytes:
-    """uint8 (H, W) train ids -> PNG bytes."""
-    done, data = cv2.imencode(".png", mask)
-    assert done
-    return bytes(data)
-
-
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _histogram(item: Item, size: tuple[int, int], classes: int) -> NDArray[np.int64]:
-    """Pixels per class, int64 (C,); zeros without a mask. DataError if the mask does not fit image and classes."""
-    if item.mask is None:
-        return np.zeros(classes, np.int64)
-    mask = decode_mask(item.mask)
-    if mask.shape != size:
-        raise DataError(
-            f"image and mask must have one size, but the image is {size[1]}x{size[0]} px and the mask "
-            f"{mask.shape[1]}x{mask.shape[0]} px; export both at one size (masks without interpolation)."
+    def take(self, rows: NDArray[np.int64]) -> "Places":
+        """Some of them, in the order asked."""
+        return Places(
+            files=self.files,
+            ids=tuple(self.ids[row] for row in rows),
+            file=self.file[rows],
+            image=self.image[rows],
+            image_sha256=self.image_sha256[rows],
+            mask=self.mask[rows],
+            mask_sha256=self.mask_sha256[rows],
         )
-    counts = np.bincount(mask.ravel(), minlength=256)
-    strange = [int(value) for value in np.flatnonzero(counts) if value >= classes and value != IGNORE]
-    if strange:
-        raise DataError(f"mask ids must be in 0..{classes - 1} or {IGNORE} (ignore), but got {strange}; map them.")
-    return counts[:classes].astype(np.int64)
 
+    def read(self, rows: Sequence[int], *, masks: bool = True) -> list[Encoded]:
+        """Encoded images, in the order asked; every file is opened once. DataError if one is missing or damaged.
 
-def _row(split: str, item: Item, classes: int) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """One checked row of SCHEMA and its pixels per class."""
-    try:
-        height, width = decode_image(item.image).shape[:2]
-        counts = _histogram(item, (height, width), classes)
-    except DataError as error:
-        raise DataError(f"{split} item {item.id!r}: {error}") from None
-    row = {
-        "id": item.id,
-        "image": item.image,
-        "mask": item.mask,
-        "height": height,
-        "width": width,
-        "classes": np.flatnonzero(counts).tolist(),
-        "image_sha256": _sha256(item.image),
-        "mask_sha256": None if item.mask is None else _sha256(item.mask),
-    }
-    return row, counts
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _claim(owners: dict[str, str], split: str, row: Mapping[str, Any]) -> None:
-    """Records id and content as the split's. DataError where an id is taken, or another split has the same image."""
-    if row["id"] in owners:
-        raise DataError(f"{split} item {row['id']!r}: ids must be unique, but {owners[row['id']]} has it already.")
-    owners[row["id"]] = split
-    other = owners.setdefault(f"sha256:{row['image_sha256']}", split)
-    if other != split:
-        raise DataError(f"{split} item {row['id']!r}: {other} holds the very same image; leave it out of one of them.")
-
-
-def _write_file(path: Path, rows: list[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    pq.write_table(
-        table, path, row_group_size=1, compression="none", use_dictionary=False, write_statistics=False, version="2.6"
-    )
-
-
-def _write_split(
-    folder: Path, split: str, items: Iterable[Item], classes: int, rows_per_shard: int, owners: dict[str, str]
-) -> Split:
-    files: list[str] = []
-    images = masks = 0
-    pixels, shown = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in _batches(items, rows_per_shard):
-            checked = list(pool.map(lambda item: _row(split, item, classes), batch))
-            files.append(f"{split}-{len(files):05d}.parquet")
-            _write_file(folder / files[-1], [row for row, _ in checked])
-            for row, counts in checked:
-                _claim(owners, split, row)
-                images, masks = images + 1, masks + (row["mask"] is not None)
-                pixels += counts
-                shown += counts > 0
-                digest.update(f"{row['id']}\n{row['image_sha256']}\n{row['mask_sha256']}\n".encode())
-    if not images:
-        raise DataError(f"split {split!r}: it must have at least one image, but has none.")
-    return Split(
-        images=images,
-        masks=masks,
-        files=tuple(files),
-        class_pixels=tuple(pixels.tolist()),
-        class_images=tuple(shown.tolist()),
-        sha256=digest.hexdigest(),
-    )
-
-
-def write_shards(
-    out: Path,
-    splits: Mapping[str, Iterable[Item]],
-    *,
-    classes: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    made_by: str,
-    rows_per_shard: int = 64,
-) -> Manifest:
-    """Checks and writes all splits into the new folder `out`: wholly, or not at all.
-
-    Images must decode, masks fit their images and hold train ids 0..C-1 or 255, ids be unique over all splits, and no
-    split be empty. DataError otherwise, naming the item, or if `out` exists.
-    """
-    assert len(classes) == len(palette) <= IGNORE
-    if out.exists():
-        raise DataError(f"{out}: already exists; remove it or name another folder.")
-    unfinished = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    unfinished.mkdir(parents=True)
-    try:
-        owners: dict[str, str] = {}
-        written = {
-            name: _write_split(unfinished, name, items, len(classes), rows_per_shard, owners)
-            for name, items in splits.items()
-        }
-        made = MadeBy(cps_ray=__version__, format=made_by)
-        manifest = Manifest(version=1, made_by=made, classes=tuple(classes), palette=tuple(palette), splits=written)
-        (unfinished / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        `masks=False` reads no mask at all. Checksums are compared.
+        """
+        opened: dict[int, int] = {}
         try:
-            unfinished.rename(out)
+            return [self._read(int(row), masks, opened) for row in rows]
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+
+    def _read(self, row: int, masks: bool, opened: dict[int, int]) -> Encoded:
+        number = int(self.file[row])
+        if number not in opened:
+            try:
+                opened[number] = os.open(self.files[number], os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"{self.files[number]}: cannot be read ({error.strerror}); prepare again.") from None
+        image = self._part(opened[number], row, "image", self.image, self.image_sha256)
+        has_mask = masks and self.mask[row, 1] > 0
+        mask = self._part(opened[number], row, "mask", self.mask, self.mask_sha256) if has_mask else None
+        return Encoded(self.ids[row], image, mask)
+
+    def _part(
+        self, descriptor: int, row: int, name: str, place: NDArray[np.int64], checksum: NDArray[np.uint8]
+    ) -> bytes:
+        first, count = map(int, place[row])
+        try:
+            data = os.pread(descriptor, count, first)
         except OSError as error:
-            raise DataError(f"{out}: cannot be put in place ({error.strerror}); was it made meanwhile?") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifest
+            raise DataError(f"{self.files[self.file[row]]}: cannot be read ({error.strerror}).") from None
+        if len(data) < count or sha256(data) != checksum[row].tobytes():
+            raise DataError(
+                f"{self.files[self.file[row]]}: the {name} of {self.ids[row]} (bytes {first} to {first + count}) does not "
+                "match its checksum; the file is damaged, prepare again."
+            )
+        return data
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True, slots=True)
+class Index:
+    """All that is known of the N images of one split without decoding them; C classes."""
 
+    places: Places
+    height: NDArray[np.int32]
+    """(N,) in px."""
+    width: NDArray[np.int32]
+    """(N,) in px."""
+    pixels: NDArray[np.int64]
+    """(N, C) of each class; zeros without a mask."""
+    perceptual_hash: NDArray[np.uint64]
+    """(N,) of the pixels; see `images.perceptual_hash`."""
 
-def _open(path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); prepare the data set again.") from None
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of every image."""
+        return self.places.ids
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.places.files
+
+    @property
+    def file(self) -> NDArray[np.int32]:
+        return self.places.file
+
+    @property
+    def row(self) -> NDArray[np.int32]:
+        firsts = np.searchsorted(self.places.file, self.places.file)
+        return (np.arange(len(self)) - firsts).astype(np.int32)
+
+    @property
+    def labeled(self) -> NDArray[np.bool_]:
+        """(N,) whether there is a mask."""
+        return self.places.mask[:, 1] > 0
+
+    @property
+    def presence(self) -> NDArray[np.bool_]:
+        """(N, C) whether the mask shows the class; all False without a mask."""
+        return self.pixels > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,31 +255,49 @@ class Shards:
         return self.manifest.classes
 
     def index(self, split: str) -> Index:
-        """Every row of the split. DataError if there is no such split or a file is missing or damaged."""
+        """Every row of the split. DataError if there is no such split, or its index is missing or damaged."""
         if split not in self.manifest.splits:
             raise DataError(f"{self.folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}.")
-        files = tuple(str(self.folder / name) for name in self.manifest.splits[split].files)
-        columns = ["id", "height", "width", "classes", "mask_sha256"]
-        tables = [_open(file).read(columns=columns) for file in files]
-        rows = pa.concat_tables(tables).combine_chunks()
-        sizes = [table.num_rows for table in tables]
-        presence = np.zeros((rows.num_rows, len(self.classes)), np.bool_)
-        for number, present in enumerate(rows["classes"].to_pylist()):
-            presence[number, present] = True
-        return Index(
-            files=files,
-            ids=tuple(rows["id"].to_pylist()),
-            file=np.repeat(np.arange(len(files), dtype=np.int32), sizes),
-            row=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
-            height=rows["height"].to_numpy(),
-            width=rows["width"].to_numpy(),
-            labeled=rows["mask_sha256"].is_valid().to_numpy(),
-            presence=presence,
-        )
+        facts = self.manifest.splits[split]
+        path = self.folder / facts.index
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); prepare the data set again.") from None
+        if sha256(data).hex() != facts.index_sha256:
+            raise DataError(f"{path}: does not match its checksum in {MANIFEST}; it is damaged, prepare again.")
+        files = tuple(str(self.folder / file.name) for file in facts.files)
+        return index_of(pq.read_table(io.BytesIO(data)), files, len(self.classes))
+
+
+def _checksums(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(value or bytes(32) for value in column.to_pylist()), np.uint8).reshape(-1, 32)
+
+
+def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
+    pixels = np.zeros((rows.num_rows, classes), np.int64)
+    for number, (shown, counts) in enumerate(zip(rows["classes"].to_pylist(), rows["pixels"].to_pylist(), strict=True)):
+        pixels[number, shown] = counts
+    image, mask = (
+        np.stack([rows[f"{name}_{part}"].fill_null(0).to_numpy() for part in ("at", "bytes")], axis=1)
+        for name in ("image", "mask")
+    )
+    places = Places(
+        files=files,
+        ids=tuple(rows["id"].to_pylist()),
+        file=rows["file"].to_numpy(),
+        image=image,
+        image_sha256=_checksums(rows["image_sha256"]),
+        mask=mask,
+        mask_sha256=_checksums(rows["mask_sha256"]),
+    )
+    return Index(
+        places, rows["height"].to_numpy(), rows["width"].to_numpy(), pixels, rows["perceptual_hash"].to_numpy()
+    )
 
 
 def open_shards(folder: Path, prepare: str | None = None) -> Shards:
-    """Opens a folder that `write_shards` wrote. `prepare` is how to get it, shown in the DataError if it is missing."""
+    """Opens a prepared folder. `prepare` is how to get it, shown in the DataError if it is missing."""
     folder = folder.absolute()
     path = folder / MANIFEST
     try:
@@ -353,35 +312,20 @@ def open_shards(folder: Path, prepare: str | None = None) -> Shards:
     return Shards(folder, manifest)
 
 
-def _read_file(path: str, rows: Sequence[int], masks: bool, verify: bool) -> list[Encoded]:
-    """The rows of one file, in the order asked."""
-    columns = ["id", "image", "image_sha256", *(["mask", "mask_sha256"] if masks else [])]
-    with _open(path) as file:
-        try:
-            table = file.read_row_groups(rows, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException):
-            raise DataError(f"{path}: rows {list(rows)} cannot be read; the file is damaged, prepare again.") from None
-    found: list[dict[str, Any]] = table.to_pylist()
-    for number, entry in zip(rows, found, strict=True):
-        for name in ("image", "mask") if verify else ():
-            data = entry.get(name)
-            if data is not None and _sha256(data) != entry[f"{name}_sha256"]:
-                raise DataError(
-                    f"{path}: row {number} ({entry['id']}): {name} checksum does not match; "
-                    "the file is damaged, prepare again."
-                )
-    return [Encoded(entry["id"], entry["image"], entry.get("mask")) for entry in found]
-
-
 def read_rows(
     files: Sequence[str], places: Sequence[tuple[int, int]], *, masks: bool = True, verify: bool = True
 ) -> list[Encoded]:
-    """Encoded images at `places`, (position in files, row) each, in the order asked; every file is opened once.
+    """Old road, slow: use `Index.places.take(rows).read(...)`."""
+    from functools import cache
 
-    `masks=False` reads no mask at all; `verify` compares checksums. DataError if a file is missing or damaged.
-    """
-    wanted: dict[int, list[int]] = {}
+    @cache
+    def index(split: str) -> Index:
+        return open_shards(Path(files[0]).parent).index(split)
+
+    found = []
     for file, row in places:
-        wanted.setdefault(int(file), []).append(int(row))
-    read = {file: iter(_read_file(files[file], rows, masks, verify)) for file, rows in wanted.items()}
-    return [next(read[int(file)]) for file, _ in places]
+        split = Path(files[file]).name.rpartition("-")[0]
+        one = index(split).places
+        first = int(np.flatnonzero(one.file == file)[0])
+        found += one.read([first + row], masks=masks)
+    return found

@@ -1,12 +1,13 @@
 """Which training images are labelled and which are not."""
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cps_ray.config.train import DataConfig
+from cps_ray.datasets.lists import matcher, read_list
 from cps_ray.datasets.shards import Index
 from cps_ray.errors import DataError
 
@@ -24,7 +25,7 @@ class LabeledSplit:
 def split_labeled(data: DataConfig, index: Index) -> LabeledSplit:
     """Divides the training images as `data` says. Raises DataError when there are too few, or lists do not fit."""
     if data.labeled_list is not None:
-        labeled = _read_list(data.labeled_list, index)
+        labeled = read_ids(data.labeled_list, index)
         bare = [index.ids[row] for row in labeled if not index.labeled[row]]
         if bare:
             raise DataError(
@@ -34,7 +35,7 @@ def split_labeled(data: DataConfig, index: Index) -> LabeledSplit:
     else:
         labeled = _draw(data, index)
     if data.unlabeled_list is not None:
-        unlabeled = _read_list(data.unlabeled_list, index)
+        unlabeled = read_ids(data.unlabeled_list, index)
         both = np.intersect1d(labeled, unlabeled)
         if both.size:
             raise DataError(
@@ -81,34 +82,19 @@ def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
     return rows[chosen].astype(np.int64)
 
 
-def _read_list(path: Path, index: Index) -> NDArray[np.int64]:
-    """Rows of the ids in a text file: one per line; of several columns (image, mask) the first counts."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(
-            f"{path}: the list of ids cannot be read ({err}). Paths are relative to the config file."
-        ) from err
+def read_ids(path: Path, index: Index) -> NDArray[np.int64]:
+    """Rows of the images that a list file names. DataError if one is not there."""
+    entries = read_list(path, "Paths are relative to the config file.")
     rows = {name: row for row, name in enumerate(index.ids)}
+    match = matcher(index.ids)
     found: dict[int, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = line.split()[0]
-        row = next((rows[form] for form in _forms(name) if form in rows), None)
-        if row is None:
+    for entry, line in entries.items():
+        name = match(entry)
+        if name is None:
             raise DataError(
-                f"{path}:{number}: {name!r} is no image of the training split, whose ids look like {index.ids[0]!r}."
+                f"{path}:{line}: {entry!r} is no image of the training split, whose ids look like {index.ids[0]!r}."
             )
-        if row in found:
-            raise DataError(f"{path}:{number}: {name!r} is listed twice, first in line {found[row]}.")
-        found[row] = number
-    if not found:
-        raise DataError(f"{path}: the list must name at least one image, but is empty.")
+        if rows[name] in found:
+            raise DataError(f"{path}:{line}: {entry!r} is listed twice, first in line {found[rows[name]]}.")
+        found[rows[name]] = line
     return np.array(list(found), dtype=np.int64)
-
-
-def _forms(name: str) -> tuple[str, str, str]:
-    """An entry may be an id, a path of the image, or a path with the data set's suffix (`ID_leftImg8bit.png`)."""
-    stem = PurePosixPath(name).stem
-    return name, stem, stem.rpartition("_")[0]

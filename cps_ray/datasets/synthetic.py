@@ -4,7 +4,6 @@ Colours say little about the class: light, tint and the colours of nearly everyt
 shape and place do, and a handful of labelled scenes shows too few of them: what unlabelled scenes are for.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cps_ray.config.train import DataConfig, SyntheticConfig
-from cps_ray.datasets.shards import MANIFEST, Item, Shards, encode_mask, open_shards, write_shards
+from cps_ray.datasets.assembly import Plan, write_shards
+from cps_ray.datasets.images import encode_image
+from cps_ray.datasets.items import Item, Source, item_of
+from cps_ray.datasets.shards import MANIFEST, Shards, open_shards
 from cps_ray.errors import DataError
 
 DRAWING = 1
@@ -34,6 +36,8 @@ Point = tuple[float, float, float]
 """Lateral, up, depth. Lateral and up are in heights of the camera above the road; the picture's lower edge is at depth 1."""
 
 FIXED_POINT_BITS = 4
+_SPLITS = ("train", "val", "test")
+"""Their places are part of each scene's seed."""
 
 
 @dataclass(frozen=True)
@@ -358,20 +362,28 @@ def _made_by(config: SyntheticConfig) -> str:
     return f"synthetic drawing {DRAWING}: {settings}"
 
 
-def _items(config: SyntheticConfig, split: str, number: int, count: int) -> Iterator[Item]:
-    for index in range(count):
-        rng = np.random.default_rng((config.seed, number, index))
-        image, mask = draw_scene(rng, config.height_px, config.width_px)
-        done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-        assert done
-        yield Item(f"{split}_{index:05d}", bytes(data), encode_mask(mask))
+@dataclass(frozen=True)
+class Drawn:
+    """Items of drawn scenes; a source's id says which."""
+
+    config: SyntheticConfig
+
+    def __call__(self, source: Source) -> Item:
+        split, _, number = source.id.rpartition("_")
+        rng = np.random.default_rng((self.config.seed, _SPLITS.index(split), int(number)))
+        image, mask = draw_scene(rng, self.config.height_px, self.config.width_px)
+        return item_of(source.id, encode_image(image), image, mask, len(CLASSES))
 
 
 def write_synthetic(out: Path, config: SyntheticConfig) -> None:
     """Draws the data set into the new shard folder `out`, the same bits for the same config. DataError if it exists."""
-    counts = {"train": config.train, "val": config.val, "test": config.test}
-    splits = {split: _items(config, split, number, n) for number, (split, n) in enumerate(counts.items())}
-    write_shards(out, splits, classes=CLASSES, palette=PALETTE, made_by=_made_by(config))
+    counts = (config.train, config.val, config.test)
+    splits = {
+        split: [Source(f"{split}_{number:05d}") for number in range(count)]
+        for split, count in zip(_SPLITS, counts, strict=True)
+    }
+    plan = Plan(splits, Drawn(config), CLASSES, PALETTE, _made_by(config))
+    write_shards(out, plan, wait=True)
 
 
 def open_data(data: DataConfig) -> Shards:

@@ -1,0 +1,257 @@
+"""All shards of a data set: jobs handed out, findings gathered, the whole put in place at once or not at all."""
+
+import fcntl
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cps_ray import __version__
+from cps_ray.datasets import checks
+from cps_ray.datasets.findings import Finding, told
+from cps_ray.datasets.items import FromFiles, Make, Source
+from cps_ray.datasets.shards import (
+    INDEX_SCHEMA,
+    MANIFEST,
+    Index,
+    LeftOut,
+    MadeBy,
+    Manifest,
+    ShardFile,
+    Split,
+    index_of,
+    sha256,
+)
+from cps_ray.datasets.writing import Job, Report, cut, finished, write_shard
+from cps_ray.errors import DataError
+
+Run = Callable[[Callable[[Job], Report], Sequence[Job]], Iterator[Report]]
+"""Does all jobs, somewhere, and yields their reports in any order."""
+Watch = Callable[[int, bool], None]
+"""Told of images that are done, and whether they were done before."""
+_LOCK = ".lock"
+
+
+class BadDataError(DataError):
+    """Raw files cannot be used: every finding, fatal ones first."""
+
+    def __init__(self, out: Path, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(sorted(findings, key=lambda finding: not finding.fatal))
+        bad = sum(finding.fatal for finding in findings)
+        super().__init__(
+            f"{out}: not written, as {bad} {'files' if bad > 1 else 'file'} cannot be used. Mend what is listed and run the "
+            "same command again (what was done is kept), or leave them out with --skip-bad."
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A data set to be written."""
+
+    splits: Mapping[str, Sequence[Source]]
+    make: Make
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    made_by: str
+    findings: tuple[Finding, ...] = ()
+    """What was found before any file was read."""
+    notes: tuple[str, ...] = ()
+
+
+def in_threads(do: Callable[[Job], Report], jobs: Sequence[Job]) -> Iterator[Report]:
+    """Does the jobs in this process."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = [pool.submit(do, job) for job in jobs]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_shards(
+    out: Path,
+    plan: Plan,
+    *,
+    run: Run = in_threads,
+    skip_bad: bool = False,
+    wait: bool = False,
+    watch: Watch = lambda images, before: None,
+) -> Manifest:
+    """Checks and writes all splits into the new folder `out`: wholly, or not at all.
+
+    Until it is whole, it grows in a folder beside `out`, where the same call goes on after a kill. BadDataError if files cannot
+    be used, unless `skip_bad` leaves them out; DataError if `out` exists, a split ends up empty, or another process writes
+    the same folder, unless `wait`: then it has its turn first.
+    """
+    twice = [key for key, count in Counter(s.id for part in plan.splits.values() for s in part).items() if count > 1]
+    if twice:
+        raise DataError(f"ids must be unique over all splits, but {twice[0]!r} is not; give splits a `prefix`.")
+    with _workshop(out, wait) as folder:
+        splits = {name: tuple(sources) for name, sources in plan.splits.items()}
+        reports, indexes = _do(folder, splits, plan, run, watch)
+        left_out: list[Finding] = []
+        while skip_bad and (extra := checks.same_images(indexes)):
+            drop = {(split, key) for split, key, _, _ in extra}
+            left_out += [f for f in _paths(checks.whole(indexes, plan.classes), splits) if f.rule == checks.SAME_IMAGE]
+            splits = {name: tuple(s for s in part if (name, s.id) not in drop) for name, part in splits.items()}
+            reports, indexes = _do(folder, splits, plan, run, lambda images, before: None)
+        findings = [*plan.findings, *_paths(_found(reports, indexes, splits, plan), splits)]
+        bad = [finding for finding in findings if finding.fatal]
+        if bad and not skip_bad:
+            raise BadDataError(out, findings)
+        empty = [name for name, index in indexes.items() if not len(index)]
+        if empty:
+            raise DataError(f"{out}: every split must have images that can be used, but {empty[0]!r} has none.")
+        manifest = _manifest(folder, plan, reports, indexes, findings, [*bad, *left_out])
+        _put_in_place(folder, out, manifest)
+    return manifest
+
+
+@contextmanager
+def _workshop(out: Path, wait: bool) -> Iterator[Path]:
+    """The folder in which `out` grows, held by one process at a time."""
+    exists = DataError(f"{out}: already exists; remove it or name another folder.")
+    if out.exists():
+        raise exists
+    folder = out.parent / f".{out.name}.unfinished"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            raise DataError(f"{out}: another process is writing it; wait for that, or stop it.") from None
+        if out.exists():  # the other one has put it in place
+            raise exists
+        yield folder
+
+
+def _do(
+    folder: Path, splits: Mapping[str, tuple[Source, ...]], plan: Plan, run: Run, watch: Watch
+) -> tuple[dict[str, list[Report]], dict[str, Index]]:
+    """The reports of all jobs by split, in order, and the indexes they make."""
+    jobs = [job for name, sources in splits.items() for job in cut(folder, name, sources, plan.make)]
+    reports: dict[tuple[str, int], Report] = {}
+    for job in jobs:
+        if (known := finished(job)) is not None:
+            reports[job.split, job.number] = known
+            watch(known.images, True)
+    for report in run(write_shard, [job for job in jobs if (job.split, job.number) not in reports]):
+        reports[report.split, report.number] = report
+        watch(report.images, False)
+    by_split = {name: [reports[job.split, job.number] for job in jobs if job.split == name] for name in splits}
+    indexes = {name: index_of(_table(done), _files(folder, done), len(plan.classes)) for name, done in by_split.items()}
+    return by_split, indexes
+
+
+def _files(folder: Path, reports: Iterable[Report]) -> tuple[str, ...]:
+    return tuple(str(folder / f"{done.split}-{done.number:05d}.parquet") for done in reports if done.rows)
+
+
+def _table(reports: Iterable[Report]) -> pa.Table:
+    """INDEX_SCHEMA."""
+    rows: list[dict[str, Any]] = []
+    for number, report in enumerate(done for done in reports if done.rows):
+        for row in report.rows:
+            checksums = {k: row[k] and bytes.fromhex(row[k]) for k in ("image_sha256", "mask_sha256")}
+            rows.append(row | checksums | {"file": number})
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+
+def _found(
+    reports: Mapping[str, list[Report]],
+    indexes: Mapping[str, Index],
+    splits: Mapping[str, tuple[Source, ...]],
+    plan: Plan,
+) -> list[Finding]:
+    findings = [finding for done in reports.values() for report in done for finding in report.findings]
+    for name, done in reports.items():
+        masks = [source.mask for source in splits[name] if source.mask]
+        if masks and isinstance(plan.make, FromFiles):
+            values: Counter[int] = Counter()
+            for report in done:
+                values.update(report.values)
+            steps = np.sum([report.steps for report in done], axis=0)
+            findings += checks.of_values(name, masks[0], values, plan.make.reader)
+            findings += checks.of_steps(name, masks[0], int(steps[0]), int(steps[1]))
+        if isinstance(plan.make, FromFiles) and splits[name]:
+            peak = max((report.peak for report in done if report.peak is not None), default=None)
+            findings += checks.of_peak(name, splits[name][0].image, peak, plan.make.value_range)
+    return findings + checks.whole(indexes, plan.classes)
+
+
+def _paths(findings: Iterable[Finding], splits: Mapping[str, tuple[Source, ...]]) -> list[Finding]:
+    """The same, naming raw files instead of ids where a finding is about one image."""
+    paths = {f"{name}/{source.id}": source.image for name, part in splits.items() for source in part}
+    return [replace(finding, where=paths.get(finding.where) or finding.where) for finding in findings]
+
+
+def _manifest(
+    folder: Path,
+    plan: Plan,
+    reports: Mapping[str, list[Report]],
+    indexes: Mapping[str, Index],
+    findings: Sequence[Finding],
+    left_out: Sequence[Finding],
+) -> Manifest:
+    """Writes the indexes and says all of it."""
+    splits = {}
+    for name, index in indexes.items():
+        done = [report for report in reports[name] if report.rows]
+        # An Arrow file would do; Parquet is what everything reads.
+        buffer = io.BytesIO()
+        pq.write_table(_table(done), buffer, compression="zstd", version="2.6")
+        (folder / f"{name}.index.parquet").write_bytes(buffer.getvalue())
+        digest = hashlib.sha256()
+        for report in done:
+            for row in report.rows:
+                digest.update(f"{row['id']}\n{row['image_sha256']}\n{row['mask_sha256']}\n".encode())
+        paths = map(Path, _files(folder, done))
+        files = [
+            ShardFile(name=path.name, images=len(report.rows), bytes=report.bytes, sha256=report.sha256)
+            for path, report in zip(paths, done, strict=True)
+        ]
+        splits[name] = Split(
+            images=len(index),
+            masks=int(index.labeled.sum()),
+            files=tuple(files),
+            index=f"{name}.index.parquet",
+            index_sha256=sha256(buffer.getvalue()).hex(),
+            class_pixels=tuple(index.pixels.sum(axis=0).tolist()),
+            class_images=tuple(index.presence.sum(axis=0).tolist()),
+            sha256=digest.hexdigest(),
+        )
+    warnings = told(finding for finding in findings if not finding.fatal)
+    return Manifest(
+        version=2,
+        made_by=MadeBy(cps_ray=__version__, format=plan.made_by),
+        classes=plan.classes,
+        palette=plan.palette,
+        splits=splits,
+        notes=(*plan.notes, *warnings),
+        left_out=tuple(LeftOut(file=finding.where, why=f"{finding.found}; {finding.remedy}") for finding in left_out),
+    )
+
+
+def _put_in_place(folder: Path, out: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    wanted = {MANIFEST}
+    for split in manifest.splits.values():
+        wanted |= {split.index, *(file.name for file in split.files)}
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    try:
+        folder.rename(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be put in place ({error.strerror}); was it made meanwhile?") from None

@@ -1,0 +1,138 @@
+"""Encoded images and masks to pixels and back: what shards may hold, and how anything else becomes that.
+
+Shards hold JPEG and PNG of 8 bits as they came, and masks as grey PNGs of train ids; any other image is decoded here once,
+and stored as PNG.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from cps_ray.errors import DataError
+
+_KEPT = ("JPEG", "PNG")
+_HASHED_SIDE = 32
+_FREQUENCIES = 8
+
+
+def _buffer(data: bytes | memoryview) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)
+
+
+def undecodable(data: bytes) -> str:
+    """Why bytes are no image, and what to do: `, ...; ...` for the end of a sentence."""
+    if data.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not an image; fetch the files with `git lfs pull`"
+    if not data:
+        return "is empty; get the file again"
+    return f"cannot be decoded ({len(data)} bytes, the first are {bytes(data[:8])!r}): damaged or cut short; get the file again"
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """Encoded bytes -> uint8 (H, W, 3) RGB, turned as its EXIF orientation says. DataError if they are no image."""
+    pixels = cv2.imdecode(_buffer(data), cv2.IMREAD_COLOR_RGB) if data else None
+    if pixels is None:
+        raise DataError(f"image {undecodable(data)}.")
+    return np.asarray(pixels, np.uint8)
+
+
+def encode_image(pixels: NDArray[np.uint8]) -> bytes:
+    """uint8 (H, W, 3) RGB -> PNG bytes."""
+    done, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    assert done
+    return bytes(data)
+
+
+def decode_mask(data: bytes) -> NDArray[np.uint8]:
+    """PNG bytes -> uint8 (H, W) train ids. DataError if they are no image of one channel of 8 bits."""
+    pixels = cv2.imdecode(_buffer(data), cv2.IMREAD_UNCHANGED) if data else None
+    if pixels is None:
+        raise DataError(f"mask {undecodable(data)}.")
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        raise DataError(f"mask must have one channel of uint8, but has shape {pixels.shape} of {pixels.dtype}.")
+    return np.asarray(pixels, np.uint8)
+
+
+def encode_mask(mask: NDArray[np.uint8]) -> bytes:
+    """uint8 (H, W) train ids -> PNG bytes."""
+    done, data = cv2.imencode(".png", mask)
+    assert done
+    return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A raw image, read."""
+
+    data: bytes
+    """JPEG or PNG of 8 bits: the file's own bytes where they are that."""
+    pixels: NDArray[np.uint8]
+    """(H, W, 3) RGB, turned as the EXIF orientation says."""
+    orientation: int
+    """Of EXIF, 1..8; 1 is upright."""
+    peak: int | None
+    """Largest value before it was brought to 8 bits; None where it had 8."""
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1..8; 1 without the tag."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
+
+
+def turned(pixels: NDArray[np.integer[Any]], orientation: int) -> NDArray[np.integer[Any]]:
+    """(H, W) as stored -> as the EXIF orientation 1..8 says it is to be looked at."""
+    if orientation >= 5:
+        pixels = pixels.T
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def read_image(data: bytes, value_range: tuple[float, float] | None = None) -> Picture:
+    """JPEG, PNG, TIFF, BMP, WebP and what else OpenCV reads; grey, RGB, RGBA (alpha is dropped), 8 or 16 bit, float.
+
+    `value_range`: of images that have more than 8 bits, the values that become 0 and 255; None: 0 to 65535. DataError if
+    the bytes are no such image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            kind, pages, orientation = header.format, getattr(header, "n_frames", 1), orientation_of(header)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        kind, pages, orientation = None, 1, 1  # Pillow knows fewer TIFFs than OpenCV
+    if pages > 1:
+        raise DataError(f"image has {pages} pages or frames, but must have one; save each as a file of its own.")
+    raw = cv2.imdecode(_buffer(data), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH) if data else None
+    if raw is None:
+        raise DataError(f"image {undecodable(data)}.")
+    if raw.dtype == np.uint8:
+        pixels = np.asarray(raw, np.uint8)
+        return Picture(data if kind in _KEPT else encode_image(pixels), pixels, orientation, None)
+    if raw.dtype != np.uint16 and value_range is None:
+        raise DataError(
+            f"image holds {raw.dtype} values; say in the recipe what is black and white: `value_range: [0, 1]`."
+        )
+    low, high = value_range or (0, 65535)
+    peak = int(min(np.nanmax(raw), 2**31))
+    pixels = np.asarray(np.clip((np.nan_to_num(raw) - low) * (255 / (high - low)), 0, 255).round(), np.uint8)
+    return Picture(encode_image(pixels), pixels, orientation, peak)
+
+
+def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
+    """64 bits that re-encoding, resizing and small changes of light leave about as they are (pHash: Zauner 2010).
+
+    The signs, about their median, of the 8x8 lowest frequencies of the grey image at 32x32 px. Two hashes of one scene
+    differ in few bits, those of two scenes in about 32.
+    """
+    small = cv2.resize(pixels, (_HASHED_SIDE, _HASHED_SIDE), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    low = np.asarray(cv2.dct(grey))[:_FREQUENCIES, :_FREQUENCIES].ravel()
+    bits = low > np.median(low[1:])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")

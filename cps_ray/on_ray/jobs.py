@@ -1,0 +1,41 @@
+"""Work that is cut into jobs, spread over the CPUs of a cluster."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+_QUEUED = 2
+"""Jobs handed out per CPU: enough that none waits for the driver, few enough to stop soon."""
+
+
+def on_cluster(do: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R]:
+    """Does every job on one CPU somewhere in the connected cluster, and yields the results as they come.
+
+    A job whose node dies is done again elsewhere, so `do` must stand being repeated; an exception of a job is raised here.
+    Jobs read and write files under the paths they name, which every node must see.
+    """
+    import ray
+
+    task: Any = ray.remote(num_cpus=1)(do)
+    limit = max(1, int(_QUEUED * ray.cluster_resources().get("CPU", 1)))
+    waiting: list[Any] = []
+    rest = iter(jobs)
+    try:
+        while True:
+            for job in rest:
+                waiting.append(task.remote(job))
+                if len(waiting) >= limit:
+                    break
+            if not waiting:
+                return
+            done, waiting = ray.wait(waiting, num_returns=1)
+            for reference in done:
+                try:
+                    yield ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
