@@ -9,6 +9,7 @@ from cps_ray.config.section import RelativePath, Section
 Count = Annotated[int, Field(gt=0, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 
 
@@ -33,8 +34,9 @@ class DataConfig(Section):
     """If given, the shards are drawn with these settings on first use. None: they must exist."""
     prepare: str | None = None
     """How to get the shards; shown when they are missing."""
-    labeled: Count | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
-    """Training images whose masks are used: a count, or a share in (0, 1]. Drawn by `split_seed`, stratified by class."""
+    labeled: Count | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | SplitName | None = None
+    """Training images whose masks are used: a count, or a share in (0, 1], drawn by `split_seed` and stratified by class; or
+    the name of a split that `python -m cps_ray.splits` put beside the shards, such as 1_16."""
     labeled_list: RelativePath | None = None
     """Text file with the ids of the labelled images, instead of `labeled`."""
     unlabeled_list: RelativePath | None = None

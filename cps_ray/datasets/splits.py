@@ -12,6 +12,8 @@ from cps_ray.datasets.shards import Index
 from cps_ray.errors import DataError
 
 _CANDIDATES = 16
+LABELED_LIST = "labeled.txt"
+UNLABELED_LIST = "unlabeled.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +26,22 @@ class LabeledSplit:
 
 def split_labeled(data: DataConfig, index: Index) -> LabeledSplit:
     """Divides the training images as `data` says. Raises DataError when there are too few, or lists do not fit."""
+    unlabeled_list = data.unlabeled_list
     if data.labeled_list is not None:
         labeled = read_ids(data.labeled_list, index)
-        bare = [index.ids[row] for row in labeled if not index.labeled[row]]
-        if bare:
-            raise DataError(
-                f"{data.labeled_list}: every labelled image must have a mask, but {len(bare)} have none, "
-                f"the first is {bare[0]}."
-            )
+        _refuse_bare(data.labeled_list, labeled, index)
     else:
-        labeled = _draw(data, index)
-    if data.unlabeled_list is not None:
-        unlabeled = read_ids(data.unlabeled_list, index)
+        assert data.labeled is not None
+        labeled = labeled_rows(data.shards, index, data.labeled, data.split_seed)
+        if isinstance(data.labeled, str) and unlabeled_list is None:
+            named = named_split(data.shards, data.labeled) / UNLABELED_LIST
+            unlabeled_list = named if named.exists() else None
+    if unlabeled_list is not None:
+        unlabeled = read_ids(unlabeled_list, index)
         both = np.intersect1d(labeled, unlabeled)
         if both.size:
             raise DataError(
-                f"{data.unlabeled_list}: no image may be labelled and unlabelled, but {both.size} are both, "
+                f"{unlabeled_list}: no image may be labelled and unlabelled, but {both.size} are both, "
                 f"the first is {index.ids[both[0]]}."
             )
     else:
@@ -47,16 +49,39 @@ def split_labeled(data: DataConfig, index: Index) -> LabeledSplit:
     return LabeledSplit(np.sort(labeled), np.sort(unlabeled))
 
 
-def _draw(data: DataConfig, index: Index) -> NDArray[np.int64]:
+def named_split(shards: Path, name: str) -> Path:
+    """Folder of the lists that `python -m cps_ray.splits` puts beside the shards."""
+    return shards / "splits" / name
+
+
+def labeled_rows(shards: Path, index: Index, wanted: int | float | str, seed: int) -> NDArray[np.int64]:
+    """Rows of the labelled images: a count, a share in (0, 1], or the name of a split. DataError if there are too few."""
+    if isinstance(wanted, str):
+        path = named_split(shards, wanted) / LABELED_LIST
+        if not path.exists():
+            known = sorted(folder.name for folder in named_split(shards, "").glob("*") if folder.is_dir())
+            raise DataError(
+                f"{shards}: no split named {wanted!r} here; there are {', '.join(known) or 'none'}. "
+                f"Bring in published lists, or draw one: python -m cps_ray.splits --help"
+            )
+        rows = read_ids(path, index)
+        _refuse_bare(path, rows, index)
+        return rows
     masked = int(index.labeled.sum())
-    wanted = data.labeled
-    assert wanted is not None
     count = max(1, round(wanted * masked)) if isinstance(wanted, float) else wanted
     if count > masked:
         raise DataError(
-            f"{data.shards}: data.labeled must be at most {masked}, the training images with a mask, but is {count}."
+            f"{shards}: data.labeled must be at most {masked}, the training images with a mask, but is {count}."
         )
-    return stratified_order(index, data.split_seed, count)
+    return stratified_order(index, seed, count)
+
+
+def _refuse_bare(path: Path, rows: NDArray[np.int64], index: Index) -> None:
+    bare = [index.ids[row] for row in rows if not index.labeled[row]]
+    if bare:
+        raise DataError(
+            f"{path}: every labelled image must have a mask, but {len(bare)} have none, the first is {bare[0]}."
+        )
 
 
 def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
