@@ -1,15 +1,16 @@
-"""Shards to batches in one process: a rank's labelled images from memory, its unlabelled ones from any stream.
+"""Shards to batches in one process: a rank's labelled images, and its unlabelled ones from any stream.
 
-Decoding and augmentation run in threads beside the step (OpenCV frees the GIL). What a batch holds is a function of
-(config, step, rank), so a training may start at any step.
+Decoding and augmentation run in threads beside the step (OpenCV frees the GIL), straight into the memory of the batch. What
+a batch holds is a function of (config, step, rank), so a training may start at any step.
 """
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -19,15 +20,18 @@ from torch import Tensor
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.augment import TrainView
 from cps_ray.datasets.images import decode_image, decode_mask
-from cps_ray.datasets.order import LABELED, UNLABELED, image_at, positions, positions_from
-from cps_ray.datasets.shards import Encoded, Index, Shards, read_rows
+from cps_ray.datasets.order import LABELED, UNLABELED, Visits, image_at, positions
+from cps_ray.datasets.shards import Encoded, Index, Places, Shards
 from cps_ray.datasets.splits import LabeledSplit, split_labeled
 from cps_ray.engine.batch import Batch, EvalBatch
 from cps_ray.errors import DataError
 
 _AHEAD = 2
 """Steps prepared before they are asked for."""
-_View = tuple[Tensor, Tensor | None]
+_RUN = 4
+"""Images that a thread takes on at once."""
+_KEPT_BYTES = 512 * 2**20
+"""Encoded labelled images held in memory, per worker; what does not fit is read again each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,15 @@ class TrainData:
     index: Index
     split: LabeledSplit
 
-    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """(file, row) of index rows, as `read_rows` wants them."""
-        return list(zip(self.index.file[rows].tolist(), self.index.row[rows].tolist(), strict=True))
+    @property
+    def labeled(self) -> Places:
+        """Where the labelled images lie, in the order of the split."""
+        return self.index.places.take(self.split.labeled)
+
+    @property
+    def unlabeled(self) -> Places:
+        """Where the unlabelled images lie, in the order of the split."""
+        return self.index.places.take(self.split.unlabeled)
 
 
 def train_data(shards: Shards, config: TrainConfig) -> TrainData:
@@ -54,20 +64,16 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
     return data
 
 
-def unlabeled_places(
-    data: TrainData, config: TrainConfig, rank: int, world: int, start_step: int
-) -> Iterator[tuple[int, int]]:
-    """(file, row) of one rank's unlabelled images, in the order it trains on them, from `start_step` to the last step."""
-    rows, batch = data.split.unlabeled, config.data.unlabeled_batch
-    for position in positions_from(start_step, config.schedule.steps, batch, rank, world):
-        row = rows[image_at(position, len(rows), config.seed, UNLABELED)]
-        yield int(data.index.file[row]), int(data.index.row[row])
+def unlabeled_visits(config: TrainConfig, rank: int, world: int, start_step: int) -> Visits:
+    """Positions of one rank's unlabelled images, from `start_step` to the last step."""
+    return Visits(start_step, config.schedule.steps, config.data.unlabeled_batch, rank, world)
 
 
-def read_unlabeled(data: TrainData, places: Iterator[tuple[int, int]]) -> Iterator[Encoded]:
-    """The unlabelled stream without a cluster: reads one image at a time."""
-    for place in places:
-        yield from read_rows(data.index.files, [place], masks=False)
+def read_unlabeled(data: TrainData, config: TrainConfig, visits: Visits) -> Iterator[Encoded]:
+    """The unlabelled stream without a cluster: reads one image at a time, in the order one rank trains on them."""
+    places = data.unlabeled
+    for position in visits:
+        yield from places.read([image_at(position, len(places), config.seed, UNLABELED)], masks=False)
 
 
 def train_batches(
@@ -78,22 +84,63 @@ def train_batches(
     world: int = 1,
     start_step: int = 0,
     unlabeled: Iterator[Encoded] | None = None,
+    strong: bool = False,
     threads: int = 2,
 ) -> Iterator[Batch]:
     """One rank's batches from `start_step` to the last step.
 
-    `unlabeled`: its unlabelled images in the order of `unlabeled_places`; None with method supervised, else they are
-    read here.
+    `unlabeled`: its unlabelled images in the order of `unlabeled_visits`; None with method supervised, else they are
+    read here. `strong`: each unlabelled image also comes in a strong view; see `TrainView`.
     """
     if config.method == "cps" and unlabeled is None:
-        unlabeled = read_unlabeled(data, unlabeled_places(data, config, rank, world, start_step))
+        unlabeled = read_unlabeled(data, config, unlabeled_visits(config, rank, world, start_step))
     if config.method == "supervised":
         unlabeled = None
-    producer = _Producer(data, config, rank, world, start_step, unlabeled, threads)
+    producer = _Producer(data, config, (rank, world), start_step, unlabeled, strong, threads)
     try:
         yield from producer.batches()
     finally:
         producer.close()
+
+
+class _Labeled:
+    """Encoded labelled images by number; kept in memory as far as `_KEPT_BYTES` go. One object serves many threads."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._kept: dict[int, Encoded] = {}
+        self._room = _KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Encoded:
+        if number not in self._kept:
+            (read,) = self._places.read([number])
+            size = len(read.image) + len(read.mask or b"")
+            if size > self._room:
+                return read
+            self._room -= size
+            self._kept[number] = read
+        return self._kept[number]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """A batch whose images are still being written."""
+
+    batch: Batch
+    work: list[Future[None]]
+
+    def done(self) -> Batch:
+        for run in self.work:
+            run.result()
+        return self.batch
+
+
+def _do(work: list[Callable[[], None]]) -> None:
+    for one in work:
+        one()
 
 
 class _Producer:
@@ -103,39 +150,29 @@ class _Producer:
         self,
         data: TrainData,
         config: TrainConfig,
-        rank: int,
-        world: int,
+        ranks: tuple[int, int],
         start_step: int,
         unlabeled: Iterator[Encoded] | None,
+        strong: bool,
         threads: int,
     ) -> None:
-        self._config, self._rank, self._world, self._start_step = config, rank, world, start_step
-        self._labeled = read_rows(data.index.files, data.places(data.split.labeled))
+        self._config, self._ranks, self._start_step = config, ranks, start_step
+        self._labeled = _Labeled(data.labeled)
         self._unlabeled = unlabeled
+        self._strong = strong
         self._view = TrainView(config.augment, config.data.crop_px)
         self._pin = torch.cuda.is_available()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._ready: queue.Queue[tuple[list[Future[_View]], list[Future[_View]]] | BaseException | None]
-        self._ready = queue.Queue(maxsize=_AHEAD)
+        self._ready: queue.Queue[_Filling | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
     def batches(self) -> Iterator[Batch]:
-        while True:
-            entry = self._ready.get()
-            if entry is None:
-                return
+        while (entry := self._ready.get()) is not None:
             if isinstance(entry, BaseException):
                 raise entry
-            labeled, unlabeled = ([future.result() for future in part] for part in entry)
-            images = torch.stack([image for image, _ in labeled])
-            masks = torch.stack([mask for _, mask in labeled if mask is not None])
-            others = torch.stack([image for image, _ in unlabeled]) if unlabeled else None
-            if self._pin:
-                images, masks = images.pin_memory(), masks.pin_memory()
-                others = None if others is None else others.pin_memory()
-            yield Batch(images, masks, others)
+            yield entry.done()
 
     def close(self) -> None:
         self._closed.set()
@@ -144,7 +181,7 @@ class _Producer:
     def _run(self) -> None:
         try:
             for step in range(self._start_step, self._config.schedule.steps):
-                self._put((self._submit_labeled(step), self._submit_unlabeled(step)))
+                self._put(self._fill(step))
                 if self._closed.is_set():
                     return
             self._put(None)
@@ -152,7 +189,7 @@ class _Producer:
             if not self._closed.is_set():
                 self._put(err)
 
-    def _put(self, entry: tuple[list[Future[_View]], list[Future[_View]]] | BaseException | None) -> None:
+    def _put(self, entry: _Filling | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
                 self._ready.put(entry, timeout=0.5)
@@ -160,23 +197,44 @@ class _Producer:
                 continue
             return
 
-    def _submit_labeled(self, step: int) -> list[Future[_View]]:
-        config, futures = self._config, []
-        for position in positions(step, config.data.labeled_batch, self._rank, self._world):
-            encoded = self._labeled[image_at(position, len(self._labeled), config.seed, LABELED)]
-            futures.append(self._pool.submit(self._make, encoded, LABELED, position))
-        return futures
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
 
-    def _submit_unlabeled(self, step: int) -> list[Future[_View]]:
-        if self._unlabeled is None:
-            return []
-        wanted = positions(step, self._config.data.unlabeled_batch, self._rank, self._world)
-        return [self._pool.submit(self._make, next(self._unlabeled), UNLABELED, position) for position in wanted]
+    def _fill(self, step: int) -> _Filling:
+        """Starts to write the batch of a step."""
+        data, (height, width) = self._config.data, self._config.data.crop_px
+        labeled = positions(step, data.labeled_batch, *self._ranks)
+        unlabeled = positions(step, data.unlabeled_batch, *self._ranks) if self._unlabeled is not None else range(0)
+        batch = Batch(
+            labeled_image=self._empty(len(labeled), 3, height, width),
+            labeled_mask=self._empty(len(labeled), height, width),
+            unlabeled_image=self._empty(len(unlabeled), 3, height, width) if unlabeled else None,
+            unlabeled_strong=self._empty(len(unlabeled), 3, height, width) if unlabeled and self._strong else None,
+        )
+        work: list[Callable[[], None]] = [
+            partial(self._write_labeled, position, view, label)
+            for position, view, label in zip(labeled, batch.labeled_image, batch.labeled_mask, strict=True)
+        ]
+        for place, position in enumerate(unlabeled):
+            assert self._unlabeled is not None
+            assert batch.unlabeled_image is not None
+            strong = None if batch.unlabeled_strong is None else batch.unlabeled_strong[place]
+            view, encoded = batch.unlabeled_image[place], next(self._unlabeled)
+            work.append(partial(self._write_unlabeled, position, encoded, view, strong))
+        # Handing over costs as much as a tenth of a small image: a few at a time.
+        runs = [work[first : first + _RUN] for first in range(0, len(work), _RUN)]
+        return _Filling(batch, [self._pool.submit(_do, run) for run in runs])
 
-    def _make(self, encoded: Encoded, stream: int, position: int) -> _View:
-        seed = int(np.random.SeedSequence((self._config.seed, stream, position)).generate_state(1)[0])
-        mask = None if encoded.mask is None else decode_mask(encoded.mask)
-        return self._view(decode_image(encoded.image), mask, seed)
+    def _write_labeled(self, position: int, view: Tensor, label: Tensor) -> None:
+        encoded = self._labeled[image_at(position, len(self._labeled), self._config.seed, LABELED)]
+        assert encoded.mask is not None
+        image, mask = decode_image(encoded.image), decode_mask(encoded.mask)
+        self._view(image, mask, (self._config.seed, LABELED, position), view=view.numpy(), label=label.numpy())
+
+    def _write_unlabeled(self, position: int, encoded: Encoded, view: Tensor, strong: Tensor | None) -> None:
+        other = None if strong is None else strong.numpy()
+        seed = (self._config.seed, UNLABELED, position)
+        self._view(decode_image(encoded.image), None, seed, view=view.numpy(), strong=other)
 
 
 def check_data(shards: Shards, config: TrainConfig) -> None:
@@ -227,8 +285,7 @@ def _ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], dept
 
 def eval_batch(index: Index, rows: list[int]) -> EvalBatch:
     """These rows of an index, which have masks and one size."""
-    places = [(int(index.file[row]), int(index.row[row])) for row in rows]
-    encoded = read_rows(index.files, places)
+    encoded = index.places.read(rows)
     images = [torch.from_numpy(decode_image(one.image)).permute(2, 0, 1) for one in encoded]
     masks = [torch.from_numpy(decode_mask(one.mask)) for one in encoded if one.mask is not None]
     return EvalBatch(tuple(one.id for one in encoded), torch.stack(images), torch.stack(masks))

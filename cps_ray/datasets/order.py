@@ -5,6 +5,7 @@ rank r of W takes the r-th of W equal runs of them; the same images make a step 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -33,7 +34,24 @@ def positions(step: int, batch: int, rank: int, world: int) -> range:
     return range(first, first + share)
 
 
-def positions_from(start_step: int, steps: int, batch: int, rank: int, world: int) -> Iterator[int]:
-    """Positions of one rank from step `start_step` up to and without step `steps`."""
-    for step in range(start_step, steps):
-        yield from positions(step, batch, rank, world)
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """Every position that one rank visits from `start_step` up to and without step `steps`, without a list of them."""
+
+    start_step: int
+    steps: int
+    batch: int
+    """Global; divides by `world`."""
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step) * (self.batch // self.world)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> int:
+        """The position visited at `number`, in 0..len - 1."""
+        step, place = divmod(number, self.batch // self.world)
+        return positions(self.start_step + step, self.batch, self.rank, self.world)[place]

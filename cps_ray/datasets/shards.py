@@ -219,19 +219,6 @@ class Index:
         return self.places.ids
 
     @property
-    def files(self) -> tuple[str, ...]:
-        return self.places.files
-
-    @property
-    def file(self) -> NDArray[np.int32]:
-        return self.places.file
-
-    @property
-    def row(self) -> NDArray[np.int32]:
-        firsts = np.searchsorted(self.places.file, self.places.file)
-        return (np.arange(len(self)) - firsts).astype(np.int32)
-
-    @property
     def labeled(self) -> NDArray[np.bool_]:
         """(N,) whether there is a mask."""
         return self.places.mask[:, 1] > 0
@@ -310,22 +297,3 @@ def open_shards(folder: Path, prepare: str | None = None) -> Shards:
         place = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: {place} is wrong ({first['msg']}); prepare the data set again.") from None
     return Shards(folder, manifest)
-
-
-def read_rows(
-    files: Sequence[str], places: Sequence[tuple[int, int]], *, masks: bool = True, verify: bool = True
-) -> list[Encoded]:
-    """Old road, slow: use `Index.places.take(rows).read(...)`."""
-    from functools import cache
-
-    @cache
-    def index(split: str) -> Index:
-        return open_shards(Path(files[0]).parent).index(split)
-
-    found = []
-    for file, row in places:
-        split = Path(files[file]).name.rpartition("-")[0]
-        one = index(split).places
-        first = int(np.flatnonzero(one.file == file)[0])
-        found += one.read([first + row], masks=masks)
-    return found

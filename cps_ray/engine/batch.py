@@ -18,6 +18,8 @@ class Batch:
     """uint8 (L, H, W): train ids 0..C-1, or IGNORE."""
     unlabeled_image: Tensor | None
     """uint8 (U, 3, H, W); None for `method: supervised`."""
+    unlabeled_strong: Tensor | None = None
+    """uint8 (U, 3, H, W): the same places after a strong change of colour; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)

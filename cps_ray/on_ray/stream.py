@@ -1,10 +1,13 @@
 """The unlabelled images through Ray Data: one execution for the whole training, in an order that is a function of the step.
 
-Each rank runs its own execution over the chunks of its own positions. Tasks on the cluster's free CPUs read the rows;
+Each rank runs its own execution over the chunks of its own positions. Tasks on the cluster's free CPUs read the images;
 compressed bytes cross the object store; decoding and augmentation stay beside the step. Starting at any step costs
-nothing, and passes follow each other without a break (an execution per pass costs seconds each time).
+nothing, and passes follow each other without a break (an execution per pass costs seconds each time). Until the execution
+has come up, which takes seconds, the rank reads for itself.
 """
 
+import queue
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +17,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import TrainData
-from cps_ray.datasets.order import UNLABELED, image_at, positions_from
-from cps_ray.datasets.shards import Encoded, read_rows
+from cps_ray.datasets.loader import TrainData, unlabeled_visits
+from cps_ray.datasets.order import UNLABELED, Visits, image_at
+from cps_ray.datasets.shards import Encoded, Places
 
 _CHUNK_BYTES = 8 * 2**20
+_CHUNK_IMAGES = (4, 256)
+_READ_HERE = 4
+"""Chunks that the execution leaves out, as the rank has read them before it is up."""
 _ROUND_S = 0.1
 _READ_CPUS = 0.25
 """Reading waits for disks more than it computes."""
@@ -26,50 +32,43 @@ _READ_CPUS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which rows a rank reads, by number of chunk: all a read task needs."""
+    """What a rank reads, by number of chunk: all that a read task needs, whatever the number of steps."""
 
-    files: tuple[str, ...]
-    file: NDArray[np.int32]
-    row: NDArray[np.int32]
-    """(N,) place of every unlabelled image."""
-    positions: NDArray[np.int64]
-    """(P,) the rank's positions, in order."""
+    places: Places
+    """Of every unlabelled image."""
+    visits: Visits
     seed: int
     chunk: int
     """Images per chunk."""
 
     def __len__(self) -> int:
-        return -(-len(self.positions) // self.chunk)
+        return -(-len(self.visits) // self.chunk)
 
-    def places(self, number: int) -> list[tuple[int, int]]:
-        """(file, row) of chunk `number`, in order."""
-        mine = self.positions[number * self.chunk : (number + 1) * self.chunk]
-        images = [image_at(int(position), len(self.row), self.seed, UNLABELED) for position in mine]
-        return [(int(self.file[image]), int(self.row[image])) for image in images]
+    def read(self, number: int) -> list[Encoded]:
+        """The images of chunk `number`, in order."""
+        first = number * self.chunk
+        mine = range(first, min(first + self.chunk, len(self.visits)))
+        rows = [image_at(self.visits[k], len(self.places), self.seed, UNLABELED) for k in mine]
+        return self.places.read(rows, masks=False)
 
 
 def make_plan(data: TrainData, config: TrainConfig, rank: int, world: int, start_step: int) -> Plan:
     """Everything `rank` will read from `start_step` to the last step."""
-    rows = data.split.unlabeled
-    mine = positions_from(start_step, config.schedule.steps, config.data.unlabeled_batch, rank, world)
-    # A PNG of a photo takes about a byte per pixel, a JPEG less.
-    image_bytes = float((data.index.height[rows].astype(float) * data.index.width[rows]).mean())
-    chunk = int(np.clip(_CHUNK_BYTES / image_bytes, 8, 256))
-    places = (data.index.file[rows], data.index.row[rows])
-    return Plan(data.index.files, *places, np.fromiter(mine, np.int64), config.seed, chunk)
+    places = data.unlabeled
+    chunk = int(np.clip(_CHUNK_BYTES / places.image[:, 1].mean(), *_CHUNK_IMAGES))
+    return Plan(places, unlabeled_visits(config, rank, world, start_step), config.seed, chunk)
 
 
 def _read(numbers: dict[str, NDArray[np.int64]], plan: Plan) -> pa.Table:
-    encoded = [one for number in numbers["id"] for one in read_rows(plan.files, plan.places(int(number)), masks=False)]
-    return pa.table(
-        {"id": [one.id for one in encoded], "image": pa.array([one.image for one in encoded], pa.large_binary())}
-    )
+    """One chunk, for a task."""
+    (number,) = numbers["id"].tolist()
+    encoded = plan.read(number + _READ_HERE)
+    ids, images = [one.id for one in encoded], [one.image for one in encoded]
+    return pa.table({"id": ids, "image": pa.array(images, pa.large_binary())})
 
 
-def stream(plan: Plan) -> Iterator[Encoded]:
-    """The plan's images in order, read ahead by Ray Data. Needs a connected cluster with one whole free CPU."""
-    if not len(plan):
-        return
+def _execution(plan: Plan) -> Iterator[list[Encoded]]:
+    """Chunks from `_READ_HERE` on, in order, read ahead by Ray Data."""
     import ray
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
@@ -85,8 +84,68 @@ def stream(plan: Plan) -> Iterator[Encoded]:
     context.custom_execution_callback_classes = [Pace]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    chunks = ray.data.range(len(plan), override_num_blocks=len(plan))
+    count = len(plan) - _READ_HERE
+    chunks = ray.data.range(count, override_num_blocks=count)
     images = chunks.map_batches(_read, batch_size=1, fn_kwargs={"plan": plan}, num_cpus=_READ_CPUS)
     for table in images.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        for name, image in zip(table["id"], table["image"], strict=True):
-            yield Encoded(name.as_py(), image.as_py(), None)
+        yield [Encoded(n.as_py(), i.as_py(), None) for n, i in zip(table["id"], table["image"], strict=True)]
+
+
+class _Arrivals:
+    """The execution's chunks, taken by a thread of their own, so that nobody waits for the execution to come up."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._chunks: queue.Queue[tuple[int, list[Encoded] | BaseException]] = queue.Queue(maxsize=1)
+        self._wanted = _READ_HERE
+        self._level = False
+        """Whether the execution has come up with the training; from then on it is waited for."""
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, args=(plan,), name="stream", daemon=True).start()
+
+    def take(self, number: int) -> list[Encoded] | None:
+        """Chunk `number`; None while the execution is not that far. Raises what the execution raised."""
+        while True:
+            try:
+                arrived, chunk = self._chunks.get(block=self._level)
+            except queue.Empty:
+                self._wanted = number + 1  # this one will be read by whoever asks
+                return None
+            if isinstance(chunk, BaseException):
+                raise chunk
+            if arrived == number:
+                self._level = True
+                return chunk
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _run(self, plan: Plan) -> None:
+        number = _READ_HERE
+        try:
+            for number, chunk in enumerate(_execution(plan), start=_READ_HERE):
+                if self._closed.is_set():
+                    return
+                if number >= self._wanted:
+                    self._put(number, chunk)
+        except BaseException as err:  # carried to whoever asks for the chunk
+            self._put(number, err)
+
+    def _put(self, number: int, chunk: list[Encoded] | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._chunks.put((number, chunk), timeout=0.5)
+            except queue.Full:
+                continue
+            return
+
+
+def stream(plan: Plan) -> Iterator[Encoded]:
+    """The plan's images in order, read ahead by Ray Data. Needs a connected cluster with one whole free CPU."""
+    arrivals = _Arrivals(plan) if len(plan) > _READ_HERE else None
+    try:
+        for number in range(len(plan)):
+            chunk = arrivals.take(number) if arrivals is not None and number >= _READ_HERE else None
+            yield from plan.read(number) if chunk is None else chunk
+    finally:
+        if arrivals is not None:
+            arrivals.close()

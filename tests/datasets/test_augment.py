@@ -1,12 +1,17 @@
+"""Views: image and mask stay together, and what is seen is what albumentations' pipeline would show."""
+
 from concurrent.futures import ThreadPoolExecutor
 
+import albumentations as A  # noqa: N812
+import cv2
 import numpy as np
 import pytest
-import torch
 
 from cps_ray.config.train import AugmentConfig
 from cps_ray.datasets.augment import TrainView
 from cps_ray.engine.batch import IGNORE
+
+MEAN = [124, 116, 104]
 
 
 def coded(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -18,53 +23,128 @@ def coded(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
     return np.dstack([mask * 30, np.full_like(mask, 100), np.full_like(mask, 50)]), mask
 
 
-@pytest.mark.parametrize("scale", [(0.5, 2.0), (1.0, 1.0), (0.5, 0.5)])
+def seen(
+    augment: AugmentConfig,
+    crop: tuple[int, int],
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    seed: int,
+    **more: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    view, label = np.full((3, *crop), 7, np.uint8), np.full(crop, 7, np.uint8)
+    TrainView(augment, crop)(image, mask, (seed,), view=view, label=label, **more)
+    return view, label
+
+
+@pytest.mark.parametrize("scale", [(0.5, 2.0), (1.0, 1.0), (0.5, 0.5), (2.0, 2.0)])
 def test_image_and_mask_stay_aligned(scale: tuple[float, float]) -> None:
     image, mask = coded()
-    view = TrainView(AugmentConfig(scale=scale), (32, 48))
     for seed in range(30):
-        made, label = view(image, mask, seed)
-        assert made.shape == (3, 32, 48)
-        assert label is not None
-        assert made.dtype == label.dtype == torch.uint8
+        view, label = seen(AugmentConfig(scale=scale), (32, 48), image, mask, seed)
         counted = label != IGNORE
         assert counted.any()
-        same = (made[0].float() / 30).round()[counted] == label[counted]
-        assert same.float().mean() > 0.8
+        same = (view[0] / 30).round()[counted] == label[counted]
+        assert same.mean() > 0.8
+        assert (view[:, ~counted].T == MEAN).all()
 
 
-def test_padding_is_ignored_and_mean_coloured() -> None:
+def test_padding_is_ignored_and_mean_coloured_around_the_image() -> None:
     image, mask = coded(16, 16)
-    made, label = TrainView(AugmentConfig(scale=(1.0, 1.0)), (32, 32))(image, mask, 0)
-    assert label is not None
+    view, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=0.0), (32, 32), image, mask, 0)
     padded = label == IGNORE
+    assert not padded[8:24, 8:24].any()
     assert int(padded.sum()) == 32 * 32 - 16 * 16
-    assert made[:, padded].unique(dim=1).flatten().tolist() == [124, 116, 104]
+    assert np.unique(view[:, padded], axis=1).ravel().tolist() == MEAN
+    assert (view[:, 8:24, 8:24].transpose(1, 2, 0) == image).all()
+
+
+@pytest.mark.parametrize("zoom", [0.5, 0.75, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("crop", [(32, 48), (64, 64)])
+def test_the_view_is_what_zooming_the_whole_image_and_then_cropping_shows(zoom: float, crop: tuple[int, int]) -> None:
+    """RandomScale and PadIfNeeded of albumentations, then a crop at the place that was drawn here."""
+    rng = np.random.default_rng(3)
+    image = cv2.resize(rng.integers(0, 256, (3, 5, 3), np.uint8), (120, 72), interpolation=cv2.INTER_CUBIC)
+    mask = np.asarray(image[..., 0] // 64, np.uint8)
+    zooming = A.RandomScale(
+        (zoom - 1, zoom - 1), interpolation=cv2.INTER_LINEAR, mask_interpolation=cv2.INTER_NEAREST_EXACT, p=1
+    )
+    padding = A.PadIfNeeded(*crop, border_mode=cv2.BORDER_CONSTANT, fill=tuple(MEAN), fill_mask=IGNORE)
+    zoomed = A.Compose([zooming, padding])(image=image, mask=mask)
+    for seed in range(8):
+        view, label = seen(AugmentConfig(scale=(zoom, zoom), flip=0.0), crop, image, mask, seed)
+        draws = np.random.default_rng((seed,)).random(4)[1:3]
+        spans = [min(length, round(wanted / zoom)) for length, wanted in zip(image.shape, crop, strict=False)]
+        firsts = [int(d * (length - span + 1)) for d, length, span in zip(draws, image.shape, spans, strict=False)]
+        room = [zoomed["mask"].shape[axis] - crop[axis] for axis in (0, 1)]
+        y, x = (min(round(first * zoom), spare) for first, spare in zip(firsts, room, strict=True))
+        wanted = zoomed["image"][y : y + crop[0], x : x + crop[1]].transpose(2, 0, 1)
+        assert np.abs(wanted.astype(int) - view).mean() < 7
+        assert (zoomed["mask"][y : y + crop[0], x : x + crop[1]] == label).mean() > 0.9
+
+
+def test_every_place_and_zoom_is_drawn_alike() -> None:
+    """A ramp tells from its values where the window lay, and how large it was."""
+    image = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (40, 200, 3)).copy()
+    augment = AugmentConfig(scale=(0.8, 1.6), flip=0.0)
+    views = [seen(augment, (32, 32), image, None, seed)[0][0, 16].astype(float) for seed in range(600)]
+    widths = np.array([view[-1] - view[0] + 1 for view in views])
+    places = np.array([view[0] for view in views]) / (200 - widths)
+    assert np.quantile(places, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.06)
+    zooms = 32 / widths
+    assert np.quantile(zooms, [0.1, 0.5, 0.9]) == pytest.approx([0.88, 1.2, 1.52], abs=0.06)
 
 
 def test_a_view_is_a_function_of_the_seed_on_any_thread() -> None:
     image, mask = coded()
-    view = TrainView(AugmentConfig(color=0.5, blur=0.5), (32, 48))
-    alone = [view(image, mask, seed)[0] for seed in range(16)]
+    augment = AugmentConfig(color=0.5, blur=0.5)
+    alone = [seen(augment, (32, 48), image, mask, seed) for seed in range(16)]
+    view = TrainView(augment, (32, 48))
+
+    def one(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        made = np.empty((3, 32, 48), np.uint8), np.empty((32, 48), np.uint8)
+        view(image, mask, (seed,), view=made[0], label=made[1])
+        return made
+
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda seed: view(image, mask, seed)[0], range(16)))
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-    assert not torch.equal(alone[0], alone[1])
+        together = list(pool.map(one, range(16)))
+    for (a, b), (c, d) in zip(alone, together, strict=True):
+        assert np.array_equal(a, c)
+        assert np.array_equal(b, d)
+    assert not np.array_equal(alone[0][0], alone[1][0])
 
 
 def test_half_of_the_views_are_flipped() -> None:
     image, _ = coded(32, 48)
-    view = TrainView(AugmentConfig(scale=(1.0, 1.0), flip=0.5), (32, 48))
-    plain = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    flipped = sum(torch.equal(view(image, None, seed)[0], plain.flip(2)) for seed in range(200))
-    kept = sum(torch.equal(view(image, None, seed)[0], plain) for seed in range(200))
-    assert flipped + kept == 200
+    plain = image.transpose(2, 0, 1)
+    views = [seen(AugmentConfig(scale=(1.0, 1.0), flip=0.5), (32, 48), image, None, seed)[0] for seed in range(200)]
+    flipped = sum(np.array_equal(view, plain[:, :, ::-1]) for view in views)
+    assert flipped + sum(np.array_equal(view, plain) for view in views) == 200
     assert 70 < flipped < 130
+
+
+def test_a_flip_turns_the_mask_too() -> None:
+    image, mask = coded(32, 48)
+    _, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=1.0), (32, 48), image, mask, 0)
+    assert np.array_equal(label, mask[:, ::-1])
 
 
 def test_colour_changes_the_image_alone() -> None:
     image, mask = coded(32, 48)
-    made, label = TrainView(AugmentConfig(scale=(1.0, 1.0), flip=0.0, color=1.0), (32, 48))(image, mask, 1)
-    assert label is not None
-    assert torch.equal(label, torch.from_numpy(mask))
-    assert not torch.equal(made, torch.from_numpy(image.transpose(2, 0, 1).copy()))
+    view, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=0.0, color=1.0), (32, 48), image, mask, 1)
+    assert np.array_equal(label, mask)
+    assert not np.array_equal(view, image.transpose(2, 0, 1))
+
+
+def test_the_strong_view_shows_the_same_place_in_other_colours() -> None:
+    image, mask = coded(32, 48)
+    augment = AugmentConfig(scale=(1.0, 1.0), flip=0.0)
+    changed = 0
+    for seed in range(20):
+        strong = np.zeros((3, 32, 48), np.uint8)
+        view, _ = seen(augment, (32, 48), image, mask, seed, strong=strong)
+        assert np.array_equal(view, image.transpose(2, 0, 1))
+        changed += not np.array_equal(strong, view)
+        # Blocks of one class keep one colour: edges lie where they lay.
+        edges = [np.abs(np.diff(one.astype(int).sum(0), axis=1)) > 40 for one in (view, strong)]
+        assert (edges[1] & ~edges[0]).mean() < 0.12
+    assert changed >= 18

