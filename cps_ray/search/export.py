@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.datasets.picture import painted
 from cps_ray.datasets.shards import Manifest
 from cps_ray.engine.batch import IGNORE
 from cps_ray.on_ray.judge import Verdict, load_network
@@ -77,27 +78,20 @@ def write_seeds(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_picture(path: Path, verdicts: dict[str, Verdict], manifest: Manifest, height_px: int = 192) -> None:
     """A sheet: a row per example image, with the image, the truth and each model's answer."""
-    palette = np.array([*manifest.palette], dtype=np.uint8)
     first = next(iter(verdicts.values()))
     titles = ["image", "truth", *verdicts]
     rows = []
     for number, (_, image, truth, _) in enumerate(first.examples):
         answers = [verdict.examples[number][3] for verdict in verdicts.values()]
-        # Pixels that count nowhere are black in the truth, and in the answers so that eyes compare like with like.
-        painted = [_paint(np.where(truth == IGNORE, IGNORE, mask), palette) for mask in (truth, *answers)]
-        tiles = [_tile(picture, height_px) for picture in (image, *painted)]
+        # Pixels that count nowhere are hatched in the truth, and in the answers so that eyes compare like with like.
+        masks = [np.where(truth == IGNORE, IGNORE, mask).astype(np.uint8) for mask in (truth, *answers)]
+        tiles = [_tile(picture, height_px) for picture in (image, *(painted(mask, manifest.palette) for mask in masks))]
         rows.append(np.hstack(tiles))
     width = max(row.shape[1] for row in rows)
     white = (255, 255, 255)
     rows = [cv2.copyMakeBorder(r, 0, 0, 0, width - r.shape[1], cv2.BORDER_CONSTANT, value=white) for r in rows]
     sheet = np.vstack([_heading(titles, rows[0].shape[1]), *rows])
     cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-
-
-def _paint(mask: NDArray[Any], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    colors = np.zeros((256, 3), dtype=np.uint8)
-    colors[: len(palette)] = palette
-    return np.asarray(colors[mask], dtype=np.uint8)
 
 
 def _tile(picture: NDArray[np.uint8], height_px: int) -> NDArray[np.uint8]:
