@@ -5,6 +5,8 @@ import sys
 
 COMMANDS = {
     "prepare": "raw data set -> checked Parquet shards",
+    "inspect": "prepared shards -> checks, statistics, contact sheets and a page",
+    "splits": "which training images are labelled: drawn or published lists",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
 }
