@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cps_ray.datasets import checks
+from cps_ray.datasets.findings import told
 from cps_ray.datasets.images import decode_mask, encode_mask
 from cps_ray.datasets.shards import open_shards, sha256
 from cps_ray.inspect import main
@@ -51,9 +54,16 @@ def page_text(folder: Path) -> str:
     return " ".join(texts)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """To be edited by hand, hence without its checksum."""
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    content.pop("sha256", None)
+    return content
+
+
 def rewritten(folder: Path, split: str, **columns: list[object]) -> None:
     """Puts other values into an index, as if they had been prepared so."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     path = folder / manifest["splits"][split]["index"]
     table = pq.read_table(path)
     for name, values in columns.items():
@@ -110,6 +120,14 @@ def test_a_flipped_byte_that_is_in_no_image_is_found(folder: Path, capsys: Said)
     path.write_bytes(data)
     assert main([str(folder)]) == 2
     assert capsys.readouterr().out.count("error: ") == 1
+
+
+def test_a_file_that_grew_is_found(folder: Path, capsys: Said) -> None:
+    path = folder / "val-00000.parquet"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"x")
+    assert main([str(folder)]) == 2
+    assert f"error: {path}: the file has {size + 1} bytes, but the manifest says {size}; " in capsys.readouterr().out
 
 
 def test_a_missing_file_is_one_line(folder: Path, capsys: Said) -> None:
@@ -169,7 +187,7 @@ def test_mask_values_outside_the_class_table_are_found(folder: Path, capsys: Sai
 
 
 def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path, capsys: Said) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     manifest["splits"]["val"] = manifest["splits"]["train"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(folder)]) == 2
@@ -195,6 +213,35 @@ def test_labels_that_lack_a_class_are_warned_about(folder: Path, rare: str, caps
     assert all(cells(said)[name][1] == "- (0)" for name in missing)
     assert written(folder) == ("contact-test.png", "contact-train-labeled.png", "contact-train.png", *ALL[2:])
     assert "no labelled mask shows" in page_text(folder)
+
+
+def test_a_labelled_image_without_a_mask_is_fatal(folder: Path, capsys: Said) -> None:
+    table = pq.read_table(folder / "train.index.parquet")
+    sizes = table["mask_bytes"].to_pylist()
+    sizes[7] = 0
+    rewritten(folder, "train", mask_bytes=sizes)
+    (folder.parent / "mine.txt").write_text("train_00007\ntrain_00008\n")
+    assert main([str(folder), "--labeled", str(folder.parent / "mine.txt")]) == 2
+    said = capsys.readouterr().out
+    assert "every labelled image must have a mask, but 1 have none (train_00007)" in said
+    assert cells(said)["unlabelled"] == ["1", "1", "0", "0"]
+    assert "no mask" in page_text(folder)
+
+
+def test_a_warning_that_preparing_noted_is_no_note_too(folder: Path, capsys: Said) -> None:
+    manifest = read_manifest(folder)
+    manifest["classes"].append("ghost")
+    manifest["palette"].append([1, 2, 3])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    opened = open_shards(folder)
+    found = checks.whole({split: opened.index(split) for split in manifest["splits"]}, opened.classes)
+    manifest["notes"] = told(found)
+    assert "ghost" in manifest["notes"][0]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("no mask shows ghost") == said.count("warning: ") == 3
+    assert "note: " not in said
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("6", "6"), ("0.5", "12"), ("mine", "2")])
@@ -228,7 +275,7 @@ def test_wrong_arguments_are_one_line_and_exit_2(
 
 
 def test_what_preparing_noted_and_left_out_is_told_once(folder: Path, capsys: Said) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     manifest["classes"][0] = "<sky> & [b]more"
     manifest["notes"] = ["val was held out of train"]
     manifest["left_out"] = [{"file": "raw/<odd>.png", "why": "is empty"}]

@@ -260,9 +260,9 @@ th { text-align: left; font-weight: 600; }
 .classes { width: 100%; }
 .classes th, .classes td { padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); }
 .classes td { min-width: 10.5rem; }
-.classes tbody th { position: sticky; left: 0; min-width: 7.5rem; max-width: 18rem; padding-right: 1rem;
+.classes tbody th { position: sticky; left: 0; min-width: 8.5rem; max-width: 18rem; padding-right: 1rem;
   background: var(--paper); font-weight: 500; overflow-wrap: break-word; }
-@media (max-width: 40rem) { .classes tbody th { max-width: 8.5rem; } }
+@media (max-width: 40rem) { .classes tbody th { max-width: 9rem; } }
 .numbers { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem; white-space: nowrap; }
 .numbers span { color: var(--faint); }
 .bar { display: block; height: 8px; margin-top: 3px; border-radius: 2px; overflow: hidden; background:

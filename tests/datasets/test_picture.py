@@ -88,7 +88,9 @@ def test_every_class_is_shown_and_rare_ones_where_they_are_large() -> None:
     index = index_of(pixels)
     rows = chosen(index, np.arange(300), seed=0)
     assert (pixels[rows].max(axis=0) >= 1500).all()
-    assert len(set(rows.tolist())) == len(rows)
+    assert len(set(rows.tolist())) == len(rows) > SHOWN
+    more = index_of(np.vstack([pixels, pixels[:5]]), np.arange(305) < 300)
+    assert more.labeled[chosen(more, np.arange(305), seed=0)].tolist() == [True] * len(rows) + [False] * 4
 
 
 def test_a_sample_is_drawn_from_the_rows_asked_and_shows_images_without_masks_too() -> None:
@@ -148,6 +150,7 @@ def test_nothing_on_a_sheet_is_cut_off(classes: int) -> None:
         assert found.sum() == one.picture.shape[0] * one.picture.shape[1]
         rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
         assert (len(rows), len(columns)) == one.picture.shape[:2]
+    assert sheet.shape[1] <= 1680
     for edge in (sheet[:20], sheet[-20:], sheet[:, :20], sheet[:, -20:]):
         assert (edge == 255).all()
 
