@@ -36,7 +36,7 @@ def test_imports_point_down(path: Path) -> None:
             engine = {name for name in imports(path) if name.startswith("cps_ray.engine")}
             assert all(name.startswith("cps_ray.engine.batch") for name in engine), f"{path}: {engine}"
         assert used <= allowed, f"{path} must not import {sorted(used - allowed)}"
-    assert not used & COMMANDS, f"{path}: nobody imports a command"
+    assert not (used - {own}) & COMMANDS, f"{path}: nobody imports a command"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

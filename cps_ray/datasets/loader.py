@@ -6,7 +6,7 @@ a batch holds is a function of (config, step, rank), so a training may start at 
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -86,7 +86,7 @@ def train_batches(
     unlabeled: Iterator[Encoded] | None = None,
     strong: bool = False,
     threads: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's batches from `start_step` to the last step.
 
     `unlabeled`: its unlabelled images in the order of `unlabeled_visits`; None with method supervised, else they are
@@ -120,8 +120,8 @@ class _Labeled:
             size = len(read.image) + len(read.mask or b"")
             if size > self._room:
                 return read
-            self._room -= size
-            self._kept[number] = read
+            if self._kept.setdefault(number, read) is read:  # another thread may have read it meanwhile
+                self._room -= size
         return self._kept[number]
 
 
@@ -188,6 +188,9 @@ class _Producer:
         except BaseException as err:  # carried to the training, which raises it
             if not self._closed.is_set():
                 self._put(err)
+        finally:
+            if isinstance(self._unlabeled, Generator):
+                self._unlabeled.close()  # here, as nobody else may while this thread is in it
 
     def _put(self, entry: _Filling | BaseException | None) -> None:
         while not self._closed.is_set():

@@ -9,7 +9,7 @@ has come up, which takes seconds, the rank reads for itself.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,18 @@ from cps_ray.datasets.loader import TrainData, unlabeled_visits
 from cps_ray.datasets.order import UNLABELED, Visits, image_at
 from cps_ray.datasets.shards import Encoded, Places
 
-_CHUNK_BYTES = 8 * 2**20
-_CHUNK_IMAGES = (4, 256)
-_READ_HERE = 4
+_CHUNK_BYTES = 32 * 2**20
+_CHUNK_IMAGES = (1, 256)
+"""A chunk costs the worker about 10 ms of computing, whatever its size."""
+_BLOCKS = 512
+"""Ray Data plans all blocks at once, at about 1 ms and 6 kB each; so their number does not grow with the steps."""
+_BLOCK_CHUNKS = 64
+_HELD_CHUNKS = 6
+"""What an execution may keep in the object store."""
+_READ_HERE = 2
 """Chunks that the execution leaves out, as the rank has read them before it is up."""
-_ROUND_S = 0.1
+_PATIENCE_S = 0.1
+_ROUND_S = 0.05
 _READ_CPUS = 0.25
 """Reading waits for disks more than it computes."""
 
@@ -59,22 +66,24 @@ def make_plan(data: TrainData, config: TrainConfig, rank: int, world: int, start
     return Plan(places, unlabeled_visits(config, rank, world, start_step), config.seed, chunk)
 
 
-def _read(numbers: dict[str, NDArray[np.int64]], plan: Plan) -> pa.Table:
-    """One chunk, for a task."""
-    (number,) = numbers["id"].tolist()
-    encoded = plan.read(number + _READ_HERE)
-    ids, images = [one.id for one in encoded], [one.image for one in encoded]
-    return pa.table({"id": ids, "image": pa.array(images, pa.large_binary())})
+def _read(numbers: dict[str, NDArray[np.int64]], plan: Plan, per_block: int) -> Iterator[pa.Table]:
+    """One table per chunk of a block, for a task."""
+    (block,) = numbers["id"].tolist()
+    first = _READ_HERE + block * per_block
+    for number in range(first, min(first + per_block, len(plan))):
+        encoded = plan.read(number)
+        ids, images = [one.id for one in encoded], [one.image for one in encoded]
+        yield pa.table({"chunk": [number] * len(ids), "id": ids, "image": pa.array(images, pa.large_binary())})
 
 
-def _execution(plan: Plan) -> Iterator[list[Encoded]]:
-    """Chunks from `_READ_HERE` on, in order, read ahead by Ray Data."""
+def _execution(plan: Plan) -> Iterator[tuple[int, list[Encoded]]]:
+    """Chunks from `_READ_HERE` on by number, in order, read ahead by Ray Data."""
     import ray
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pace(ExecutionCallback):  # type: ignore[misc]
         """Ray Data's scheduling loop does not wait while it is held back: it spins, and takes a core and this process's
-        interpreter lock from the training (measured on 2 cores: a third of the speed). Ten rounds a second are plenty.
+        interpreter lock from the training (measured on 2 cores: a third of the speed). A round moves one chunk.
         """
 
         def on_execution_step(self, executor: object) -> None:
@@ -84,11 +93,25 @@ def _execution(plan: Plan) -> Iterator[list[Encoded]]:
     context.custom_execution_callback_classes = [Pace]
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    limits = context.execution_options.resource_limits
+    context.execution_options.resource_limits = limits.copy(object_store_memory=_HELD_CHUNKS * _CHUNK_BYTES)
+    # Else chunks wait in their task until they are 128 MiB together.
+    context.target_max_block_size, context.target_min_block_size = _CHUNK_BYTES, 1
     count = len(plan) - _READ_HERE
-    chunks = ray.data.range(count, override_num_blocks=count)
-    images = chunks.map_batches(_read, batch_size=1, fn_kwargs={"plan": plan}, num_cpus=_READ_CPUS)
-    for table in images.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        yield [Encoded(n.as_py(), i.as_py(), None) for n, i in zip(table["id"], table["image"], strict=True)]
+    per_block = max(_BLOCK_CHUNKS, -(-count // _BLOCKS))
+    blocks = -(-count // per_block)
+    images = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
+        _read, batch_size=1, fn_kwargs={"plan": plan, "per_block": per_block}, num_cpus=_READ_CPUS, concurrency=1
+    )
+    number = _READ_HERE
+    chunk: list[Encoded] = []
+    for table in images.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"):
+        for at, key, image in zip(table["chunk"].to_pylist(), table["id"], table["image"], strict=True):
+            if at != number:  # a block of Ray Data may hold several chunks, or end within one
+                yield number, chunk
+                number, chunk = at, []
+            chunk.append(Encoded(key.as_py(), image.as_py(), None))
+    yield number, chunk
 
 
 class _Arrivals:
@@ -98,17 +121,17 @@ class _Arrivals:
         self._chunks: queue.Queue[tuple[int, list[Encoded] | BaseException]] = queue.Queue(maxsize=1)
         self._wanted = _READ_HERE
         self._level = False
-        """Whether the execution has come up with the training; from then on it is waited for."""
+        """Whether the execution has come up with the training; only then it is waited for."""
         self._closed = threading.Event()
         threading.Thread(target=self._run, args=(plan,), name="stream", daemon=True).start()
 
     def take(self, number: int) -> list[Encoded] | None:
-        """Chunk `number`; None while the execution is not that far. Raises what the execution raised."""
+        """Chunk `number`; None if it has not come: then it is to be read here. Raises what the execution raised."""
         while True:
             try:
-                arrived, chunk = self._chunks.get(block=self._level)
+                arrived, chunk = self._chunks.get(self._level, _PATIENCE_S)
             except queue.Empty:
-                self._wanted = number + 1  # this one will be read by whoever asks
+                self._level, self._wanted = False, number + 1
                 return None
             if isinstance(chunk, BaseException):
                 raise chunk
@@ -122,7 +145,7 @@ class _Arrivals:
     def _run(self, plan: Plan) -> None:
         number = _READ_HERE
         try:
-            for number, chunk in enumerate(_execution(plan), start=_READ_HERE):
+            for number, chunk in _execution(plan):
                 if self._closed.is_set():
                     return
                 if number >= self._wanted:
@@ -139,7 +162,7 @@ class _Arrivals:
             return
 
 
-def stream(plan: Plan) -> Iterator[Encoded]:
+def stream(plan: Plan) -> Generator[Encoded, None, None]:
     """The plan's images in order, read ahead by Ray Data. Needs a connected cluster with one whole free CPU."""
     arrivals = _Arrivals(plan) if len(plan) > _READ_HERE else None
     try:

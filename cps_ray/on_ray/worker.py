@@ -97,7 +97,7 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
         world=ranks.world,
         start_step=state.step,
         unlabeled=unlabeled,
-        threads=_threads(context.get_local_world_size()),
+        threads=decode_threads(context.get_local_world_size()),
     )
     reporter = Reporter(config, job, ranks, state.step, log)
     fit(config, state, batches, lambda state: validate(config, shards, state, "val"), reporter)
@@ -106,7 +106,7 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
 def validate(config: TrainConfig, shards: Shards, state: TrainState, split: str) -> Metrics:
     """Network a on every image of a split, each once over all ranks: `{split}/miou`, `{split}/iou/<class>`."""
     ranks = state.ranks
-    batches = eval_batches(shards, split, rank=ranks.rank, world=ranks.world, threads=_threads())
+    batches = eval_batches(shards, split, rank=ranks.rank, world=ranks.world, threads=decode_threads())
     confusions = evaluate(config, state.pair.a, batches, len(shards.classes), ranks)
     return summarise(confusions, shards.classes, split)
 
@@ -164,7 +164,7 @@ def read_metrics(path: Path) -> list[Metrics]:
     return records
 
 
-def _threads(workers_here: int = 1) -> int:
+def decode_threads(workers_here: int = 1) -> int:
     """Decode threads: they work ahead by two steps and then rest, so many do no harm."""
     return max(2, min(_MOST_THREADS, (os.cpu_count() or 1) // workers_here))
 
