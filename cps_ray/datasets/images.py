@@ -15,7 +15,8 @@ from PIL import ExifTags, Image
 
 from cps_ray.errors import DataError
 
-_KEPT = ("JPEG", "PNG")
+_KEPT = ("JPEG", "MPO", "PNG")
+"""Formats whose files shards hold as they came. MPO: a JPEG of a phone, with previews behind it."""
 _HASHED_SIDE = 32
 _FREQUENCIES = 8
 
@@ -31,6 +32,12 @@ def undecodable(data: bytes) -> str:
     if not data:
         return "is empty; get the file again"
     return f"cannot be decoded ({len(data)} bytes, the first are {bytes(data[:8])!r}): damaged or cut short; get the file again"
+
+
+def too_large() -> str:
+    """What is wrong with an image that Pillow takes for an attack, for the end of a sentence."""
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return f"must have at most {limit / 1e6:.0f} million px, but has more; cut it into tiles"
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
@@ -105,11 +112,16 @@ def read_image(data: bytes, value_range: tuple[float, float] | None = None) -> P
     try:
         with Image.open(io.BytesIO(data)) as header:
             kind, pages, orientation = header.format, getattr(header, "n_frames", 1), orientation_of(header)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise DataError(f"image {too_large()}.") from None
+    except (OSError, SyntaxError, ValueError):
         kind, pages, orientation = None, 1, 1  # Pillow knows fewer TIFFs than OpenCV
-    if pages > 1:
+    if pages > 1 and kind != "MPO":
         raise DataError(f"image has {pages} pages or frames, but must have one; save each as a file of its own.")
     raw = cv2.imdecode(_buffer(data), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH) if data else None
+    if raw is None and data:  # one channel of floats
+        raw = cv2.imdecode(_buffer(data), cv2.IMREAD_UNCHANGED)
+        raw = None if raw is None or raw.ndim != 2 else cv2.merge([raw] * 3)
     if raw is None:
         raise DataError(f"image {undecodable(data)}.")
     if raw.dtype == np.uint8:
@@ -120,8 +132,9 @@ def read_image(data: bytes, value_range: tuple[float, float] | None = None) -> P
             f"image holds {raw.dtype} values; say in the recipe what is black and white: `value_range: [0, 1]`."
         )
     low, high = value_range or (0, 65535)
-    peak = int(min(np.nanmax(raw), 2**31))
-    pixels = np.asarray(np.clip((np.nan_to_num(raw) - low) * (255 / (high - low)), 0, 255).round(), np.uint8)
+    values = np.nan_to_num(raw.astype(np.float64), posinf=high, neginf=low)
+    peak = int(min(values.max(), 2**31))
+    pixels = np.asarray(np.clip((values - low) * (255 / (high - low)), 0, 255).round(), np.uint8)
     return Picture(encode_image(pixels), pixels, orientation, peak)
 
 

@@ -1,7 +1,7 @@
 """Sources to items: one raw image and its mask, read, checked and brought to the form that shards hold."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -61,7 +61,7 @@ def item_of(key: str, image: bytes, shown: NDArray[np.uint8], mask: NDArray[np.u
     if mask is None:
         return Item(key, image, None, (height, width), np.zeros(classes, np.int64), perceptual_hash(shown))
     pixels = np.bincount(mask.ravel(), minlength=256)[:classes].astype(np.int64)
-    return Item(key, image, encode_mask(mask), (height, width), pixels, perceptual_hash(shown), steps=ramps(mask))
+    return Item(key, image, encode_mask(mask), (height, width), pixels, perceptual_hash(shown))
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,15 @@ class FromFiles:
         picture = self._picture(source)
         mask, values = self._mask(source, picture) if source.mask else (None, {})
         image, shown = picture.data, picture.pixels
+        steps = (0, 0) if mask is None else ramps(mask)
         if self.scale < 1.0:
-            size = (round(shown.shape[1] * self.scale), round(shown.shape[0] * self.scale))
+            size = (max(1, round(shown.shape[1] * self.scale)), max(1, round(shown.shape[0] * self.scale)))
             shown = np.asarray(cv2.resize(shown, size, interpolation=cv2.INTER_AREA), np.uint8)
             image = encode_image(shown)  # a second JPEG would lose again
             if mask is not None:
                 mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
         made = item_of(source.id, image, shown, mask, self.reader.classes)
-        return Item(
-            made.id,
-            made.image,
-            made.mask,
-            made.size,
-            made.pixels,
-            made.perceptual_hash,
-            values,
-            made.steps,
-            picture.peak,
-        )
+        return replace(made, values=values, steps=steps, peak=picture.peak)
 
     def _picture(self, source: Source) -> Picture:
         try:
@@ -115,7 +106,5 @@ def _bytes(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        finding = Finding(
-            "file is unreadable", path, f"the file cannot be read ({error.strerror})", "mend its permissions"
-        )
-        raise BadItemError(finding) from None
+        found, remedy = f"the file cannot be read ({error.strerror})", "get it again, or mend its permissions"
+        raise BadItemError(Finding("file is unreadable", path, found, remedy)) from None

@@ -1,7 +1,8 @@
 """Raw data sets as they lie on disk: finds the files of every split and pairs images with their masks."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def _find(raw: Path, patterns: Iterable[str], where: str) -> list[tuple[str, Pat
     found: dict[Path, str] = {}
     for pattern in patterns:
         files = [p for p in raw.glob(pattern.replace(ID, "*")) if not p.name.startswith(".") and p.name not in _JUNK]
-        keys = {path: id_in(pattern, path.relative_to(raw).as_posix()) for path in files if path.is_file()}
+        # A link that leads nowhere counts: it is an image that was not fetched.
+        keys = {path: id_in(pattern, path.relative_to(raw).as_posix()) for path in files if not path.is_dir()}
         if not any(keys.values()):
             raise DataError(f"{raw}: {where} {pattern!r} must match files, but matches none; is the raw data complete?")
         found |= {path: key for path, key in keys.items() if key}
@@ -79,6 +81,10 @@ def _listed(raw: Path, name: str, split: SplitRecipe) -> frozenset[str] | None:
     missing = [f"{entry} (line {entries[entry]})" for entry, key in ids.items() if key is None]
     if missing:
         raise DataError(f"{path}: every entry must have an image in split {name}, but {some(missing)} have none.")
+    known = Counter(ids.values())
+    twice = [f"{entry} (line {entries[entry]})" for entry, key in ids.items() if known[key] > 1]
+    if twice:
+        raise DataError(f"{path}: an image must be listed once, but {some(twice)} mean one.")
     return frozenset(key for key in ids.values() if key)
 
 
@@ -213,15 +219,19 @@ def _mask_kind(raw: Path) -> str:
     )
 
 
-def _holds_train_ids(masks: Sequence[str], reader: MaskReader) -> bool:
-    """Whether masks hold labelTrainIds (0..18 and 255) rather than labelIds (up to 33), told by a sample of them."""
+def _holds_train_ids(masks: Sequence[str], reader: MaskReader, kind: str) -> bool:
+    """Whether masks hold labelTrainIds (0..18 and 255) rather than labelIds (up to 33), told by a sample of them.
+
+    Where values do not tell (0..18, no 255), the `kind` that the files' names say does.
+    """
     values: set[int] = set()
     for path in masks[:: max(1, len(masks) // _LOOKED_AT)]:
         try:
             values |= set(np.unique(reader.read(path, Path(path).read_bytes()).values).tolist())
         except (BadItemError, OSError):
             continue  # told when all are read
-    return bool(values) and max((v for v in values if v != IGNORE), default=0) <= 18 and IGNORE in values
+    small = max((value for value in values if value != IGNORE), default=0) < len(CITYSCAPES)
+    return small and (IGNORE in values or kind == "labelTrainIds")
 
 
 def cityscapes(raw: Path, *, published: bool = False, unlabeled: Sequence[str] = ()) -> RawData:
@@ -247,15 +257,14 @@ def cityscapes(raw: Path, *, published: bool = False, unlabeled: Sequence[str] =
         }
     found = folder(raw, Recipe(classes=CITYSCAPES, ignore_ids=_CITYSCAPES_IGNORED, splits=splits))
     masks = [source.mask for sources in found.splits.values() for source in sources if source.mask]
-    if _holds_train_ids(masks, found.reader):
+    if _holds_train_ids(masks, found.reader, kind):
         meanings = {place: place for place in range(len(CITYSCAPES))} | {IGNORE: IGNORE}
-        reader, note = MaskReader("ids", meanings, len(CITYSCAPES)), "masks hold labelTrainIds"
+        reader = MaskReader("ids", meanings, len(CITYSCAPES), official="labelTrainIds of Cityscapes, as the others are")
     else:
-        reader, note = (
-            MaskReader("ids", found.reader.meanings, len(CITYSCAPES), cityscapes_ids=True),
-            "masks hold labelIds",
-        )
-    return RawData(found.splits, reader, found.classes, found.palette, None, found.findings, (note,))
+        official = "labelIds of Cityscapes"
+        reader = replace(found.reader, void_by_default=False, cityscapes_ids=True, official=official)
+    note = f"masks hold {'labelIds' if reader.cityscapes_ids else 'labelTrainIds'}"
+    return replace(found, reader=reader, notes=(note,))
 
 
 # ------------------------------------------------------------------------------------------------------ PASCAL VOC
@@ -338,7 +347,7 @@ def voc(raw: Path, *, sbd: Path | None = None, published: bool = False) -> RawDa
     splits = {name: _voc_sources(name, pairs, files, findings) for name, pairs in chosen.items()}
     meanings = {place: place for place in range(len(VOC_CLASSES))} | {IGNORE: IGNORE}
     palette = tuple(voc_color(place) for place in range(len(VOC_CLASSES)))
-    reader = MaskReader("ids", meanings, len(VOC_CLASSES))
+    reader = MaskReader("ids", meanings, len(VOC_CLASSES), official="the official ones of VOC and SBD")
     extra = sum(key not in lists["train"] for key in chosen["train"])
     notes = (f"{extra} training masks come from SBD" if extra else "no SBD: only VOC's own masks",)
     return RawData(splits, reader, tuple(VOC_CLASSES), palette, None, tuple(findings), notes)

@@ -4,6 +4,9 @@ What commonly is wrong with masks is refused here, before any training sees it.
 """
 
 import io
+import struct
+import tokenize
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cps_ray.datasets.findings import BadItemError, Finding
-from cps_ray.datasets.images import orientation_of, turned
+from cps_ray.datasets.images import orientation_of, too_large, turned
 from cps_ray.engine.batch import IGNORE
 
 Coding = Literal["ids", "colors"]
@@ -22,6 +25,20 @@ Raw = NDArray[np.integer[Any]]
 _UNKNOWN = -1
 _MANY_VALUES = 32
 _LISTED = 10
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+)
+"""What Pillow, NumPy and SciPy raise on damaged files; found by damaging them at random."""
 _EXPORT = "export the masks again as ids, without smoothing, and resize them with nearest neighbour only"
 
 
@@ -53,6 +70,8 @@ class MaskReader:
     """Whether 255 is ignored by custom only, nobody having said so."""
     cityscapes_ids: bool = False
     """Masks are labelIds of Cityscapes, which labelTrainIds are easily taken for."""
+    official: str = ""
+    """What the masks must be, for data sets that come with their own class table."""
 
     def read(self, path: str, data: bytes) -> RawMask:
         """Bytes of the mask file at `path` -> its raw values. BadItemError if it holds none."""
@@ -61,12 +80,15 @@ class MaskReader:
             raise _bad("mask is unreadable", path, "the mask is a Git LFS pointer", "run `git lfs pull`")
         try:
             if suffix == ".npy":
-                return RawMask(self._plane(path, np.load(io.BytesIO(data), allow_pickle=False), ".npy"), False)
+                return RawMask(self._plane(path, _numpy(data), ".npy"), False)
             if suffix == ".mat":
                 return RawMask(self._plane(path, _matlab(path, data), ".mat"), False)
             with Image.open(io.BytesIO(data)) as image:
                 return self._image(path, image)
-        except (OSError, SyntaxError, ValueError, TypeError, EOFError) as error:
+        except Image.DecompressionBombError:
+            found, remedy = too_large().split("; ")
+            raise _bad("mask is too large", path, f"the mask {found}", remedy) from None
+        except _DAMAGED as error:
             raise _bad("mask is unreadable", path, f"the mask cannot be read ({error})", "get the file again") from None
 
     def _image(self, path: str, image: Image.Image) -> RawMask:
@@ -77,17 +99,19 @@ class MaskReader:
         if getattr(image, "n_frames", 1) > 1:
             raise _bad("mask has pages", path, "a mask must have one page", "save each page as a file of its own")
         orientation = orientation_of(image)
-        if image.mode == "P" and self.coding == "colors":
-            image = image.convert("RGB")
+        image.load()
+        left = orientation_of(image)  # Pillow itself turns TIFFs as it loads them
+        if image.mode in ("P", "PA") and self.coding == "colors":
+            image = image.convert("RGBA")
         values = self._plane(path, np.asarray(image), image.mode)
-        return RawMask(turned(values, orientation), orientation != 1)
+        return RawMask(turned(values, left), orientation != 1)
 
     def _plane(self, path: str, values: NDArray[Any], kind: str) -> Raw:
         """(H, W) or (H, W, 1..4) of a file -> (H, W) raw values."""
         if values.dtype == np.bool_:
             values = values.astype(np.uint8)
-        if values.ndim == 3 and values.shape[2] in (2, 4):
-            if kind in ("RGBA", "LA", "PA") and values[..., -1].min() < 255:
+        if kind in ("RGBA", "LA", "PA"):
+            if values[..., -1].min() < 255:
                 raise _bad(
                     "mask is transparent", path, "a mask must not be transparent, but this one is in parts", _EXPORT
                 )
@@ -106,7 +130,7 @@ class MaskReader:
         if values.ndim == 3:
             if not (np.array_equal(values[..., 0], values[..., 1]) and np.array_equal(values[..., 0], values[..., 2])):
                 found = f"a mask must have one channel that holds class ids, but this is a colour image ({kind})"
-                remedy = "if its colours mean classes, say `mask_coding: colors` and the colours in the recipe"
+                remedy = "if its colours mean classes, use a recipe with `mask_coding: colors` and the colours"
                 raise _bad("mask is coloured", path, found, remedy)
             values = values[..., 0]
         return values
@@ -143,8 +167,8 @@ class MaskReader:
             return f"so many are grey levels or smoothed edges: {_EXPORT}"
         if self.coding == "colors":
             return "add them to the classes' `colors`, or to `ignore_colors`, in the recipe"
-        if self.cityscapes_ids and IGNORE in strange:
-            return "these look like labelTrainIds among labelIds: keep one kind"
+        if self.official:
+            return f"the masks must be {self.official}: get them again, or describe your own with `folder` and a recipe"
         if min(histogram) == 1 and list(strange) == [self.classes]:
             return "the ids seem to start at 1: give the classes `ids` in the recipe"
         if max(histogram) > IGNORE:
@@ -165,6 +189,11 @@ def _bad(rule: str, path: str, found: str, remedy: str) -> BadItemError:
     return BadItemError(Finding(rule, path, found, remedy))
 
 
+def _numpy(data: bytes) -> NDArray[Any]:
+    """The array in a .npy file; unlike `np.load` it takes neither archives nor pickles."""
+    return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+
+
 def _matlab(path: str, data: bytes) -> NDArray[Any]:
     """The label map in a .mat file: SBD's `GTcls.Segmentation`, else its only matrix."""
     from scipy.io import loadmat  # takes half a second to import
@@ -175,6 +204,8 @@ def _matlab(path: str, data: bytes) -> NDArray[Any]:
         raise _bad(
             "mask is unreadable", path, "the mask is MATLAB 7.3", "save it again with `save(..., '-v7')`"
         ) from None
+    except Exception as error:  # SciPy's reader trips over damaged bytes in any way, UnboundLocalError among them
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     if "GTcls" in content:
         return np.asarray(content["GTcls"]["Segmentation"][0, 0])
     arrays = {k: v for k, v in content.items() if not k.startswith("__") and v.dtype.kind in "iufb" and v.ndim == 2}

@@ -125,6 +125,8 @@ class Recipe(Section):
             bare = [entry.name for entry in self.classes if entry.color is None and entry.colors is None]
             if bare:
                 raise ValueError(f"`mask_coding: colors` needs a `color` for every class, but {bare} have none.")
+            if self.ignore_ids or any(entry.ids for entry in self.classes):
+                raise ValueError("`ids` and `ignore_ids` are for `mask_coding: ids`; use `colors` and `ignore_colors`.")
         elif self.ignore_colors or any(entry.colors for entry in self.classes):
             raise ValueError("`colors` and `ignore_colors` are for `mask_coding: colors`.")
         meanings = [raw for values in self.raw_values() for raw in values] + list(self.ignored())
