@@ -23,4 +23,4 @@ def test_cityscapes_says_how_to_get_the_data(capsys: pytest.CaptureFixture[str])
     if load_sweep(path).train.data.shards.exists():
         pytest.skip("the Cityscapes shards are there")
     sweep.main([str(path), "--dry-run"])
-    assert "python -m cps_ray.prepare folder" in capsys.readouterr().out
+    assert "python -m cps_ray.prepare cityscapes" in capsys.readouterr().out

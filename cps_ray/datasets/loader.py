@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -162,6 +163,7 @@ class _Producer:
         self._strong = strong
         self._view = TrainView(config.augment, config.data.crop_px)
         self._pin = torch.cuda.is_available()
+        cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._ready: queue.Queue[_Filling | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()

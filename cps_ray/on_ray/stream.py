@@ -68,7 +68,7 @@ def make_plan(data: TrainData, config: TrainConfig, rank: int, world: int, start
 
 def _read(numbers: dict[str, NDArray[np.int64]], plan: Plan, per_block: int) -> Iterator[pa.Table]:
     """One table per chunk of a block, for a task."""
-    (block,) = numbers["id"].tolist()
+    (block,) = numbers["item"].tolist()
     first = _READ_HERE + block * per_block
     for number in range(first, min(first + per_block, len(plan))):
         encoded = plan.read(number)
@@ -100,9 +100,11 @@ def _execution(plan: Plan) -> Iterator[tuple[int, list[Encoded]]]:
     count = len(plan) - _READ_HERE
     per_block = max(_BLOCK_CHUNKS, -(-count // _BLOCKS))
     blocks = -(-count // per_block)
-    images = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
-        _read, batch_size=1, fn_kwargs={"plan": plan, "per_block": per_block}, num_cpus=_READ_CPUS, concurrency=1
-    )
+    # From memory: a source that is read would take its turns on the one free CPU before any image is.
+    numbers = ray.data.from_items(list(range(blocks)), override_num_blocks=blocks)
+    settings = {"plan": plan, "per_block": per_block}
+    one = ray.data.TaskPoolStrategy(size=1)
+    images = numbers.map_batches(_read, batch_size=1, fn_kwargs=settings, num_cpus=_READ_CPUS, compute=one)
     number = _READ_HERE
     chunk: list[Encoded] = []
     for table in images.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"):
