@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
+from cps_ray.datasets.assembly import Plan
+from cps_ray.datasets.items import FromFiles, Source
 from cps_ray.datasets.layouts import CITYSCAPES
+from cps_ray.datasets.masks import MaskReader
 from cps_ray.datasets.recipe import voc_color
 
 SIZE = (24, 32)
@@ -171,9 +174,7 @@ def sbd(root: Path) -> Path:
 def mat(path: Path, mask: NDArray[np.uint8]) -> None:
     """A mask as SBD has them: the struct GTcls with Segmentation, Boundaries and CategoriesPresent."""
     present = np.unique(mask[mask > 0])[:, None]
-    savemat(
-        path, {"GTcls": {"Boundaries": np.zeros((20, 1)), "Segmentation": mask, "CategoriesPresent": present}}
-    )
+    savemat(path, {"GTcls": {"Boundaries": np.zeros((20, 1)), "Segmentation": mask, "CategoriesPresent": present}})
 
 
 # ---------------------------------------------------------------------------------------------------------- CamVid
@@ -187,3 +188,25 @@ def camvid(root: Path, images: int = 2) -> Path:
             save(root / f"{split}/{key}.png", scene(key))
             save(root / f"{split}annot/{key}.png", patches(key, range(12)))
     return root
+
+
+# ------------------------------------------------------------------------------------------------- any three classes
+
+CLASSES = ("grass", "stone", "water")
+COLORS = ((0, 200, 0), (90, 90, 90), (0, 0, 200))
+READER = MaskReader("ids", {0: 0, 1: 1, 2: 2, 255: 255}, 3)
+
+
+def pair(
+    root: Path, key: str, *, masked: bool = True, size: tuple[int, int] = SIZE, values: Iterable[int] = (0, 1, 2)
+) -> Source:
+    """One image and its mask, which holds `values`."""
+    image = save(root / f"{key}.png", scene(key, size))
+    mask = save(root / f"{key}_mask.png", patches(key, values, size)) if masked else None
+    return Source(key, str(image), mask and str(mask))
+
+
+def plan(splits: Mapping[str, Iterable[Source]], **more: Any) -> Plan:
+    """Of three classes."""
+    sources = {name: list(part) for name, part in splits.items()}
+    return Plan(sources, FromFiles(READER), CLASSES, COLORS, "a test", **more)

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,10 +47,11 @@ class BadDataError(DataError):
 
     def __init__(self, out: Path, findings: Sequence[Finding]) -> None:
         self.findings = tuple(sorted(findings, key=lambda finding: not finding.fatal))
-        bad = sum(finding.fatal for finding in findings)
+        bad = [finding for finding in findings if finding.fatal]
+        skip = "" if any(finding.whole for finding in bad) else ", or leave them out with --skip-bad"
         super().__init__(
-            f"{out}: not written, as {bad} {'files' if bad > 1 else 'file'} cannot be used. Mend what is listed and run the "
-            "same command again (what was done is kept), or leave them out with --skip-bad."
+            f"{out}: not written, as {len(bad)} {'files' if len(bad) > 1 else 'file'} cannot be used. Mend what is listed "
+            f"and run the same command again (what was done is kept){skip}."
         )
 
 
@@ -91,24 +92,23 @@ def write_shards(
     """Checks and writes all splits into the new folder `out`: wholly, or not at all.
 
     Until it is whole, it grows in a folder beside `out`, where the same call goes on after a kill. BadDataError if files cannot
-    be used, unless `skip_bad` leaves them out; DataError if `out` exists, a split ends up empty, or another process writes
-    the same folder, unless `wait`: then it has its turn first.
+    be used, unless `skip_bad` leaves them out; DataError if `out` exists or cannot be written, a split ends up empty, or
+    another process writes the same folder, unless `wait`: then it has its turn first.
     """
     twice = [key for key, count in Counter(s.id for part in plan.splits.values() for s in part).items() if count > 1]
     if twice:
         raise DataError(f"ids must be unique over all splits, but {twice[0]!r} is not; give splits a `prefix`.")
     with _workshop(out, wait) as folder:
-        splits = {name: tuple(sources) for name, sources in plan.splits.items()}
-        reports, indexes = _do(folder, splits, plan, run, watch)
+        jobs = [job for name, sources in plan.splits.items() for job in cut(folder, name, sources, plan.make)]
+        reports, indexes = _do(folder, jobs, plan, run, watch)
         left_out: list[Finding] = []
-        while skip_bad and (extra := checks.same_images(indexes)):
-            drop = {(split, key) for split, key, _, _ in extra}
-            left_out += [f for f in _paths(checks.whole(indexes, plan.classes), splits) if f.rule == checks.SAME_IMAGE]
-            splits = {name: tuple(s for s in part if (name, s.id) not in drop) for name, part in splits.items()}
-            reports, indexes = _do(folder, splits, plan, run, lambda images, before: None)
-        findings = [*plan.findings, *_paths(_found(reports, indexes, splits, plan), splits)]
+        if skip_bad and (extra := checks.same_images(indexes)):
+            left_out = _paths(checks.one_split_each(extra), plan.splits)
+            jobs = _without(jobs, {(split, key) for split, key, _, _ in extra})
+            reports, indexes = _do(folder, jobs, plan, run, lambda images, before: None)
+        findings = [*plan.findings, *_paths(_found(reports, indexes, plan), plan.splits)]
         bad = [finding for finding in findings if finding.fatal]
-        if bad and not skip_bad:
+        if any(finding.whole or not skip_bad for finding in bad):
             raise BadDataError(out, findings)
         empty = [name for name, index in indexes.items() if not len(index)]
         if empty:
@@ -125,22 +125,35 @@ def _workshop(out: Path, wait: bool) -> Iterator[Path]:
     if out.exists():
         raise exists
     folder = out.parent / f".{out.name}.unfinished"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise DataError(f"{out}: another process is writing it; wait for that, or stop it.") from None
-        if out.exists():  # the other one has put it in place
-            raise exists
-        yield folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise DataError(f"{out}: another process is writing it; wait for that, or stop it.") from None
+            if out.exists():  # another process has put it in place since
+                (folder / _LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+                raise exists
+            yield folder
+    except OSError as error:
+        if out.exists():  # the folder went away while another process put it in place
+            raise exists from None
+        found = f"{out}: cannot be written ({error.strerror or error}); what was done is kept, and the same command goes on."
+        raise DataError(found) from None
+
+
+def _without(jobs: Sequence[Job], dropped: Collection[tuple[str, str]]) -> list[Job]:
+    """The same jobs less some images, by (split, id): those that lose none stay as they are, and as they were done."""
+    kept = (tuple(s for s in job.sources if (job.split, s.id) not in dropped) for job in jobs)
+    return [replace(job, sources=sources) for job, sources in zip(jobs, kept, strict=True)]
 
 
 def _do(
-    folder: Path, splits: Mapping[str, tuple[Source, ...]], plan: Plan, run: Run, watch: Watch
+    folder: Path, jobs: Sequence[Job], plan: Plan, run: Run, watch: Watch
 ) -> tuple[dict[str, list[Report]], dict[str, Index]]:
     """The reports of all jobs by split, in order, and the indexes they make."""
-    jobs = [job for name, sources in splits.items() for job in cut(folder, name, sources, plan.make)]
     reports: dict[tuple[str, int], Report] = {}
     for job in jobs:
         if (known := finished(job)) is not None:
@@ -149,7 +162,7 @@ def _do(
     for report in run(write_shard, [job for job in jobs if (job.split, job.number) not in reports]):
         reports[report.split, report.number] = report
         watch(report.images, False)
-    by_split = {name: [reports[job.split, job.number] for job in jobs if job.split == name] for name in splits}
+    by_split = {name: [reports[job.split, job.number] for job in jobs if job.split == name] for name in plan.splits}
     indexes = {name: index_of(_table(done), _files(folder, done), len(plan.classes)) for name, done in by_split.items()}
     return by_split, indexes
 
@@ -168,15 +181,10 @@ def _table(reports: Iterable[Report]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
 
 
-def _found(
-    reports: Mapping[str, list[Report]],
-    indexes: Mapping[str, Index],
-    splits: Mapping[str, tuple[Source, ...]],
-    plan: Plan,
-) -> list[Finding]:
+def _found(reports: Mapping[str, list[Report]], indexes: Mapping[str, Index], plan: Plan) -> list[Finding]:
     findings = [finding for done in reports.values() for report in done for finding in report.findings]
     for name, done in reports.items():
-        masks = [source.mask for source in splits[name] if source.mask]
+        masks = [source.mask for source in plan.splits[name] if source.mask]
         if masks and isinstance(plan.make, FromFiles):
             values: Counter[int] = Counter()
             for report in done:
@@ -184,13 +192,13 @@ def _found(
             steps = np.sum([report.steps for report in done], axis=0)
             findings += checks.of_values(name, masks[0], values, plan.make.reader)
             findings += checks.of_steps(name, masks[0], int(steps[0]), int(steps[1]))
-        if isinstance(plan.make, FromFiles) and splits[name]:
+        if isinstance(plan.make, FromFiles) and plan.splits[name]:
             peak = max((report.peak for report in done if report.peak is not None), default=None)
-            findings += checks.of_peak(name, splits[name][0].image, peak, plan.make.value_range)
+            findings += checks.of_peak(name, plan.splits[name][0].image, peak, plan.make.value_range)
     return findings + checks.whole(indexes, plan.classes)
 
 
-def _paths(findings: Iterable[Finding], splits: Mapping[str, tuple[Source, ...]]) -> list[Finding]:
+def _paths(findings: Iterable[Finding], splits: Mapping[str, Sequence[Source]]) -> list[Finding]:
     """The same, naming raw files instead of ids where a finding is about one image."""
     paths = {f"{name}/{source.id}": source.image for name, part in splits.items() for source in part}
     return [replace(finding, where=paths.get(finding.where) or finding.where) for finding in findings]
@@ -244,8 +252,8 @@ def _manifest(
 
 
 def _put_in_place(folder: Path, out: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    wanted = {MANIFEST}
+    (folder / MANIFEST).write_text(manifest.signed().model_dump_json(indent=2) + "\n", encoding="utf-8")
+    wanted = {MANIFEST, _LOCK}  # the lock holds until the folder is in place
     for split in manifest.splits.values():
         wanted |= {split.index, *(file.name for file in split.files)}
     for path in folder.iterdir():
@@ -255,3 +263,4 @@ def _put_in_place(folder: Path, out: Path, manifest: Manifest) -> None:
         folder.rename(out)
     except OSError as error:
         raise DataError(f"{out}: cannot be put in place ({error.strerror}); was it made meanwhile?") from None
+    (out / _LOCK).unlink()

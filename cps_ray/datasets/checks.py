@@ -1,6 +1,6 @@
 """What is wrong with a data set as a whole: one image in two splits, classes that nothing shows, masks of nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -36,15 +36,20 @@ def same_images(indexes: Mapping[str, Index]) -> list[tuple[str, str, str, str]]
     return found
 
 
-def whole(indexes: Mapping[str, Index], classes: Sequence[str]) -> list[Finding]:
-    """Every check of a prepared data set. Only one image in two splits is fatal."""
+def one_split_each(same: Iterable[tuple[str, str, str, str]]) -> list[Finding]:
+    """One finding per image of `same_images`; `where` is SPLIT/ID."""
     twice = "an image must be in one split, or scores are too good"
-    findings = [
+    return [
         Finding(
             SAME_IMAGE, f"{split}/{key}", f"{twice}, but {other}/{theirs} is the very same", f"take it out of {split}"
         )
-        for split, key, other, theirs in same_images(indexes)
+        for split, key, other, theirs in same
     ]
+
+
+def whole(indexes: Mapping[str, Index], classes: Sequence[str]) -> list[Finding]:
+    """Every check of a prepared data set. Only one image in two splits is fatal."""
+    findings = one_split_each(same_images(indexes))
     for name, index in indexes.items():
         findings += _repeated(name, index) + _classes(name, index, classes) + _masks(name, index)
     for first, second in combinations(indexes, 2):
@@ -126,7 +131,7 @@ def of_values(split: str, example: str, values: Mapping[int, int], reader: MaskR
         return []
     found = f"255 means ignore, but the masks of split {split} hold only {others[0]} and 255"
     remedy = "if 255 is a class here, give that class `ids: [255]`; if not, list 255 in `ignore_ids`"
-    return [Finding("255 is a class", example, found, remedy)]
+    return [Finding("255 is a class", example, found, remedy, whole=True)]
 
 
 def of_steps(split: str, example: str, sharp: int, soft: int) -> list[Finding]:

@@ -22,6 +22,8 @@ class Finding:
     remedy: str
     fatal: bool = True
     """Whether the item cannot be used; else it is a warning."""
+    whole: bool = False
+    """Whether it spoils the whole split, so that leaving out this file would not help."""
 
     @property
     def line(self) -> str:
@@ -41,10 +43,10 @@ class BadItemError(DataError):
 
 
 def told(findings: Iterable[Finding]) -> list[str]:
-    """One line per trouble, whatever the number of files that have it; fatal ones first."""
+    """One line per trouble, whatever the number of files that have it; fatal ones first. Warnings are about splits, a line each."""
 
-    def trouble(finding: Finding) -> tuple[bool, str, str]:
-        return not finding.fatal, finding.rule, finding.remedy
+    def trouble(finding: Finding) -> tuple[bool, str, str, str]:
+        return not finding.fatal, finding.rule, finding.remedy, "" if finding.fatal else finding.where
 
     lines = []
     for _, group in groupby(sorted(findings, key=trouble), key=trouble):

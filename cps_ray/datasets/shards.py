@@ -9,11 +9,12 @@ no loss and no metric.
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,18 @@ class Manifest(Section):
     notes: tuple[str, ...] = ()
     """What was decided, and what was found to be odd, when the raw files were read."""
     left_out: tuple[LeftOut, ...] = ()
+    sha256: str = ""
+    """Over all of the above; empty: not checked, for who means to edit the file by hand."""
+
+    def signed(self) -> Self:
+        """The same with its checksum."""
+        return self.model_copy(update={"sha256": _checksum(self.model_dump(mode="json"))})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of a manifest as JSON, without its own checksum. Over content, not over spaces and the order of keys."""
+    text = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
+    return sha256(text.encode()).hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +301,20 @@ def open_shards(folder: Path, prepare: str | None = None) -> Shards:
     folder = folder.absolute()
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        manifest = Manifest.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError):
         how = prepare or f"python -m cps_ray.prepare FORMAT RAW {folder}"
         raise DataError(f"{folder}: no shards here ({MANIFEST} is missing). Make them: {how}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: {place} is wrong ({first['msg']}); prepare the data set again.") from None
+    if manifest.sha256 not in ("", _checksum(json.loads(text))):
+        raise DataError(
+            f"{path}: does not match its own checksum; if it was edited by hand, empty its `sha256`, else it is damaged: "
+            "prepare the data set again."
+        )
     return Shards(folder, manifest)

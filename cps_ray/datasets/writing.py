@@ -102,13 +102,12 @@ def _state(path: str | None) -> tuple[str, int, int]:
 
 
 def finished(job: Job) -> Report | None:
-    """The report of a job that was done before; None if it was not, or was made from something else."""
+    """The report of a job that was done before; None if it was not, or was made from something else, or did not last."""
     try:
-        text = job.path.with_suffix(".json").read_text(encoding="utf-8")
-    except OSError:
+        known = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    known = json.loads(text)
-    if known["key"] != job.key() or (known["rows"] and not job.path.exists()):
+    if known["key"] != job.key() or (known["rows"] and _state(str(job.path))[1] != known["bytes"]):
         return None
     findings = tuple(Finding(**finding) for finding in known.pop("findings"))
     values = {int(value): count for value, count in known.pop("values").items()}

@@ -148,7 +148,9 @@ def test_a_nonsense_orientation_is_upright() -> None:
 def test_a_file_that_was_cut_short_anywhere_is_refused(kind: str) -> None:
     data = encoded(PIXELS, kind)
     for share in np.linspace(0, 0.999, 25):
-        with pytest.raises(DataError, match=r"image (is empty|cannot be decoded .* damaged or cut short; get the file)"):
+        with pytest.raises(
+            DataError, match=r"image (is empty|cannot be decoded .* damaged or cut short; get the file)"
+        ):
             read_image(data[: int(share * len(data))])
 
 
