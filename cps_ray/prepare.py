@@ -197,9 +197,8 @@ def _run(args: argparse.Namespace) -> int:
     for note in manifest.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     if manifest.left_out:
-        console.print(
-            f"left out, and listed in {args.out}/manifest.json: {len(manifest.left_out)} files", highlight=False
-        )
+        said = f"left out, and listed in {args.out}/manifest.json: {len(manifest.left_out)}"
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
         for one in manifest.left_out[:_LINES]:
             console.print(f"  {one.file}: {one.why}", highlight=False, soft_wrap=True, markup=False)
     return 0

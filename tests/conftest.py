@@ -1,12 +1,15 @@
 """What tests of several layers share: a tiny data set, a tiny training."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import SyntheticConfig, TrainConfig
+from cps_ray.datasets.assembly import in_threads
 from cps_ray.datasets.synthetic import write_synthetic
+from cps_ray.on_ray import cluster, jobs
 
 SYNTHETIC = {"train": 24, "val": 6, "test": 6, "height_px": 32, "width_px": 48, "seed": 0}
 
@@ -17,6 +20,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_synthetic(folder, SyntheticConfig(**SYNTHETIC))
     return folder
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` does its jobs in threads: what it says of bad data does not hang on where they are done."""
+    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(jobs, "on_cluster", in_threads)
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+import trees
 
 from cps_ray import prepare, sweep, train
-from cps_ray.datasets.shards import Item, encode_mask, write_shards
+from cps_ray.datasets.assembly import write_shards
 
 SWEEP = """\
 version: 1
@@ -183,62 +183,72 @@ def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_test_split_without_masks(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def item(name: str, *, masked: bool) -> Item:
-        unique = cv2.imencode(".png", np.full((32, 48, 3), int(name[-1]), np.uint8))[1].tobytes()
-        return Item(name, unique, encode_mask(np.zeros((32, 48), np.uint8)) if masked else None)
-
+    raw = tmp_path / "raw"
     splits = {
-        "train": [item(f"a{n}", masked=True) for n in range(1, 8)],
-        "val": [item("b8", masked=True)],
-        "test": [item("c9", masked=False)],
+        "train": [trees.pair(raw, f"a{number}") for number in range(7)],
+        "val": [trees.pair(raw, "b")],
+        "test": [trees.pair(raw, "c", masked=False)],
     }
-    write_shards(tmp_path / "own", splits, classes=["x", "y"], palette=[(0, 0, 0), (1, 1, 1)], made_by="test")
+    write_shards(tmp_path / "own", trees.plan(splits))
     assert sweep.main([write(("SHARDS", "own"))]) == 2
     assert "split 'test' must have masks" in one_line(capsys)
 
 
 @pytest.fixture
-def camvid(tmp_path: Path) -> Path:
+def camvid(tmp_path: Path, without_ray: None) -> Path:
     """Two images per split in CamVid's layout."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for kind in (split, f"{split}annot"):
-            (tmp_path / "raw" / kind).mkdir(parents=True)
-        for n in range(2):
-            image = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            cv2.imwrite(str(tmp_path / "raw" / split / f"{split}{n}.png"), image)
-            mask = rng.integers(0, 12, (24, 32), dtype=np.uint8)
-            cv2.imwrite(str(tmp_path / "raw" / f"{split}annot" / f"{split}{n}.png"), mask)
-    return tmp_path / "raw"
+    return trees.camvid(tmp_path / "raw")
 
 
 def prepared(raw: Path) -> int:
     return prepare.main(["camvid", str(raw), str(raw.parent / "out")])
 
 
+def two_lines(capsys: pytest.CaptureFixture[str], out: Path) -> str:
+    """What is wrong with a file, and what became of the command."""
+    first, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"error: {out}: not written, as 1 file cannot be used")
+    return first
+
+
 def test_the_layout_itself_is_fine(camvid: Path) -> None:
     assert prepared(camvid) == 0
 
 
-def test_a_mask_of_another_size(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cv2.imwrite(str(camvid / "trainannot" / "train1.png"), np.zeros((12, 16), np.uint8))
+def without_an_image(raw: Path) -> None:
+    (raw / "val/val1.png").unlink()
+
+
+def without_a_mask(raw: Path) -> None:
+    (raw / "valannot/val1.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (
+            lambda raw: trees.save(raw / "trainannot/train1.png", np.zeros((12, 16), np.uint8)),
+            ["trainannot/train1.png", "32x24 px", "16x12 px", "export both at one size"],
+        ),
+        (
+            lambda raw: trees.save(raw / "trainannot/train1.png", np.full((24, 32), 77, np.uint8)),
+            ["trainannot/train1.png", "77 (768 px)", "map them"],
+        ),
+        (without_a_mask, ["val/val1.png", "'val1' has none", "add the mask"]),
+        (without_an_image, ["valannot/val1.png", "'val1' has no image"]),
+        (lambda raw: (raw / "train/train0.png").write_bytes(b"\x89PNG"), ["train/train0.png", "damaged or cut short"]),
+        (lambda raw: shutil.copy(raw / "test/test0.png", raw / "train/train0.png"), ["train/train0.png", "test/test0"]),
+    ],
+    ids=["another size", "an unknown value", "no mask", "no image", "damaged", "in two splits"],
+)
+def test_one_bad_file(
+    camvid: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], parts: list[str]
+) -> None:
+    spoil(camvid)
     assert prepared(camvid) == 2
-    text = one_line(capsys)
-    assert all(part in text for part in ("train1", "32x24", "16x12")), text
+    text = two_lines(capsys, camvid.parent / "out")
+    assert all(part in text for part in parts), text
     assert not (camvid.parent / "out").exists()
-
-
-def test_a_mask_value_out_of_range(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cv2.imwrite(str(camvid / "trainannot" / "train1.png"), np.full((24, 32), 77, np.uint8))
-    assert prepared(camvid) == 2
-    text = one_line(capsys)
-    assert all(part in text for part in ("train1.png", "77")), text
-
-
-def test_an_image_without_its_mask(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (camvid / "valannot" / "val1.png").unlink()
-    assert prepared(camvid) == 2
-    assert "val1" in one_line(capsys)
 
 
 def test_an_empty_split(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,13 +256,6 @@ def test_an_empty_split(camvid: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shutil.rmtree(camvid / "testannot")
     assert prepared(camvid) == 2
     assert "test" in one_line(capsys)
-
-
-def test_a_damaged_image(camvid: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = camvid / "train" / "train0.png"
-    path.write_bytes(path.read_bytes()[:200])
-    assert prepared(camvid) == 2
-    assert "train0" in one_line(capsys)
 
 
 @pytest.mark.ray

@@ -1,5 +1,6 @@
 """The embedded data set: a function of its settings, with every class, drawn once however many ask."""
 
+import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from cps_ray.config.train import DataConfig, SyntheticConfig
 from cps_ray.datasets import synthetic
-from cps_ray.datasets.shards import decode_image, decode_mask, read_rows, write_shards
+from cps_ray.datasets.assembly import Plan, write_shards
+from cps_ray.datasets.images import decode_image, decode_mask
+from cps_ray.datasets.items import Source
 from cps_ray.datasets.synthetic import CLASSES, draw_scene, open_data, write_synthetic
 from cps_ray.errors import DataError
 
@@ -59,16 +62,14 @@ def test_a_scene_depends_on_seed_split_and_index_only(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "other", SMALL.model_copy(update={"seed": 1}))
     rows = {}
     for name in ("a", "longer", "other"):
-        index = open_data(data(tmp_path / name, None)).index("train")
-        rows[name] = read_rows(index.files, [(0, k) for k in range(5)])
+        rows[name] = open_data(data(tmp_path / name, None)).index("train").places.read(range(5))
     assert rows["a"] == rows["longer"]
     assert all(x.image != y.image for x, y in zip(rows["a"], rows["other"], strict=True))
     assert [entry.id for entry in rows["a"][:2]] == ["train_00000", "train_00001"]
 
 
 def test_what_is_stored_is_what_was_drawn(tmp_path: Path) -> None:
-    index = open_data(data(tmp_path / "shards")).index("val")
-    (found,) = read_rows(index.files, [(0, 1)])
+    (found,) = open_data(data(tmp_path / "shards")).index("val").places.read([1])
     image, mask = draw_scene(np.random.default_rng((SMALL.seed, 1, 1)), 32, 48)
     assert np.array_equal(decode_image(found.image), image)
     assert found.mask is not None
@@ -90,8 +91,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_data_set_in_the_folder_is_refused(tmp_path: Path) -> None:
-    items = synthetic._items(SMALL, "train", 0, 2)
-    write_shards(tmp_path / "shards", {"train": items}, classes=CLASSES, palette=synthetic.PALETTE, made_by="camvid")
+    plan = Plan({"train": [Source("train_00000")]}, synthetic.Drawn(SMALL), CLASSES, synthetic.PALETTE, "camvid")
+    write_shards(tmp_path / "shards", plan)
     with pytest.raises(DataError, match=r"these shards are \(camvid\)"):
         open_data(data(tmp_path / "shards"))
 
@@ -102,7 +103,7 @@ def test_without_synthetic_the_shards_must_exist(tmp_path: Path) -> None:
 
 
 def test_many_at_once_use_one_folder(tmp_path: Path) -> None:
-    """Threads here; between processes the same rename decides."""
+    """Threads here; between processes the same lock decides."""
     shards = tmp_path / "deep/er/shards"
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: open_data(data(shards)), range(4)))
@@ -110,15 +111,15 @@ def test_many_at_once_use_one_folder(tmp_path: Path) -> None:
     assert [path.name for path in shards.parent.iterdir()] == ["shards"]
 
 
-def test_the_loser_of_the_rename_uses_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = tmp_path / "shards"
-    draw = synthetic.draw_scene
+def test_who_comes_second_uses_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, flock = tmp_path / "shards", fcntl.flock
 
-    def overtaken(*args: object) -> object:
-        monkeypatch.setattr(synthetic, "draw_scene", draw)
+    def overtaken(lock: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
         write_synthetic(shards, SMALL)
-        return draw(*args)  # type: ignore[arg-type]
+        monkeypatch.setattr(synthetic, "draw_scene", None)
+        flock(lock, how)
 
-    monkeypatch.setattr(synthetic, "draw_scene", overtaken)
+    monkeypatch.setattr(fcntl, "flock", overtaken)
     assert len(open_data(data(shards)).index("train")) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
