@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
             f"{folder}: was begun with other settings; only resources may change. Go on: {_resume(folder)}"
         )
     check_model(config.model)
-    check_data(open_data(config.data), config)
+    check_data(open_data(config.data), config, judged=("val",))
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(dump_yaml(config.dump(str(folder)), f"Made from {args.file.name}."))
     received: list[int] = []

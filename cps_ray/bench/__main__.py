@@ -19,13 +19,27 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument(
         "--camvid", type=Path, metavar="RAW", help="folder with train/ and trainannot/; left out without"
     )
-    stream.add_argument("--wide", type=int, default=24, metavar="N", help="images of 2048x1024 px to draw (default 24)")
+    stream.add_argument(
+        "--wide",
+        type=_enough,
+        default=24,
+        metavar="N",
+        help="images of 2048x1024 px to draw, 0 or from 20 on (default 24)",
+    )
     stream.add_argument("--rounds", type=int, default=3, help="turns that each one takes (default 3)")
     stream.add_argument("--seconds", type=float, default=10.0, help="of measuring per turn (default 10)")
     stream.add_argument("--only", nargs="+", choices=("speed", "passes", "memory"), help="parts (default: all)")
     stream.add_argument("--work", type=Path, metavar="FOLDER", help="keep what is drawn and prepared there")
     stream.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     return parser
+
+
+def _enough(text: str) -> int:
+    """A batch of labelled and one of unlabelled images, and two to validate."""
+    count = int(text)
+    if 0 < count < 20:
+        raise ValueError(text)
+    return count
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ a batch holds is a function of (config, step, rank), so a training may start at 
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -242,10 +242,10 @@ class _Producer:
         self._view(decode_image(encoded.image), None, seed, view=view.numpy(), strong=other)
 
 
-def check_data(shards: Shards, config: TrainConfig) -> None:
-    """Raises DataError unless the splits a training and its evaluation need are there, with masks to judge by."""
+def check_data(shards: Shards, config: TrainConfig, judged: Sequence[str] = ("val", "test")) -> None:
+    """Raises DataError unless there are images to train on, and masks to judge by in the splits `judged`."""
     train_data(shards, config)
-    for split in ("val", "test"):
+    for split in judged:
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cps_ray.config.train import DataConfig
-from cps_ray.datasets.shards import Index
+from cps_ray.datasets.lists import write_list
+from cps_ray.datasets.shards import Index, Places
 from cps_ray.datasets.splits import split_labeled, stratified_order
 from cps_ray.errors import DataError
 
@@ -14,11 +15,11 @@ def index_of(count: int, classes: int = 5, masked: int | None = None, seed: int 
     rng = np.random.default_rng(seed)
     presence = rng.random((count, classes)) < np.array([1.0, 0.8, 0.5, 0.2, 0.04])[:classes]
     labeled = np.arange(count) < (count if masked is None else masked)
-    zeros = np.zeros(count, np.int32)
-    ids = tuple(f"img_{n:04d}" for n in range(count))
-    return Index(
-        ("f",), ids, zeros, np.arange(count, dtype=np.int32), zeros, zeros, labeled, presence & labeled[:, None]
-    )
+    pixels = (presence & labeled[:, None]).astype(np.int64)
+    masks = np.stack([np.zeros(count, np.int64), labeled.astype(np.int64)], axis=1)
+    none, checksums = np.zeros(count, np.int32), np.zeros((count, 32), np.uint8)
+    places = Places(("f",), tuple(f"img_{n:04d}" for n in range(count)), none, masks, checksums, masks, checksums)
+    return Index(places, none, none, pixels, np.zeros(count, np.uint64))
 
 
 def data(**settings: object) -> DataConfig:
@@ -84,3 +85,23 @@ def test_bad_lists(tmp_path: Path, first: str, second: str, sentence: str) -> No
     config = data(labeled_list=str(tmp_path / "l.txt"), unlabeled_list=str(tmp_path / "u.txt"))
     with pytest.raises(DataError, match=sentence):
         split_labeled(config, index_of(10, masked=9))
+
+
+def test_a_name_means_the_lists_beside_the_shards(tmp_path: Path) -> None:
+    index = index_of(20)
+    write_list(tmp_path / "splits/1_16/labeled.txt", ["img_0003", "img_0001"])
+    assert split_labeled(data(shards=tmp_path, labeled="1_16"), index).unlabeled.tolist() == [0, 2, *range(4, 20)]
+    write_list(tmp_path / "splits/1_16/unlabeled.txt", ["img_0009"])
+    split = split_labeled(data(shards=tmp_path, labeled="1_16"), index)
+    assert split.labeled.tolist() == [1, 3]
+    assert split.unlabeled.tolist() == [9]
+    with pytest.raises(DataError, match=r"no split named '1_8' here; there are 1_16\. Bring in published lists"):
+        split_labeled(data(shards=tmp_path, labeled="1_8"), index)
+
+
+def test_a_named_split_of_images_without_masks_is_refused(tmp_path: Path) -> None:
+    write_list(tmp_path / "splits/x/labeled.txt", ["img_0003", "img_0019"])
+    with pytest.raises(
+        DataError, match=r"labeled\.txt: every labelled image must have a mask, but 1 have none.*img_0019"
+    ):
+        split_labeled(data(shards=tmp_path, labeled="x"), index_of(20, masked=10))
