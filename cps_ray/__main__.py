@@ -9,6 +9,7 @@ COMMANDS = {
     "splits": "which training images are labelled: drawn or published lists",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
+    "bench": "speed and memory, measured side by side",
 }
 
 
@@ -19,7 +20,8 @@ def main() -> int:
         print("\n`cps-ray COMMAND --help` tells more.")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
     name = sys.argv.pop(1)
-    command = importlib.import_module(f"cps_ray.{name}")
+    module = "cps_ray.bench.__main__" if name == "bench" else f"cps_ray.{name}"
+    command = importlib.import_module(module)
     return int(command.main())
 
 

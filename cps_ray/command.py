@@ -4,6 +4,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
 from cps_ray.errors import CpsRayError
 
 
@@ -23,3 +27,15 @@ def guarded(run: Callable[[], int]) -> int:
 def entry(main: Callable[[Sequence[str] | None], int]) -> None:
     """`python -m cps_ray.<command>`."""
     sys.exit(main(None))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+
+
+def image_bar(doing: str) -> Progress:
+    """A bar on stderr that counts images, with rate and time left; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

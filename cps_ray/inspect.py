@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from cps_ray.command import entry, guarded
+from cps_ray.command import entry, guarded, image_bar
 from cps_ray.datasets import checks, page, picture
 from cps_ray.datasets.findings import Finding, some, told
 from cps_ray.datasets.shards import Index, Manifest, Shards, open_shards
@@ -116,16 +114,9 @@ def _labels(part: Chosen, classes: Sequence[str]) -> list[Finding]:
     return findings
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
-
-
 def _verify(shards: Shards, indexes: Mapping[str, Index]) -> list[Finding]:
-    console = Console(stderr=True)
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     findings = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with image_bar("verifying") as progress:
         task = progress.add_task("", total=sum(map(len, indexes.values())))
         for images, found in verified(shards.manifest, indexes):
             findings += found

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from cps_ray.command import entry, guarded
+from cps_ray.command import entry, guarded, image_bar
 from cps_ray.config.reader import parse
 from cps_ray.config.train import SyntheticConfig
 from cps_ray.datasets import layouts, synthetic
@@ -82,18 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Rate(ProgressColumn):
-    """Images per second; those that were done before do not count."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
-
-
 @contextmanager
 def _bar(total: int) -> Iterator[Watch]:
-    console = Console(stderr=True)
-    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with image_bar("preparing") as progress:
         task = progress.add_task("", total=total, start=False)
         before = 0
 
@@ -105,7 +94,7 @@ def _bar(total: int) -> Iterator[Watch]:
                 progress.update(task, completed=before)
                 progress.start_task(task)
                 if before:
-                    console.print(f"going on: {before} of {total} images were done before", highlight=False)
+                    progress.console.print(f"going on: {before} of {total} images were done before", highlight=False)
             progress.advance(task, 0 if known else images)
 
         yield watch
