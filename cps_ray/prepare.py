@@ -83,21 +83,20 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _bar(total: int) -> Iterator[Watch]:
     with image_bar("preparing") as progress:
-        task = progress.add_task("", total=total, start=False)
+        task = progress.add_task("", total=total)
         before = 0
 
         def watch(images: int, known: bool) -> None:
             nonlocal before
             if known:
                 before += images
-            elif not progress.tasks[0].started:
-                progress.update(task, completed=before)
-                progress.start_task(task)
-                if before:
-                    progress.console.print(f"going on: {before} of {total} images were done before", highlight=False)
-            progress.advance(task, 0 if known else images)
+                progress.reset(task, total=total, completed=before)  # they do not count as this run's work
+                return
+            progress.advance(task, images)
 
         yield watch
+    if before:
+        print(f"{before} of {total} images were done before.", file=sys.stderr)
 
 
 def _found(args: argparse.Namespace) -> tuple[RawData, str]:
@@ -139,6 +138,9 @@ def _prepare(args: argparse.Namespace) -> None:
         _write(args)
     except BadDataError as bad:
         _list(args.out, bad)
+        raise
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here.", file=sys.stderr)
         raise
 
 
