@@ -207,15 +207,18 @@ def test_killed_and_finished_through_ray_the_shards_are_those_of_threads(tmp_pat
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
     growing = tmp_path / ".shards.unfinished"
-    running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=said, stderr=said)
     while running.poll() is None and not list(growing.glob("*.json")):
         time.sleep(0.002)
+    assert running.poll() is None, (tmp_path / "said").read_text()
     kill(running)
     assert not (tmp_path / "shards").exists(), "it was killed before it was through"
     before = {path.name: path.with_suffix(".parquet").stat().st_ino for path in growing.glob("*.json")}
     assert before
 
-    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     found = layouts.camvid(raw)
     data = Plan(
         found.splits, FromFiles(found.reader), found.classes, found.palette, "camvid", found.findings, found.notes
