@@ -15,10 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 Pair = tuple[str, str | None]
 """Image file and mask file."""
+_EPOCH = 100_000
 
 
 class RawFiles(Dataset[Any]):
-    """Item i: unlabelled image i and a random labelled one, from raw files through albumentations as its documentation has it."""
+    """An unlabelled image and a random labelled one, from raw files through albumentations as its documentation has it.
+
+    Goes over the images again and again within one epoch: few of them are no disadvantage.
+    """
 
     def __init__(self, labeled: Sequence[Pair], unlabeled: Sequence[Pair], crop: int) -> None:
         self._labeled, self._unlabeled = labeled, unlabeled
@@ -32,12 +36,12 @@ class RawFiles(Dataset[Any]):
         )
 
     def __len__(self) -> int:
-        return len(self._unlabeled)
+        return _EPOCH
 
     def __getitem__(self, number: int) -> Any:
         image, mask = self._labeled[int(torch.randint(len(self._labeled), ()))]
         first = self._transform(image=_read(image), mask=cv2.imread(str(mask), cv2.IMREAD_UNCHANGED))
-        second = self._transform(image=_read(self._unlabeled[number][0]))
+        second = self._transform(image=_read(self._unlabeled[number % len(self._unlabeled)][0]))
         planes = (torch.from_numpy(made["image"]).permute(2, 0, 1).contiguous() for made in (first, second))
         return *planes, torch.from_numpy(first["mask"])
 

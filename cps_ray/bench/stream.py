@@ -76,7 +76,8 @@ def _draw(folder: Path, count: int, suffix: str) -> None:
         for path in (image, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
         pixels, ids = draw_scene(np.random.default_rng(number), 1024, 2048)
-        cv2.imwrite(str(image), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 92] if suffix == "jpg" else []
+        cv2.imwrite(str(image), cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), quality)
         cv2.imwrite(str(mask), ids)
 
 

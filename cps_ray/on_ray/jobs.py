@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from cps_ray.errors import ResourceError
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -13,8 +15,9 @@ _QUEUED = 2
 def on_cluster(do: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R]:
     """Does every job on one CPU somewhere in the connected cluster, and yields the results as they come.
 
-    A job whose node dies is done again elsewhere, so `do` must stand being repeated; an exception of a job is raised here.
-    Jobs read and write files under the paths they name, which every node must see.
+    A job whose node dies is done again elsewhere, so `do` must stand being repeated; an exception of a job is raised here,
+    ResourceError where the cluster gave up on one. Jobs read and write files under the paths they name, which every node
+    must see.
     """
     import ray
 
@@ -36,6 +39,11 @@ def on_cluster(do: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R]:
                     yield ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    why = (str(error).splitlines() or [type(error).__name__])[0]
+                    raise ResourceError(
+                        f"a task was lost ({why}); what was done is kept, run the same again."
+                    ) from None
     finally:
         for reference in waiting:
             ray.cancel(reference)
