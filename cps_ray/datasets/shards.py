@@ -275,6 +275,7 @@ def _checksums(column: pa.ChunkedArray) -> NDArray[np.uint8]:
 
 
 def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
+    """Rows of INDEX_SCHEMA, whose `file` counts in `files` -> the index, with `classes` columns of pixels."""
     pixels = np.zeros((rows.num_rows, classes), np.int64)
     for number, (shown, counts) in enumerate(zip(rows["classes"].to_pylist(), rows["pixels"].to_pylist(), strict=True)):
         pixels[number, shown] = counts
