@@ -81,8 +81,9 @@ def _draw(folder: Path, count: int, suffix: str) -> None:
         cv2.imwrite(str(mask), ids)
 
 
-def _wide(work: Path, count: int, suffix: str) -> Workload:
-    raw, shards = work / f"wide-{suffix}", work / f"wide-{suffix}-shards"
+def _wide(work: Path, count: int, suffix: str, *settings: str) -> Workload:
+    """`settings` are options of `prepare`; the rivals read the raw files whatever they are."""
+    raw, shards = work / f"wide-{suffix}", work / "-".join((f"wide-{suffix}", *settings, "shards"))
     _draw(raw, count, suffix)
     recipe = work / f"wide-{suffix}.yaml"
     classes = "".join(f"  - {{name: {n}, color: {list(c)}}}\n" for n, c in zip(CLASSES, PALETTE, strict=True))
@@ -93,12 +94,14 @@ def _wide(work: Path, count: int, suffix: str) -> Workload:
     )
     recipe.write_text(f"classes:\n{classes}splits:\n{splits}")
     if not shards.exists():
-        _prepare("folder", str(raw), str(shards), "--recipe", str(recipe))
+        _prepare("folder", str(raw), str(shards), "--recipe", str(recipe), *settings)
     pairs = pairs_of(raw, f"leftImg8bit/train/x/*.{suffix}", "gtFine/train/x/*.png")
     quarter = max(_BATCH, len(pairs) // 4)
     size = sum(os.path.getsize(image) for image, _ in pairs) / len(pairs) / 2**20
     unlabeled = [(image, None) for image, _ in pairs[quarter:]]
-    return Workload(f"2048x1024 {suffix} ({size:.1f} MB)", 800, shards, pairs[:quarter], unlabeled)
+    return Workload(
+        " ".join((f"2048x1024 {suffix} ({size:.1f} MB)", *settings)), 800, shards, pairs[:quarter], unlabeled
+    )
 
 
 def _camvid(work: Path, raw: Path) -> Workload:
@@ -235,7 +238,8 @@ def run(args: argparse.Namespace) -> int:
         work.mkdir(parents=True, exist_ok=True)
         if "speed" in parts:
             loads = [_camvid(work, args.camvid.absolute())] if args.camvid else []
-            loads += [_wide(work, args.wide, suffix) for suffix in ("png", "jpg")] if args.wide else []
+            kinds = (("png",), ("png", "--uncompressed"), ("jpg",)) if args.wide else ()
+            loads += [_wide(work, args.wide, *kind) for kind in kinds]
             found["speed"] = _speed(loads, work, args.rounds, args.seconds, console)
         if "passes" in parts:
             found["passes"] = _passes(work, console)

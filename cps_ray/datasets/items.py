@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cps_ray.datasets.findings import BadItemError, Finding
-from cps_ray.datasets.images import Picture, encode_image, encode_mask, perceptual_hash, read_image
+from cps_ray.datasets.images import Picture, encode_image, encode_mask, is_jpeg, perceptual_hash, read_image
 from cps_ray.datasets.masks import MaskReader, aligned, ramps
 from cps_ray.errors import DataError
 
@@ -73,6 +73,8 @@ class FromFiles:
     """Of images with more than 8 bits; see `images.read_image`."""
     scale: float = 1.0
     """Share of their sides, in (0, 1], that images and masks are shrunk to. Scores then hold for that size."""
+    compressed: bool = True
+    """False: PNG images are stored without compression. JPEGs stay as they are."""
 
     def __call__(self, source: Source) -> Item:
         picture = self._picture(source)
@@ -82,9 +84,11 @@ class FromFiles:
         if self.scale < 1.0:
             size = (max(1, round(shown.shape[1] * self.scale)), max(1, round(shown.shape[0] * self.scale)))
             shown = np.asarray(cv2.resize(shown, size, interpolation=cv2.INTER_AREA), np.uint8)
-            image = encode_image(shown)  # a second JPEG would lose again
+            image = encode_image(shown, compressed=self.compressed)  # a second JPEG would lose again
             if mask is not None:
                 mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+        elif not self.compressed and not is_jpeg(image):
+            image = encode_image(shown, compressed=False)
         made = item_of(source.id, image, shown, mask, self.reader.classes)
         return replace(made, values=values, steps=steps, peak=picture.peak)
 

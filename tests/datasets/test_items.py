@@ -50,6 +50,18 @@ def test_shrunk_masks_hold_no_new_ids_and_images_no_new_loss(tmp_path: Path) -> 
     assert sum(item.values.values()) == 60 * 80, "raw values are counted before"
 
 
+def test_uncompressed_images_are_larger_and_the_same_pixels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", scene("a", (60, 80)))
+    save(tmp_path / "b.jpg", scene("b", (60, 80)))
+    make = FromFiles(READER, compressed=False)
+    item = make(Source("a", str(tmp_path / "a.png")))
+    assert len(item.image) > 60 * 80 * 3
+    assert np.array_equal(decode_image(item.image), scene("a", (60, 80)))
+    assert make(Source("b", str(tmp_path / "b.jpg"))).image == (tmp_path / "b.jpg").read_bytes()
+    shrunk = FromFiles(READER, scale=0.5, compressed=False)(Source("b", str(tmp_path / "b.jpg")))
+    assert len(shrunk.image) > 30 * 40 * 3
+
+
 @pytest.mark.parametrize("both", [True, False], ids=["both turned", "the mask drawn on the turned image"])
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_image_and_mask_are_turned_together(tmp_path: Path, orientation: int, both: bool) -> None:
