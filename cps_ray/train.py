@@ -3,6 +3,9 @@
     python -m cps_ray.train runs/quickstart/best.yaml
     python -m cps_ray.train runs/camvid/best.yaml --set seed=7 --output runs/camvid-seed7 --workers 2
     python -m cps_ray.train runs/camvid-seed7/config.yaml --output runs/camvid-seed7 --resume
+    python -m cps_ray.train reference/voc --set data.shards=data/voc/shards --dry-run
+
+Where there is no such file, FILE is the name of a preset (docs/presets.md); its paths count from the working directory.
 
 Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
@@ -10,15 +13,18 @@ Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be schedul
 import argparse
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cps_ray.command import entry, guarded
 from cps_ray.config.reader import load_train
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
+
+if TYPE_CHECKING:
+    from cps_ray.datasets.splits import LabeledSplit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,41 +32,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cps_ray.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a training, or the name of a preset")
     parser.add_argument("--workers", type=int, help="Ray Train workers; the global batch is split over them")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in optim.lr=0.01"
     )
-    parser.add_argument("--output", type=Path, help="run folder; default: train-STEM beside FILE")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="run folder; default: train-STEM beside FILE, or runs/NAME here for a preset, such as runs/reference-voc",
+    )
     parser.add_argument("--resume", action="store_true", help="go on in an existing run folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the plan, start and write nothing"
+    )
     parser.add_argument("--address", help="join this Ray cluster instead of starting one")
     args = parser.parse_args(argv)
     return guarded(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
+    workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
+    config = load_train(args.file, [*args.set, *workers])
+    folder = (args.output or _folder(args.file)).absolute()
+    _check_folder(folder, config, args.resume)
+    if args.dry_run:
+        _show_plan(config, args.output or _folder(args.file))
+        return 0
     from cps_ray.datasets.loader import check_data
     from cps_ray.datasets.synthetic import open_data
     from cps_ray.engine.networks import check_model
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
     from cps_ray.on_ray.trainer import CONFIG_FILE
 
-    workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
-    config = load_train(args.file, [*args.set, *workers])
-    folder = (args.output or args.file.parent / f"train-{args.file.stem}").absolute()
-    begun = folder / CONFIG_FILE
-    if folder.exists() and any(folder.iterdir()) and not args.resume:
-        raise ConfigError(
-            f"{folder}: already holds a training. Go on: {_resume(folder)}. Start again: --output another folder."
-        )
-    if begun.exists() and load_train(begun).model_copy(update={"resources": config.resources}) != config:
-        raise ConfigError(
-            f"{folder}: was begun with other settings; only resources may change. Go on: {_resume(folder)}"
-        )
     check_model(config.model)
     check_data(open_data(config.data), config, judged=("val",))
     folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(dump_yaml(config.dump(str(folder)), f"Made from {args.file.name}."))
+    source = args.file.name if args.file.exists() else f"the preset {args.file}"
+    (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
     received: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:
@@ -71,13 +80,111 @@ def _run(args: argparse.Namespace) -> int:
         signal.signal(number, interrupt)
     try:
         with connected(args.address) as cluster:
-            trainings_at_once(config.resources, 1, nodes(), streams=config.method == "cps")
+            trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
             print(*cluster.banner(), f"Run folder: {folder}", sep="\n", flush=True)
             _fit(config, folder)
     except KeyboardInterrupt:
         print(f"interrupted. Resume: {_resume(folder)}")
         return 128 + received[0]
     return 0
+
+
+def _folder(file: Path) -> Path:
+    """The run folder of a training that names none."""
+    return file.parent / f"train-{file.stem}" if file.exists() else Path("runs", "-".join(file.parts))
+
+
+def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises ConfigError if the folder holds a training: any without `resume`, another one with it."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise ConfigError(
+            f"{folder}: already holds a training. Go on: {_resume(folder)}. Start again: --output another folder."
+        )
+    from cps_ray.on_ray.trainer import CONFIG_FILE
+
+    begun = folder / CONFIG_FILE
+    if begun.exists() and load_train(begun).model_copy(update={"resources": config.resources}) != config:
+        raise ConfigError(
+            f"{folder}: was begun with other settings; only resources may change. Go on: {_resume(folder)}"
+        )
+
+
+def _show_plan(config: TrainConfig, folder: Path) -> None:
+    """Checks what can be checked without a cluster and without hub weights; prints what a training would do."""
+    images, split, classes = _images(config)
+    resources = config.resources
+    each = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
+    rows = [
+        ("run folder", str(folder)),
+        ("method", _method(config)),
+        *_networks(config, classes),
+        ("images", images),
+        *_effort(config, split),
+        ("workers", f"{resources.workers}, {each}"),
+        ("speed", "images per second are known once it runs"),
+    ]
+    for name, said in rows:
+        print(f"{name:<12}{said}")
+
+
+def _images(config: TrainConfig) -> tuple[str, "LabeledSplit | None", int]:
+    """The images in words and, unless they are still to be drawn, in rows; and the number of classes."""
+    from cps_ray.datasets.loader import check_data, train_data
+    from cps_ray.datasets.synthetic import CLASSES, open_data
+
+    drawn = config.data.synthetic
+    if drawn is not None and not config.data.shards.exists():
+        return f"{drawn.train} to train on and {drawn.val} to validate, drawn on first use", None, len(CLASSES)
+    shards = open_data(config.data)
+    check_data(shards, config, judged=("val",))
+    split = train_data(shards, config).split
+    judged = int(shards.index("val").labeled.sum())
+    said = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {judged} to validate"
+    return said, split, len(shards.classes)
+
+
+def _method(config: TrainConfig) -> str:
+    settings: Any = getattr(config, config.method, None)  # supervised has none
+    if settings is None:
+        return config.method
+    ramp = f" after a ramp over {settings.ramp:.0%} of the steps" if settings.ramp else ""
+    mix = f", mix {settings.mix}" if isinstance(settings, MixConfig) else ""
+    on = f" on {settings.on} images" if isinstance(settings, CpsConfig) else ""
+    return f"{config.method}, weight {settings.weight:g}{ramp}{on}{mix}"
+
+
+def _networks(config: TrainConfig, classes: int) -> Iterator[tuple[str, str]]:
+    from cps_ray.engine.networks import build_networks, check_model
+
+    check_model(config.model)
+    b = config.model.b
+    none = {"weights": "none"}
+    model = config.model.model_copy(update={**none, "b": b and b.model_copy(update=none)})
+    networks = build_networks(config.model_copy(update={"model": model}), classes)
+    for number, (name, network) in enumerate(networks.items()):
+        form = config.model.of(number)
+        weights = form.weights_file.name if form.weights_file else form.weights
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        yield f"network {name}", f"{form.architecture}, {form.encoder}, weights {weights}: {millions:.1f} M parameters"
+
+
+def _effort(config: TrainConfig, split: "LabeledSplit | None") -> Iterator[tuple[str, str]]:
+    """Steps, passes over the images if they are known, and batches."""
+    data, steps, every = config.data, config.schedule.steps, config.schedule.eval_every
+    yield "steps", f"{steps}, with {steps // every} evaluations, one every {every}"
+    sizes = {"labelled": data.labeled_batch}
+    if config.semi_supervised:
+        sizes["unlabelled"] = data.unlabeled_batch
+    if split is not None:
+        counts = {"labelled": len(split.labeled), "unlabelled": len(split.unlabeled)}
+        passes = (f"{steps * size / counts[kind]:.1f} over the {kind} images" for kind, size in sizes.items())
+        yield "passes", ", ".join(passes)
+    batch, share = (" + ".join(str(size // parts) for size in sizes.values()) for parts in (1, config.shares))
+    micro = f" in {config.compute.accumulate} micro-batches" if config.compute.accumulate > 1 else ""
+    height, width = data.crop_px
+    yield "batch", f"{batch} crops of {height}x{width} px ({' + '.join(sizes)}), {share} per worker{micro}"
 
 
 def _resume(folder: Path) -> str:

@@ -20,7 +20,8 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.loop import evaluate, fit, summarise
+from cps_ray.engine.evaluation import evaluate, summarise
+from cps_ray.engine.loop import fit
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 
@@ -123,7 +124,7 @@ def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
     found = []
 
     def validate(_: object) -> dict[str, float]:
-        return summarise(evaluate(config, state.pair.a, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val")
+        return summarise(evaluate(config, state.judged, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val")
 
     def report(metrics: dict[str, float], _: object) -> bool:
         found.append(metrics)

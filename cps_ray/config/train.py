@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
 
@@ -10,6 +10,7 @@ Count = Annotated[int, Field(gt=0, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
+NETWORK_NAMES = "abcdefgh"
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 
 
@@ -51,6 +52,14 @@ class DataConfig(Section):
     groups: dict[str, str] = Field(default_factory=dict)
     """Name -> glob over image ids: parts of a split that an evaluation also reports apart."""
 
+    @field_validator("groups")
+    @classmethod
+    def _groups_are_not_networks(cls, groups: dict[str, str]) -> dict[str, str]:
+        taken = sorted({*NETWORK_NAMES, "ensemble"} & set(groups))
+        if taken:
+            raise ValueError(f"must not name a group {taken[0]!r}: networks are reported under that name.")
+        return groups
+
     @model_validator(mode="after")
     def _one_labeled_split(self) -> Self:
         if (self.labeled is None) == (self.labeled_list is None):
@@ -80,10 +89,28 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(NetworkConfig):
-    """The pair: network a, and network b where it differs in more than its initialisation."""
+    """The networks that teach each other: a, and b where it differs in more than its initialisation."""
 
     b: NetworkConfig | None = None
     """Network b. None: the same as network a, initialised differently."""
+    networks: Annotated[int, Field(ge=2, le=len(NETWORK_NAMES), strict=True)] = 2
+    """How many teach each other (n-CPS, Filipiak et al. 2021). Beyond two, their forms alternate: c is as a, d as b. Only
+    `method: cps` trains more than one."""
+    backbone_init: Literal["independent", "shared"] = "independent"
+    """`shared`: every encoder starts as a copy of a's, so that only decoders and heads differ, as in the paper's code. With
+    hub weights or a weights_file they start alike either way."""
+
+    @model_validator(mode="after")
+    def _shared_encoders_are_alike(self) -> Self:
+        if self.backbone_init == "shared" and self.b is not None and self.b.encoder != self.encoder:
+            raise ValueError(
+                f"`backbone_init: shared` needs one encoder for all networks, but got {self.encoder!r} and {self.b.encoder!r}."
+            )
+        return self
+
+    def of(self, number: int) -> NetworkConfig:
+        """The form of network `number`: 0 is a, 1 is b."""
+        return self.b if self.b is not None and number % 2 else self
 
 
 class OptimConfig(Section):
@@ -131,26 +158,23 @@ class LossConfig(Section):
     """At least so many pixels are kept, per worker and micro-batch."""
 
 
-class CpsConfig(Section):
-    """Cross pseudo supervision (Chen et al., CVPR 2021). Ignored by `method: supervised`."""
+class RampedLoss(Section):
+    """A loss on unlabelled images, with a weight that may rise."""
 
-    weight: Annotated[float, Field(ge=0.0)] = 1.5
-    """Weight of the cross pseudo loss, both directions summed."""
+    weight: Annotated[float, Field(ge=0.0)]
     ramp: Share = 0.0
     """Share of all steps over which the weight rises from 0 to its value. 0: full weight from the start."""
     ramp_shape: Literal["linear", "sigmoid"] = "linear"
     """`sigmoid` is exp(-5 (1 - t)^2), Laine and Aila 2017."""
-    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
-    on: Literal["unlabeled", "all"] = "unlabeled"
-    """Images under the cross pseudo loss. The paper: all without CutMix, unlabelled with it."""
+
+
+class MixConfig(Section):
+    """CutMix (French et al., BMVC 2020) between unlabelled images."""
+
     mix: Literal["none", "cutmix"] = "cutmix"
-    """CutMix (French et al., BMVC 2020) between unlabelled images of one batch."""
     cutmix_boxes: Count = 3
     cutmix_area: tuple[Share, Share] = (0.25, 0.5)
     """Range of the summed area of the boxes, as a share of the image, before overlaps cancel."""
-    teacher_bn: Literal["train", "eval"] = "train"
-    """With CutMix: whether the pass that makes pseudo labels normalises by its batch (as the paper's code does) or by running statistics."""
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> Self:
@@ -160,11 +184,53 @@ class CpsConfig(Section):
         return self
 
 
+class CpsConfig(RampedLoss, MixConfig):
+    """Cross pseudo supervision (Chen et al., CVPR 2021), for `method: cps`."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 1.5
+    """Weight of the cross pseudo loss: all directions summed, divided by the number of peers of a network."""
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
+    on: Literal["unlabeled", "all"] = "unlabeled"
+    """Images under the cross pseudo loss. The paper: all without CutMix, unlabelled with it."""
+    cutmix_partner: Literal["other", "self"] = "other"
+    """What CutMix pastes: another image of the batch, as the paper means it, or another view of the same image, as its code does."""
+    teacher_bn: Literal["train", "eval"] = "train"
+    """With CutMix: whether the pass that makes pseudo labels normalises by its batch (as the paper's code does) or by running statistics."""
+    forwards: Literal["joint", "separate"] = "joint"
+    """Whether labelled and unlabelled images pass a network together, hence share batch statistics, or one kind after the
+    other, as in the paper's code."""
+
+
+class MeanTeacherConfig(RampedLoss):
+    """Mean teacher (Tarvainen and Valpola, NeurIPS 2017), for `method: mean_teacher`. The teacher is the average of `ema`."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 100.0
+    """Of the squared difference of the probabilities, averaged over pixels and classes; 100 is that of the CPS paper's code."""
+
+
+class FixMatchConfig(RampedLoss, MixConfig):
+    """One network; its sure labels on weak views are the targets of strong ones (Sohn et al., NeurIPS 2020), for `method: fixmatch`."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Pixels whose label has a lower probability are ignored."""
+
+
+class EmaConfig(Section):
+    """Averaged weights: if there are any, they are what is evaluated, judged and exported."""
+
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share that the average keeps in a step; min(decay, 1 - 1/(step + 1)) at first. None: no average."""
+
+
 class AugmentConfig(Section):
     """Of training images, labelled and unlabelled alike."""
 
     scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (0.5, 2.0)
     """Range of the random zoom before the crop."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
+    """Zooms of which one is drawn, all as likely, instead of the range `scale`."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     color: Share = 0.0
@@ -186,8 +252,41 @@ class ComputeConfig(Section):
     autocast: Literal["none", "bf16", "fp16"] = "none"
     """`fp16` scales the loss."""
     channels_last: bool = False
+    compile: bool = False
+    """`torch.compile` of the networks. On a CPU it needs a C++ compiler; the first step then takes minutes."""
     accumulate: Count = 1
     """Micro-batches per step and worker."""
+
+
+class EvaluationConfig(Section):
+    """How images are judged. Every pixel of every image counts once, at the image's own size."""
+
+    networks: Literal["all", "a"] = "all"
+    """`all`: also the others, under `val/b/miou`, and the mean of all networks' probabilities, under `val/ensemble/miou`."""
+    window_px: tuple[Count, Count] | None = None
+    """(height, width) of a sliding window; smaller images are padded to it. None: whole images."""
+    stride_px: tuple[Count, Count] | None = None
+    """(down, across) between windows. None: two thirds of the window, as in the CPS reference."""
+    window_batch: Count = 8
+    """Windows that a network sees at once."""
+    sum: Literal["logits", "probabilities"] = "logits"
+    """What is averaged where windows overlap, and over scales and flips."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1.0,)
+    """Zooms at which an image is judged."""
+    flip: bool = False
+    """Also judge each image mirrored."""
+    hidden_images: Whole = 32
+    """Unlabelled training images with a mask, at most, on which pseudo labels are measured, as `pseudo/miou`. No loss and no search
+    sees these masks. 0: they are never read."""
+
+    @model_validator(mode="after")
+    def _windows_touch(self) -> Self:
+        if self.stride_px is not None and self.window_px is None:
+            raise ValueError("`stride_px` needs `window_px`.")
+        for stride, window in zip(self.stride_px or (), self.window_px or (), strict=False):
+            if stride > window:
+                raise ValueError(f"`stride_px` must be at most `window_px`, but got {stride} for {window}.")
+        return self
 
 
 class ResourcesConfig(Section):
@@ -197,6 +296,10 @@ class ResourcesConfig(Section):
     """Ray Train workers; the global batch is split over them."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    placement: Literal["replicated", "split"] = "replicated"
+    """`replicated`: each worker trains all networks on its share of the batch. `split`: each worker trains one network, workers
+    0, 1, ... networks a, b, ... in turn, and neighbours exchange only their label maps: half the weights, optimizer
+    state and gradient traffic per worker for a pair."""
 
 
 class TrainConfig(Section):
@@ -204,30 +307,70 @@ class TrainConfig(Section):
 
     seed: Whole = 0
     """Of initialisation, order, augmentation and mixing. The labelled split has its own (`data.split_seed`)."""
-    method: Literal["supervised", "cps"] = "cps"
-    """`supervised` trains network a alone on the labelled images: the baseline."""
+    method: Literal["supervised", "cps", "mean_teacher", "fixmatch"] = "cps"
+    """`supervised` trains network a alone on the labelled images: the baseline. `mean_teacher` and `fixmatch` train network
+    a alone on all images."""
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
     schedule: ScheduleConfig
     loss: LossConfig = LossConfig()
     cps: CpsConfig = CpsConfig()
+    mean_teacher: MeanTeacherConfig = MeanTeacherConfig()
+    fixmatch: FixMatchConfig = FixMatchConfig()
+    ema: EmaConfig = EmaConfig()
     augment: AugmentConfig = AugmentConfig()
     compute: ComputeConfig = ComputeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def networks(self) -> int:
+        """How many networks are trained."""
+        return self.model.networks if self.method == "cps" else 1
+
+    @property
+    def semi_supervised(self) -> bool:
+        """Whether unlabelled images are used."""
+        return self.method != "supervised"
+
+    @property
+    def shares(self) -> int:
+        """Parts into which workers split the global batch: workers that train the same network have different ones."""
+        resources = self.resources
+        return resources.workers // (self.networks if resources.placement == "split" else 1)
+
+    @model_validator(mode="after")
+    def _workers_fit_the_networks(self) -> Self:
+        resources = self.resources
+        if resources.placement == "split" and (self.networks == 1 or resources.workers % self.networks):
+            raise ValueError(
+                f"`resources.placement: split` needs method cps and workers in multiples of its {self.model.networks} networks, "
+                f"but got method={self.method!r}, workers={resources.workers}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_split_evenly(self) -> Self:
-        parts = self.resources.workers * self.compute.accumulate
+        parts = self.shares * self.compute.accumulate
         batches = {"labeled_batch": self.data.labeled_batch}
-        if self.method == "cps":
+        if self.semi_supervised:
             batches["unlabeled_batch"] = self.data.unlabeled_batch
+        by = "resources.workers" if self.resources.placement == "replicated" else "workers per network"
         for name, size in batches.items():
             if size % parts:
                 raise ValueError(
-                    f"`data.{name} % (resources.workers * compute.accumulate) == 0` must hold, "
-                    f"but got {size} images for {self.resources.workers} x {self.compute.accumulate}."
+                    f"`data.{name} % ({by} * compute.accumulate) == 0` must hold, "
+                    f"but got {size} images for {self.shares} x {self.compute.accumulate}."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_mean_teacher_needs_an_average(self) -> Self:
+        if self.method == "mean_teacher" and self.ema.decay is None:
+            raise ValueError(
+                "`ema.decay` must be given with method mean_teacher: the teacher is that average. Usual is 0.99."
+            )
         return self
 
     @model_validator(mode="after")

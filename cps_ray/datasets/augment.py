@@ -72,7 +72,8 @@ class TrainView:
     ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """What is seen of the image, and the part of the view that it fills. Draws are in [0, 1)."""
         low, high = self._augment.scale
-        zoom = low + (high - low) * scale
+        zooms = self._augment.scales
+        zoom = low + (high - low) * scale if zooms is None else zooms[int(scale * len(zooms))]
         (seen_y, rows), (seen_x, columns) = (
             _span(length, wanted, zoom, draw)
             for length, wanted, draw in zip((height, width), self._crop_px, (top, left), strict=True)

@@ -31,6 +31,8 @@ _AHEAD = 2
 """Steps prepared before they are asked for."""
 _RUN = 4
 """Images that a thread takes on at once."""
+_SECOND = 2
+"""Marks the random numbers of an image's second view."""
 _KEPT_BYTES = 512 * 2**20
 """Encoded labelled images held in memory, per worker; what does not fit is read again each time."""
 
@@ -57,9 +59,9 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
     """Raises DataError where the split leaves nothing to learn from."""
     index = shards.index("train")
     data = TrainData(index, split_labeled(config.data, index))
-    if config.method == "cps" and not data.split.unlabeled.size:
+    if config.semi_supervised and not data.split.unlabeled.size:
         raise DataError(
-            f"{shards.folder}: method cps needs unlabelled images, but all {len(index)} training images are labelled. "
+            f"{shards.folder}: method {config.method} needs unlabelled images, but all {len(index)} training images are labelled. "
             "Lower data.labeled, or prepare images without masks."
         )
     return data
@@ -85,19 +87,18 @@ def train_batches(
     world: int = 1,
     start_step: int = 0,
     unlabeled: Iterator[Encoded] | None = None,
-    strong: bool = False,
     threads: int = 2,
 ) -> Generator[Batch, None, None]:
     """One rank's batches from `start_step` to the last step.
 
-    `unlabeled`: its unlabelled images in the order of `unlabeled_visits`; None with method supervised, else they are
-    read here. `strong`: each unlabelled image also comes in a strong view; see `TrainView`.
+    `rank` of `world` is a share of the global batch. `unlabeled`: its unlabelled images in the order of `unlabeled_visits`;
+    None with method supervised, else they are read here.
     """
-    if config.method == "cps" and unlabeled is None:
+    if config.semi_supervised and unlabeled is None:
         unlabeled = read_unlabeled(data, config, unlabeled_visits(config, rank, world, start_step))
-    if config.method == "supervised":
+    if not config.semi_supervised:
         unlabeled = None
-    producer = _Producer(data, config, (rank, world), start_step, unlabeled, strong, threads)
+    producer = _Producer(data, config, (rank, world), start_step, unlabeled, threads)
     try:
         yield from producer.batches()
     finally:
@@ -154,13 +155,14 @@ class _Producer:
         ranks: tuple[int, int],
         start_step: int,
         unlabeled: Iterator[Encoded] | None,
-        strong: bool,
         threads: int,
     ) -> None:
         self._config, self._ranks, self._start_step = config, ranks, start_step
         self._labeled = _Labeled(data.labeled)
         self._unlabeled = unlabeled
-        self._strong = strong
+        self._strong = config.method in ("mean_teacher", "fixmatch")
+        cps = config.cps
+        self._elsewhere = config.method == "cps" and cps.mix == "cutmix" and cps.cutmix_partner == "self"
         self._view = TrainView(config.augment, config.data.crop_px)
         self._pin = torch.cuda.is_available()
         cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
@@ -214,7 +216,9 @@ class _Producer:
             labeled_image=self._empty(len(labeled), 3, height, width),
             labeled_mask=self._empty(len(labeled), height, width),
             unlabeled_image=self._empty(len(unlabeled), 3, height, width) if unlabeled else None,
-            unlabeled_strong=self._empty(len(unlabeled), 3, height, width) if unlabeled and self._strong else None,
+            unlabeled_second=self._empty(len(unlabeled), 3, height, width)
+            if unlabeled and (self._strong or self._elsewhere)
+            else None,
         )
         work: list[Callable[[], None]] = [
             partial(self._write_labeled, position, view, label)
@@ -223,9 +227,9 @@ class _Producer:
         for place, position in enumerate(unlabeled):
             assert self._unlabeled is not None
             assert batch.unlabeled_image is not None
-            strong = None if batch.unlabeled_strong is None else batch.unlabeled_strong[place]
+            second = None if batch.unlabeled_second is None else batch.unlabeled_second[place]
             view, encoded = batch.unlabeled_image[place], next(self._unlabeled)
-            work.append(partial(self._write_unlabeled, position, encoded, view, strong))
+            work.append(partial(self._write_unlabeled, position, encoded, view, second))
         # Handing over costs as much as a tenth of a small image: a few at a time.
         runs = [work[first : first + _RUN] for first in range(0, len(work), _RUN)]
         return _Filling(batch, [self._pool.submit(_do, run) for run in runs])
@@ -236,10 +240,12 @@ class _Producer:
         image, mask = decode_image(encoded.image), decode_mask(encoded.mask)
         self._view(image, mask, (self._config.seed, LABELED, position), view=view.numpy(), label=label.numpy())
 
-    def _write_unlabeled(self, position: int, encoded: Encoded, view: Tensor, strong: Tensor | None) -> None:
-        other = None if strong is None else strong.numpy()
-        seed = (self._config.seed, UNLABELED, position)
-        self._view(decode_image(encoded.image), None, seed, view=view.numpy(), strong=other)
+    def _write_unlabeled(self, position: int, encoded: Encoded, view: Tensor, second: Tensor | None) -> None:
+        image, seed = decode_image(encoded.image), (self._config.seed, UNLABELED, position)
+        strong = second.numpy() if second is not None and self._strong else None
+        self._view(image, None, seed, view=view.numpy(), strong=strong)
+        if second is not None and self._elsewhere:
+            self._view(image, None, (*seed, _SECOND), view=second.numpy())
 
 
 def check_data(shards: Shards, config: TrainConfig, judged: Sequence[str] = ("val", "test")) -> None:
@@ -250,8 +256,10 @@ def check_data(shards: Shards, config: TrainConfig, judged: Sequence[str] = ("va
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
 
 
-def metrics_of(shards: Shards, split: str, groups: Mapping[str, str]) -> list[str]:
-    """Names of everything an evaluation of this split measures: mIoU, and IoU of the classes that it shows."""
+def metrics_of(shards: Shards, split: str, groups: Mapping[str, str], further: Sequence[str] = ()) -> list[str]:
+    """Names of everything an evaluation of this split measures: mIoU, and IoU of the classes that it shows, each also per
+    group; and the scores `further` of the whole split.
+    """
     index = shards.index(split)
     parts = {"": index.labeled}
     for name, pattern in groups.items():
@@ -262,7 +270,7 @@ def metrics_of(shards: Shards, split: str, groups: Mapping[str, str]) -> list[st
             names.append(f"{split}/{prefix}miou")
             shown = np.flatnonzero(index.presence[rows].sum(axis=0))
             names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in shown]
-    return names
+    return names + ([f"{split}/{name}" for name in further] if index.labeled.any() else [])
 
 
 def eval_batches(
@@ -273,6 +281,21 @@ def eval_batches(
     rows = np.flatnonzero(index.labeled)[rank::world]
     runs = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
     chunks = [run[at : at + size] for run in (list(group) for _, group in runs) for at in range(0, len(run), size)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        yield from _ahead(pool, index, chunks, threads)
+
+
+def hidden_batches(
+    data: TrainData, config: TrainConfig, *, rank: int = 0, world: int = 1, threads: int = 2
+) -> Iterator[EvalBatch]:
+    """This rank's part of `evaluation.hidden_images` unlabelled images whose masks exist, spread evenly over them, one by one.
+
+    For measuring pseudo labels; nothing learns from these masks.
+    """
+    index = data.index
+    rows = data.split.unlabeled[index.labeled[data.split.unlabeled]]
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), config.evaluation.hidden_images)).round().astype(int)]
+    chunks = [[int(row)] for row in some[rank::world]]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         yield from _ahead(pool, index, chunks, threads)
 

@@ -18,8 +18,9 @@ class Batch:
     """uint8 (L, H, W): train ids 0..C-1, or IGNORE."""
     unlabeled_image: Tensor | None
     """uint8 (U, 3, H, W); None for `method: supervised`."""
-    unlabeled_strong: Tensor | None = None
-    """uint8 (U, 3, H, W): the same places after a strong change of colour; None unless asked for."""
+    unlabeled_second: Tensor | None = None
+    """uint8 (U, 3, H, W): another view of each, where the method asks for one: the same place after a strong change of
+    colour (mean_teacher, fixmatch), or another place (cps with `cutmix_partner: self`)."""
 
 
 @dataclass(frozen=True, slots=True)

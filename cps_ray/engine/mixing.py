@@ -4,33 +4,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import CpsConfig
+from cps_ray.config.train import MixConfig
 
 # B images, H W pixels.
 _TAG = 0xC07
 
 
-def boxes_mask(cps: CpsConfig, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def boxes_mask(settings: MixConfig, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Where the partner is pasted: bool (H, W).
 
     Each of n boxes has the area a/n with a ~ U(cutmix_area) and a random aspect; overlaps cancel.
     """
-    area = rng.uniform(*cps.cutmix_area, size=cps.cutmix_boxes)
-    tall = area ** rng.uniform(size=cps.cutmix_boxes)
-    share = 1.0 / np.sqrt(cps.cutmix_boxes)
+    area = rng.uniform(*settings.cutmix_area, size=settings.cutmix_boxes)
+    tall = area ** rng.uniform(size=settings.cutmix_boxes)
+    share = 1.0 / np.sqrt(settings.cutmix_boxes)
     box_h = np.round(tall * share * height).astype(int)
     box_w = np.round(area / np.maximum(tall, 1e-12) * share * width).astype(int)
-    top = np.round((height - box_h) * rng.uniform(size=cps.cutmix_boxes)).astype(int)
-    left = np.round((width - box_w) * rng.uniform(size=cps.cutmix_boxes)).astype(int)
+    top = np.round((height - box_h) * rng.uniform(size=settings.cutmix_boxes)).astype(int)
+    left = np.round((width - box_w) * rng.uniform(size=settings.cutmix_boxes)).astype(int)
     mask = np.zeros((height, width), dtype=bool)
     for y, x, h, w in zip(top, left, box_h, box_w, strict=True):
         mask[y : y + h, x : x + w] ^= True
     return mask
 
 
-def cutmix_masks(cps: CpsConfig, seed: int, step: int, positions: range, height: int, width: int) -> Tensor:
+def cutmix_masks(settings: MixConfig, seed: int, step: int, positions: range, height: int, width: int) -> Tensor:
     """Masks of the images at these positions of the global batch: bool (B, H, W), a function of (seed, step, position)."""
-    masks = [boxes_mask(cps, height, width, np.random.default_rng((_TAG, seed, step, at))) for at in positions]
+    masks = [boxes_mask(settings, height, width, np.random.default_rng((_TAG, seed, step, at))) for at in positions]
     return torch.from_numpy(np.stack(masks))
 
 

@@ -1,84 +1,89 @@
-"""The pair of segmentation networks: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
+"""The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cps_ray.config.train import ModelConfig, NetworkConfig, TrainConfig
-from cps_ray.errors import CheckpointError, ConfigError
+from cps_ray.config.train import NETWORK_NAMES, ModelConfig, NetworkConfig, TrainConfig
+from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab, check_deeplab
+from cps_ray.engine.dense import padded, upsample
+from cps_ray.engine.weights import load_encoder
+from cps_ray.errors import ConfigError
 
-# B images, C classes, H W pixels.
-_STRIDE = 32  # Every smp encoder divides the image by at most this.
+# B images, C classes, H W pixels, h w cells of coarse logits.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Segmenter(nn.Module):
-    """uint8 images of any size -> logits of that size. Normalises on the network's own device, so batches stay small."""
+    """uint8 images of any size -> logits. Normalises on the network's own device, so batches stay small."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
-        """`mean`, `std`: per RGB channel, for values in 0..1. Part of the state, so that a checkpoint is judged as it was trained."""
+        """`mean`, `std`: per RGB channel, for values in 0..1. Part of the state, so that a checkpoint is judged as it was trained.
+
+        The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few images at a time.
+        """
         super().__init__()
-        self.network = network
+        self.network = _without_upsampling(network)
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1) * 255.0)
         self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1) * 255.0)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float logits (B, C, H, W). Sizes that are no multiple of 32 are padded, then cropped."""
+        """Images in 0..255, uint8 or float (B, 3, H, W) -> coarse logits (B, C, h, w) of the image padded to multiples of 32.
+
+        `dense.upsample` makes full logits of them.
+        """
         height, width = image_B3HW.shape[-2:]
         x = (image_B3HW.float() - self.mean) / self.std
-        padding = (0, -width % _STRIDE, 0, -height % _STRIDE)
-        logits: Tensor = self.network(F.pad(x, padding) if any(padding) else x)
-        return logits[..., :height, :width]
+        tall, wide = padded((height, width))
+        if (tall, wide) != (height, width):
+            x = F.pad(x, (0, wide - width, 0, tall - height))
+        logits: Tensor = self.network(x)
+        return logits
+
+    def logits(self, image_B3HW: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, C, H, W)."""
+        return upsample(self(image_B3HW), (image_B3HW.shape[-2], image_B3HW.shape[-1]))
 
 
-class Pair(nn.Module):
-    """Networks a and b as one module, so that one DDP wrap and one forward serve both. `b` is None when supervised."""
-
-    def __init__(self, a: Segmenter, b: Segmenter | None) -> None:
-        super().__init__()
-        self.a = a
-        self.b = b
-
-    def forward(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 3, H, W) -> logits (B, C, H, W) of a and of b."""
-        return self.a(image_B3HW), None if self.b is None else self.b(image_B3HW)
+def _without_upsampling(network: nn.Module) -> nn.Module:
+    head = getattr(network, "segmentation_head", None)
+    last = head[1] if isinstance(head, nn.Sequential) and len(head) > 1 else None
+    if isinstance(last, nn.Upsample) and last.mode == "bilinear" and last.align_corners:
+        head[1] = nn.Identity()  # type: ignore[index]
+    return network
 
 
-def build_pair(config: TrainConfig, num_classes: int) -> Pair:
-    """Both networks on the CPU; initialisation is a function of (config.seed, a or b) alone.
+def build_networks(config: TrainConfig, num_classes: int) -> dict[str, Segmenter]:
+    """All networks of a training by name, on the CPU; initialisation is a function of (config.seed, name) alone.
 
     Raises ConfigError for names or options smp refuses, CheckpointError for weights that do not fit.
     """
-    a = build_network(config.model, num_classes, seed=2 * config.seed)
-    if config.method == "supervised":
-        return Pair(a, None)
-    return Pair(a, build_network(config.model.b or config.model, num_classes, seed=2 * config.seed + 1))
+    many = len(NETWORK_NAMES)
+    networks = {
+        NETWORK_NAMES[number]: build_network(config.model.of(number), num_classes, seed=many * config.seed + number)
+        for number in range(config.networks)
+    }
+    if config.model.backbone_init == "shared":
+        for network in networks.values():
+            network.network.encoder.load_state_dict(networks["a"].network.encoder.state_dict())  # type: ignore[union-attr, operator]
+    return networks
 
 
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segmenter:
     """One network with its weights; what weights do not cover is drawn from `seed`."""
-    import segmentation_models_pytorch as smp
-
     check_names(config)
     weights = None if config.weights == "none" else config.weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            network = smp.create_model(
-                config.architecture,
-                encoder_name=config.encoder,
-                encoder_weights=weights,
-                classes=num_classes,
-                **config.options,
-            )
+            network = _create(config, weights, num_classes)
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as err:
             reason = (str(err).splitlines() or [type(err).__name__])[0]
             raise ConfigError(
@@ -91,9 +96,24 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
                 f"({(str(err).splitlines() or [''])[0][:200]}). Give a local file as model.weights_file, or weights: none."
             ) from err
     if config.weights_file is not None:
-        load_encoder(network.encoder, config.weights_file)
+        load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
     mean, std = _normalisation(config, weights)
     return Segmenter(network, mean, std)
+
+
+def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
+    if config.architecture == ARCHITECTURE:
+        return build_deeplab(config.encoder, weights, num_classes, **config.options)  # type: ignore[arg-type]
+    import segmentation_models_pytorch as smp
+
+    network: nn.Module = smp.create_model(
+        config.architecture,
+        encoder_name=config.encoder,
+        encoder_weights=weights,
+        classes=num_classes,
+        **config.options,
+    )
+    return network
 
 
 def _normalisation(config: NetworkConfig, weights: str | None) -> tuple[Iterable[float], Iterable[float]]:
@@ -106,38 +126,15 @@ def _normalisation(config: NetworkConfig, weights: str | None) -> tuple[Iterable
     return params.get("mean") or _IMAGENET[0], params.get("std") or _IMAGENET[1]
 
 
-def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Weights of a local file (.safetensors, or .pt/.pth read without unpickling code) into an encoder; every key must fit."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: model.weights_file does not exist. Paths are relative to the config file.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # the readers raise a zoo of types for a damaged file
-        reason = (str(err).splitlines() or [type(err).__name__])[0][:200]
-        raise CheckpointError(f"{path}: cannot be read as weights: {reason}") from err
-    try:
-        encoder.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as err:
-        lines = [line.strip() for line in str(err).splitlines()] or [""]
-        detail = " ".join(lines[1:3] if len(lines) > 1 else lines)[:300]
-        raise CheckpointError(
-            f"{path}: every key must fit the encoder {type(encoder).__name__}, but {detail} "
-            "Choose the encoder this file was made for."
-        ) from err
-
-
 def check_names(config: NetworkConfig) -> None:
-    """Raises ConfigError with a near name where smp knows no such architecture, encoder or weights."""
+    """Raises ConfigError with a near name where there is no such architecture, encoder or weights."""
     import segmentation_models_pytorch as smp
 
-    architectures = [name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING]
+    architectures = [*(name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING), ARCHITECTURE]
     if config.architecture.lower() not in architectures:
         raise ConfigError(_unknown("model.architecture", config.architecture, architectures))
+    if config.architecture == ARCHITECTURE:
+        check_deeplab(config.encoder)
     if config.encoder.startswith("tu-"):
         import timm
 

@@ -1,4 +1,4 @@
-"""Batch norm over all ranks. On GPUs torch's own; torch has none for CPUs, so gloo workers get the one below.
+"""Batch norm over all ranks that train the same network. On GPUs torch's own; torch has none for CPUs, so gloo workers get the one below.
 
 With it a training gives the same curve on one worker and on many, on CPU as on GPU.
 """
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
         total = tensor.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    return _SumOverRanks.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+def _sum(tensor: Tensor, group: Any) -> Tensor:
+    return _SumOverRanks.apply(tensor, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _normalise(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
+def _normalise(norm: nn.BatchNorm2d, x_BCHW: Tensor, group: Any) -> Tensor:
     """Batch norm with mean and variance over the images of all ranks; two passes, for accuracy."""
     if not norm.training:
         return F.batch_norm(x_BCHW, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     x = x_BCHW.float()
-    count = x.numel() / x.shape[1] * dist.get_world_size()
-    mean_C = _sum(x.sum(dim=(0, 2, 3))) / count
+    count = x.numel() / x.shape[1] * dist.get_world_size(group)
+    mean_C = _sum(x.sum(dim=(0, 2, 3)), group) / count
     centred = x - mean_C.view(1, -1, 1, 1)
-    variance_C = _sum(centred.square().sum(dim=(0, 2, 3))) / count
+    variance_C = _sum(centred.square().sum(dim=(0, 2, 3)), group) / count
     if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
         with torch.no_grad():
             norm.running_mean.lerp_(mean_C, norm.momentum)
@@ -49,21 +50,25 @@ def _normalise(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
 
 
 class _CpuSyncBatchNorm(nn.BatchNorm2d):
+    group: Any = None
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out = _normalise(self, x_BCHW)
+        out = _normalise(self, x_BCHW, self.group)
         # timm's BatchNormAct2d carries its dropout and activation inside the norm.
         for name in ("drop", "act"):
             out = getattr(self, name)(out) if hasattr(self, name) else out
         return out
 
 
-def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
-    """The same network, its batch norms taken over all ranks. Parameters and buffers keep their names."""
+def synchronise(network: nn.Module, device: torch.device, group: Any) -> nn.Module:
+    """The same network, its batch norms taken over the ranks of a process group (None: all). Parameters and buffers keep
+    their names."""
     if device.type == "cuda":
         from timm.layers import convert_sync_batchnorm  # knows timm's fused norm-and-activation layers
 
-        return convert_sync_batchnorm(network)  # type: ignore[no-any-return]
+        return convert_sync_batchnorm(network, group)  # type: ignore[no-any-return]
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = _CpuSyncBatchNorm
+            module.group = group
     return network

@@ -1,8 +1,8 @@
-"""Learning rate and CPS weight as functions of the step."""
+"""Learning rate, weights of losses, and decay of the average, as functions of the step."""
 
 import math
 
-from cps_ray.config.train import CpsConfig, OptimConfig
+from cps_ray.config.train import OptimConfig, RampedLoss
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -17,12 +17,18 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     return optim.lr
 
 
-def cps_weight(cps: CpsConfig, step: int, total_steps: int) -> float:
-    """Weight of the cross pseudo loss at `step`: 0 at first, `cps.weight` from the end of the ramp on."""
-    ramp_steps = cps.ramp * total_steps
+def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
+    """Weight of a loss on unlabelled images at `step`: 0 at first, `loss.weight` from the end of the ramp on."""
+    ramp_steps = loss.ramp * total_steps
     if step >= ramp_steps:
-        return cps.weight
+        return loss.weight
     done = step / ramp_steps
-    if cps.ramp_shape == "sigmoid":
-        return cps.weight * math.exp(-5.0 * (1.0 - done) ** 2)
-    return cps.weight * done
+    if loss.ramp_shape == "sigmoid":
+        return loss.weight * math.exp(-5.0 * (1.0 - done) ** 2)
+    return loss.weight * done
+
+
+def average_decay(decay: float, step: int) -> float:
+    """Share that averaged weights keep in update number `step`, from 0: at first the average is the plain mean of what it has
+    seen (Tarvainen and Valpola, NeurIPS 2017)."""
+    return min(decay, 1.0 - 1.0 / (step + 1))

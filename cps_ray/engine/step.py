@@ -1,156 +1,109 @@
-"""One optimizer step of both networks. A function of (config, state, batch): no I/O, no clock."""
+"""One optimizer step of all networks. A function of (config, state, batch): no I/O, no clock."""
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.losses import cross_pseudo_loss, pseudo_labels, supervised_loss
-from cps_ray.engine.mixing import cutmix_masks, paste
-from cps_ray.engine.schedules import cps_weight, learning_rate
-from cps_ray.engine.state import TrainState, autocast
+from cps_ray.engine.methods import METHODS, Micro
+from cps_ray.engine.schedules import learning_rate
+from cps_ray.engine.state import TrainState, update_averages
 
-# L labelled images, U unlabelled images, B = L + U; C classes, H W pixels. A tensor's name ends in its dims.
+OBSERVE_EVERY = 10
+"""Steps between those in which gradients and pseudo labels are measured, which costs a twentieth of a step."""
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
     """Advances `state` by one step on this rank's share of the global batch.
 
     Returns detached scalars on the device, each this rank's part such that the mean over ranks is the global value:
-    `loss`, `sup_a`, and for cps `sup_b`, `cps` (both directions, unweighted), `agreement` (share of equal pseudo labels).
+    `loss`, `sup_a`, ... of each network, and of cps `cps` (all directions, without its weight), of mean_teacher
+    `consistency`, of fixmatch `pseudo`. Every OBSERVE_EVERY steps also `grad_norm_a`, ..., and what `Micro.seen` lists.
     """
     _start(config, state)
     batch = _to_device(batch, state.ranks.device, config.compute.channels_last)
-    parts = config.compute.accumulate
-    # Local loss sums are divided by the global count and multiplied by the world size that DDP's mean divides by again.
-    valid = state.ranks.sum((batch.labeled_mask != IGNORE).sum()) / (state.ranks.world * parts)
-    totals: dict[str, Tensor] = {}
+    observe = state.step % OBSERVE_EVERY == 0
+    parts, ranks = config.compute.accumulate, state.ranks
+    # Local loss sums are divided by the global count and multiplied by the number of shares that DDP's mean divides by again.
+    valid = ranks.share_sum((batch.labeled_mask != IGNORE).sum()) / (ranks.shares * parts)
+    names = NETWORK_NAMES[: config.networks]
+    totals = {f"sup_{name}": torch.zeros((), device=ranks.device) for name in names}
     for part in range(parts):
+        micro = Micro(_part(batch, part, parts), part, valid, observe)
         with _synchronised(state, last=part == parts - 1):
-            losses = _losses(config, state, _part(batch, part, parts), part, valid)
-            state.scaler.scale(losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
-        for name, value in losses.items():
-            totals[name] = totals.get(name, torch.zeros_like(value, requires_grad=False)) + value.detach() / parts
-    _update(config, state)
+            for losses in METHODS[config.method](config, state, micro):
+                state.scaler.scale(losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
+                # Where networks are split, a rank knows its own one's losses: times their number, the mean over ranks is the sum.
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach() * ranks.split / parts
+        for name, value in micro.seen.items():
+            totals[name] = totals.get(name, 0.0) + value / parts
+    totals |= _update(config, state, observe)
     state.step += 1
     return totals
-
-
-def _losses(config: TrainConfig, state: TrainState, batch: Batch, part: int, valid: Tensor) -> dict[str, Tensor]:
-    """All loss terms of one micro-batch; `loss` is their weighted sum and carries the gradient."""
-    if config.method == "supervised":
-        with autocast(config, state.ranks.device):
-            logits, _ = state.model(batch.labeled_image)
-        sup = supervised_loss(config.loss, logits, batch.labeled_mask, valid)
-        return {"loss": sup, "sup_a": sup}
-
-    labeled = batch.labeled_image.shape[0]
-    unlabeled_image, targets = _unlabeled(config, state, batch, part)
-    with autocast(config, state.ranks.device):
-        logits_a, logits_b = state.model(torch.cat([batch.labeled_image, unlabeled_image]))
-    sup_a = supervised_loss(config.loss, logits_a[:labeled], batch.labeled_mask, valid)
-    sup_b = supervised_loss(config.loss, logits_b[:labeled], batch.labeled_mask, valid)
-
-    cps = config.cps
-    under = slice(0 if cps.on == "all" else labeled, None)
-    if targets is None:
-        label_a, label_b = (pseudo_labels(logits[under], cps.confidence) for logits in (logits_a, logits_b))
-    else:
-        label_a, label_b = targets
-        if cps.on == "all":
-            label_a = torch.cat([pseudo_labels(logits_a[:labeled], cps.confidence), label_a])
-            label_b = torch.cat([pseudo_labels(logits_b[:labeled], cps.confidence), label_b])
-    # Each network learns from the other one's labels.
-    cross = cross_pseudo_loss(logits_a[under], label_b) + cross_pseudo_loss(logits_b[under], label_a)
-    weight = cps_weight(cps, state.step, config.schedule.steps)
-    agreement = (label_a == label_b).float().mean()
-    loss = sup_a + sup_b + weight * cross
-    return {"loss": loss, "sup_a": sup_a, "sup_b": sup_b, "cps": cross, "agreement": agreement}
-
-
-def _unlabeled(
-    config: TrainConfig, state: TrainState, batch: Batch, part: int
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The unlabelled images to learn on (U, 3, H, W), and with CutMix their pseudo labels by a and b, (U, H, W) each.
-
-    CutMix: labels are predicted on the clean images, then images and labels are mixed alike with their successor in the
-    global batch, another image (the reference code pairs two views of one image, which its paper does not intend).
-    """
-    image = batch.unlabeled_image
-    if image is None:
-        raise ValueError("method cps needs `unlabeled_image` in every batch.")
-    if config.cps.mix == "none":
-        return image, None
-    label_a, label_b = _teach(config, state, image)
-    size, ranks = image.shape[0], state.ranks
-    # The images of all ranks' micro-batch `part`, in rank order, are the batch that is rolled.
-    first = (part * ranks.world + ranks.rank) * size
-    height, width = image.shape[-2:]
-    masks = cutmix_masks(config.cps, config.seed, state.step, range(first, first + size), height, width)
-    mask = masks.to(image.device, non_blocking=True)
-    # One exchange for all three: a label fits a byte.
-    bundle = torch.cat([image, label_a.to(torch.uint8).unsqueeze(1), label_b.to(torch.uint8).unsqueeze(1)], dim=1)
-    mixed = paste(mask, bundle, ranks.roll(bundle))
-    return mixed[:, :3], (mixed[:, 3].long(), mixed[:, 4].long())
-
-
-@torch.no_grad()
-def _teach(config: TrainConfig, state: TrainState, image_U3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Pseudo labels of a and b on clean images: int64 (U, H, W) each."""
-    state.pair.train(config.cps.teacher_bn == "train")
-    with autocast(config, state.ranks.device):
-        logits_a, logits_b = state.pair(image_U3HW)
-    state.pair.train()
-    return pseudo_labels(logits_a, config.cps.confidence), pseudo_labels(logits_b, config.cps.confidence)
 
 
 def _start(config: TrainConfig, state: TrainState) -> None:
     # Dropout and its like draw from (seed, step, rank): a resumed training needs no random state (as in EDM2).
     torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + state.ranks.rank)
     rate = learning_rate(config.optim, state.step, config.schedule.steps)
-    for optimizer in state.optimizers:
+    for name, optimizer in state.optimizers.items():
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = rate
-    state.pair.train()
+        state.networks[name].train()
 
 
-def _update(config: TrainConfig, state: TrainState) -> None:
-    for optimizer in state.optimizers:
-        if config.optim.clip_norm is not None:
+def _update(config: TrainConfig, state: TrainState, observe: bool) -> dict[str, Tensor]:
+    """Moves the weights; returns the norm of each network's gradient where it is computed, before clipping."""
+    norms = {}
+    limit = config.optim.clip_norm
+    for name, optimizer in state.optimizers.items():
+        if observe or limit is not None:
             state.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            norms[f"grad_norm_{name}"] = norm * state.ranks.split
         state.scaler.step(optimizer)
     state.scaler.update()
+    if state.averages:
+        update_averages(config, state)
+    others = {
+        f"grad_norm_{name}": torch.zeros((), device=state.ranks.device) for name in NETWORK_NAMES[: config.networks]
+    }
+    return others | norms if norms else {}
 
 
-def _synchronised(state: TrainState, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+def _synchronised(state: TrainState, *, last: bool) -> contextlib.ExitStack:
     """DDP exchanges gradients once per step, with the last micro-batch."""
-    if last or state.model is state.pair:
-        return contextlib.nullcontext()
-    return state.model.no_sync()  # type: ignore[operator, no-any-return]
+    stack = contextlib.ExitStack()
+    for name, model in state.models.items():
+        if not last and model is not state.networks[name]:
+            stack.enter_context(model.no_sync())  # type: ignore[operator, arg-type]
+    return stack
 
 
 def _to_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    unlabeled = batch.unlabeled_image
-    return Batch(
-        batch.labeled_image.to(device, non_blocking=True, memory_format=layout),
-        batch.labeled_mask.to(device, non_blocking=True),
-        None if unlabeled is None else unlabeled.to(device, non_blocking=True, memory_format=layout),
-    )
+
+    def moved(image: Tensor | None) -> Tensor | None:
+        return None if image is None else image.to(device, non_blocking=True, memory_format=layout)
+
+    labeled = batch.labeled_image.to(device, non_blocking=True, memory_format=layout)
+    mask = batch.labeled_mask.to(device, non_blocking=True)
+    return Batch(labeled, mask, moved(batch.unlabeled_image), moved(batch.unlabeled_second))
 
 
 def _part(batch: Batch, part: int, parts: int) -> Batch:
     if parts == 1:
         return batch
-    unlabeled = batch.unlabeled_image
-    return Batch(
-        batch.labeled_image.chunk(parts)[part],
-        batch.labeled_mask.chunk(parts)[part],
-        None if unlabeled is None else unlabeled.chunk(parts)[part],
-    )
+
+    def cut(images: Tensor | None) -> Tensor | None:
+        return None if images is None else torch.chunk(images, parts)[part]
+
+    labeled, mask = torch.chunk(batch.labeled_image, parts)[part], torch.chunk(batch.labeled_mask, parts)[part]
+    return Batch(labeled, mask, cut(batch.unlabeled_image), cut(batch.unlabeled_second))

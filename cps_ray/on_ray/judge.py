@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.synthetic import open_data
-from cps_ray.engine.loop import Metrics, evaluate, summarise
-from cps_ray.engine.networks import Segmenter, build_network
+from cps_ray.engine.evaluation import evaluate, predict, summarise
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import autocast, read_checkpoint
-from cps_ray.errors import CheckpointError, CpsRayError
+from cps_ray.engine.state import load_networks
+from cps_ray.engine.telemetry import Metrics
+from cps_ray.errors import CpsRayError
 from cps_ray.on_ray.trainer import reason
 
 
@@ -26,48 +25,33 @@ class Verdict:
     """What a model did on a split."""
 
     metrics: Metrics
-    """`test/miou`, `test/iou/<class>`, per group `test/<group>/miou`: 0..1."""
+    """What `summarise` gives: `test/miou`, `test/iou/<class>`, per group `test/<group>/miou`, ...: 0..1."""
     examples: list[tuple[str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]]
     """(id, image (H, W, 3), true mask (H, W), predicted mask (H, W)), uint8 each."""
 
 
-def load_network(config: TrainConfig, checkpoint: Path, num_classes: int) -> Segmenter:
-    """Network a of a checkpoint, in evaluation mode on the CPU. Raises CheckpointError."""
-    # Its weights all come from the checkpoint, so none are fetched.
-    bare = config.model.model_copy(update={"weights": "none", "weights_file": None})
-    network = build_network(bare, num_classes, seed=0)
-    saved: dict[str, Tensor] = read_checkpoint(checkpoint)["networks"]
-    own = {name.removeprefix("a."): value for name, value in saved.items() if name.startswith("a.")}
-    try:
-        network.load_state_dict(own)
-    except RuntimeError as err:
-        raise CheckpointError(
-            f"{checkpoint}: must be of this config's network a, but {' '.join(str(err).split())[:300]}"
-        ) from err
-    return network.eval()
-
-
 def judge(train: dict[str, Any], checkpoint: str, split: str, num_examples: int = 0) -> Verdict:
-    """Network a of a checkpoint on every image of a split, and its masks of a few images spread over it."""
+    """A checkpoint's networks on every image of a split, and a's masks of a few images spread over it."""
     config = parse_train(train, "train")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
-    network = load_network(config, Path(checkpoint), len(shards.classes)).to(device)
-    ranks = Ranks(device=device)
-    confusions = evaluate(config, network, eval_batches(shards, split), len(shards.classes), ranks)
+    networks = load_networks(config, Path(checkpoint), len(shards.classes))
+    for network in networks.values():
+        network.to(device)
+    counts = evaluate(config, networks, eval_batches(shards, split), len(shards.classes), Ranks(device=device))
     examples = []
     if num_examples:
         index = shards.index(split)
         rows = np.flatnonzero(index.labeled)
         for place in np.linspace(0, len(rows) - 1, num_examples).round().astype(int):
             batch = eval_batch(index, [int(rows[place])])
-            with torch.inference_mode(), autocast(config, device):
-                predicted = network(batch.image.to(device)).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+            scores = predict(config, networks["a"], batch.image.to(device))
+            predicted = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
             image = batch.image[0].permute(1, 2, 0).numpy()
             examples.append((batch.ids[0], np.ascontiguousarray(image), batch.mask[0].numpy(), predicted))
-    return Verdict(summarise(confusions, shards.classes, split), examples)
+    return Verdict(summarise(counts, shards.classes, split), examples)
 
 
 def judge_all(jobs: list[tuple[TrainConfig, Path]], split: str, num_examples: int = 0) -> list[Verdict]:

@@ -14,12 +14,14 @@ import torch
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import eval_batches, train_batches, train_data
+from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.datasets.synthetic import open_data
-from cps_ray.engine.loop import Metrics, evaluate, fit, summarise
-from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import TrainState, build_state
+from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
+from cps_ray.engine.loop import fit
+from cps_ray.engine.ranks import Ranks, join
+from cps_ray.engine.state import TrainState, build_state, write_checkpoint
+from cps_ray.engine.telemetry import Metrics, collapse
 from cps_ray.errors import DivergedError
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
@@ -71,7 +73,7 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
     from ray.train.torch import get_device
 
     context = train.get_context()
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
+    ranks = join(config, context.get_world_rank(), context.get_world_size(), get_device())
     if ranks.device.type == "cpu":
         torch.set_num_threads(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
@@ -82,43 +84,46 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
         with checkpoint.as_directory() as folder:
             state.load(Path(folder))
     log.info(
-        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, %.2f M parameters per network",
+        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, networks %s",
         *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
         *(len(data.split.labeled), len(data.split.unlabeled)),
-        sum(p.numel() for p in state.pair.a.parameters()) / 1e6,
+        ", ".join(
+            f"{name} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for name, net in state.networks.items()
+        ),
     )
     unlabeled = None
-    if config.method == "cps":
-        unlabeled = stream(make_plan(data, config, ranks.rank, ranks.world, state.step))
+    if config.semi_supervised:
+        unlabeled = stream(make_plan(data, config, ranks.share, ranks.shares, state.step))
     batches = train_batches(
         data,
         config,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=ranks.share,
+        world=ranks.shares,
         start_step=state.step,
         unlabeled=unlabeled,
         threads=decode_threads(context.get_local_world_size()),
     )
     reporter = Reporter(config, job, ranks, state.step, log)
-    fit(config, state, batches, lambda state: validate(config, shards, state, "val"), reporter)
+    fit(config, state, batches, lambda state: validate(config, shards, data, state), reporter)
 
 
-def validate(config: TrainConfig, shards: Shards, state: TrainState, split: str) -> Metrics:
-    """Network a on every image of a split, each once over all ranks: `{split}/miou`, `{split}/iou/<class>`."""
-    ranks = state.ranks
-    batches = eval_batches(shards, split, rank=ranks.rank, world=ranks.world, threads=decode_threads())
-    confusions = evaluate(config, state.pair.a, batches, len(shards.classes), ranks)
-    return summarise(confusions, shards.classes, split)
+def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
+    """Every image of `val`, each once over all ranks; and, if there are hidden masks, `pseudo/miou` on some of them."""
+    ranks, classes, threads = state.ranks, shards.classes, decode_threads()
+    batches = eval_batches(shards, "val", rank=ranks.share, world=ranks.shares, threads=threads)
+    found = summarise(evaluate(config, state.judged, batches, len(classes), ranks), classes, "val")
+    hidden = hidden_batches(data, config, rank=ranks.share, world=ranks.shares, threads=threads)
+    return found | evaluate_hidden(config, state.judged, hidden, len(classes), ranks)
 
 
 class Reporter:
     """Takes an evaluation to disk, to Ray's metrics and, with a checkpoint, to Ray Train."""
 
     def __init__(self, config: TrainConfig, job: WorkerSettings, ranks: Ranks, step: int, log: logging.Logger) -> None:
-        self._ranks, self._log = ranks, log
+        self._log = log
         self._file = Path(job.run_dir) / METRICS_FILE
         data = config.data
-        per_step = data.labeled_batch + (data.unlabeled_batch if config.method == "cps" else 0)
+        per_step = data.labeled_batch + (data.unlabeled_batch if config.semi_supervised else 0)
         self._images = per_step * config.schedule.eval_every
         if ranks.rank == 0:
             self._gauges = TrainGauges(job.sweep, Path(job.run_dir).name)
@@ -129,7 +134,8 @@ class Reporter:
     def __call__(self, metrics: Metrics, state: TrainState) -> bool:
         from ray import train
 
-        if self._ranks.rank != 0:
+        snapshot = state.snapshot()
+        if snapshot is None:
             train.report(metrics)
             return True
         self._gauges.set(metrics, self._images)
@@ -138,11 +144,14 @@ class Reporter:
             *(metrics["step"], metrics["val/miou"], metrics["train/loss"]),
             *(metrics["time/images_per_s"], 100 * metrics["time/data_wait"]),
         )
+        why = collapse(metrics)
+        if why:
+            self._log.warning("step %d: %s", metrics["step"], why)
         with self._file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
         try:
-            state.save(folder, metrics)
+            write_checkpoint(folder, snapshot, metrics)
             train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

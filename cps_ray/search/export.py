@@ -16,7 +16,8 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.picture import painted
 from cps_ray.datasets.shards import Manifest
 from cps_ray.engine.batch import IGNORE
-from cps_ray.on_ray.judge import Verdict, load_network
+from cps_ray.engine.state import load_networks
+from cps_ray.on_ray.judge import Verdict
 from cps_ray.search.records import write_json, write_text
 
 BEST_FILE = "best.yaml"
@@ -38,7 +39,7 @@ def export_model(
     unfinished = root / f".{MODEL_FOLDER}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    network = load_network(config, checkpoint, len(manifest.classes))
+    network = load_networks(config, checkpoint, len(manifest.classes))["a"]
     weights = {name: value.contiguous() for name, value in network.network.state_dict().items()}
     save_file(weights, unfinished / "model.safetensors")
     model = config.model

@@ -15,7 +15,7 @@ from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.engine.loop import Metrics
+from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.judge import Verdict, judge_all
 from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, best_checkpoint, checkpoints
 from cps_ray.on_ray.worker import METRICS_FILE, read_metrics

@@ -16,6 +16,7 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import check_data, metrics_of
 from cps_ray.datasets.shards import Shards
 from cps_ray.datasets.synthetic import open_data
+from cps_ray.engine.evaluation import further_scores
 from cps_ray.engine.networks import check_model
 from cps_ray.errors import ConfigError
 from cps_ray.search.records import EVENTS_FILE, SUMMARY_FILE, TRIALS_FOLDER, read_json, write_text
@@ -81,7 +82,7 @@ def check(config: SweepConfig) -> Shards:
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data), changed)
-    known = metrics_of(shards, "val", config.train.data.groups)
+    known = metrics_of(shards, "val", config.train.data.groups, further_scores(config.train))
     if config.objective.metric not in known:
         near = difflib.get_close_matches(config.objective.metric, known, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known[:6])}, ..."

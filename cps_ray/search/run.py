@@ -98,7 +98,7 @@ class Sweep:
     def _fit(self, trainings: list[TrainConfig]) -> int:
         """How many of these may run at once; ResourceError if one never could."""
         asked, there = self._config.concurrency, nodes()
-        each = [trainings_at_once(c.resources, asked, there, streams=c.method == "cps") for c in trainings]
+        each = [trainings_at_once(c.resources, asked, there, streams=c.semi_supervised) for c in trainings]
         return min(each, default=1)
 
     def _work(self, shards: Shards) -> None:

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.engine.loop import Metrics
+from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.on_ray.trainer import drop_checkpoints
 from cps_ray.search.display import show_params

@@ -94,6 +94,36 @@ def test_every_place_and_zoom_is_drawn_alike() -> None:
     assert np.quantile(zooms, [0.1, 0.5, 0.9]) == pytest.approx([0.88, 1.2, 1.52], abs=0.06)
 
 
+def noise() -> tuple[np.ndarray, np.ndarray]:
+    """An image and a mask that look different at every zoom and place."""
+    rng = np.random.default_rng(5)
+    return rng.integers(0, 256, (70, 90, 3), np.uint8), rng.integers(0, 9, (70, 90), np.uint8)
+
+
+def zoomed(zoom: float, seed: int) -> tuple[bytes, bytes]:
+    """The bits of a view at one zoom."""
+    view, label = seen(AugmentConfig(scale=(zoom, zoom)), (32, 48), *noise(), seed)
+    return view.tobytes(), label.tobytes()
+
+
+def test_listed_zooms_alone_are_drawn_all_as_often() -> None:
+    zooms = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    counts = dict.fromkeys(zooms, 0)
+    for seed in range(600):
+        view, label = seen(AugmentConfig(scales=zooms), (32, 48), *noise(), seed)
+        (zoom,) = [zoom for zoom in zooms if zoomed(zoom, seed) == (view.tobytes(), label.tobytes())]
+        counts[zoom] += 1
+    assert all(75 < count < 125 for count in counts.values()), counts
+
+
+def test_without_listed_zooms_any_in_the_range_is_drawn() -> None:
+    """The first draw of a seed is the place in the range, as before there were lists."""
+    for seed in range(50):
+        zoom = 0.5 + (2.0 - 0.5) * np.random.default_rng((seed,)).random()
+        view, label = seen(AugmentConfig(scale=(0.5, 2.0), scales=None), (32, 48), *noise(), seed)
+        assert (view.tobytes(), label.tobytes()) == zoomed(zoom, seed)
+
+
 def test_a_view_is_a_function_of_the_seed_on_any_thread() -> None:
     image, mask = coded()
     augment = AugmentConfig(color=0.5, blur=0.5)

@@ -8,6 +8,7 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import (
     check_data,
     eval_batches,
+    hidden_batches,
     read_unlabeled,
     train_batches,
     train_data,
@@ -53,6 +54,45 @@ def test_two_ranks_make_the_batches_of_one(tiny: TrainConfig) -> None:
             torch.cat([a.unlabeled_image, b.unlabeled_image]),
         )
         assert same(one, joined)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "fixmatch"},
+        {"method": "mean_teacher", "ema__decay": 0.9},
+        {"cps__cutmix_partner": "self"},
+    ],
+    ids=["fixmatch", "mean_teacher", "cutmix of the same image"],
+)
+def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, changes: dict[str, str]) -> None:
+    config = changed(tiny, **changes)
+    data = train_data(open_shards(config.data.shards), config)
+    plain = list(train_batches(train_data(open_shards(tiny.data.shards), tiny), tiny))
+    found = list(train_batches(data, config))
+    assert all(batch.unlabeled_second is None for batch in plain)
+    differing = 0
+    for batch, without in zip(found, plain, strict=True):
+        assert torch.equal(batch.unlabeled_image, without.unlabeled_image)
+        assert torch.equal(batch.labeled_image, without.labeled_image)
+        for view, second in zip(batch.unlabeled_image, batch.unlabeled_second, strict=True):
+            differing += not torch.equal(view, second)
+    assert differing > 20  # of 24
+    again = list(train_batches(data, config, rank=1, world=2, start_step=3))
+    assert torch.equal(again[0].unlabeled_second, found[3].unlabeled_second[2:])
+
+
+def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    ids = lambda config, **ranks: [  # noqa: E731
+        name for batch in hidden_batches(data, config, **ranks) for name in batch.ids
+    ]
+    unlabeled = {data.index.ids[row] for row in data.split.unlabeled}
+    assert set(ids(tiny)) == unlabeled
+    few = changed(tiny, evaluation__hidden_images=5)
+    assert len(set(ids(few))) == 5
+    assert sorted([*ids(few, rank=0, world=2), *ids(few, rank=1, world=2)]) == sorted(ids(few))
+    assert ids(changed(tiny, evaluation__hidden_images=0)) == []
 
 
 def test_starting_late_gives_the_later_batches(tiny: TrainConfig) -> None:

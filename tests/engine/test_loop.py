@@ -12,10 +12,11 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import Batch
-from cps_ray.engine.loop import evaluate, fit
+from cps_ray.engine.evaluation import evaluate
+from cps_ray.engine.loop import fit
 from cps_ray.engine.metrics import confusion
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import TrainState, build_state, read_checkpoint
+from cps_ray.engine.state import TrainState, build_state, load_networks, read_checkpoint, write_checkpoint
 from cps_ray.errors import CheckpointError, DivergedError
 
 
@@ -41,7 +42,10 @@ def test_reports_come_at_the_cadence_and_carry_the_means(tiny: TrainConfig) -> N
         "train/sup_a",
         "train/sup_b",
         "train/cps",
-        "train/agreement",
+        "train/grad_norm_b",
+        "pseudo/agreement",
+        "pseudo/confidence",
+        "memory/peak_bytes",
         "optim/lr",
         "cps/weight",
     } <= set(reports[0])
@@ -56,20 +60,22 @@ def test_a_resumed_training_equals_the_unbroken_one_bit_for_bit(
 ) -> None:
     # With dropout: its random numbers, too, are a function of the step.
     options = {"decoder_channels": 16, "decoder_aspp_dropout": 0.5}
-    config = changed(tiny, optim__name=name, model__options=options)
+    config = changed(tiny, optim__name=name, model__options=options, ema__decay=0.9)
     unbroken = build_state(config, 7, Ranks())
     whole = run(config, unbroken)
 
     first = build_state(config, 7, Ranks())
     run(config, first, stop_at=stop)
-    first.save(tmp_path, {})
+    write_checkpoint(tmp_path, first.snapshot(), {})
     torch.manual_seed(12345)  # whatever another process had drawn before
     second = build_state(config, 7, Ranks())
     second.load(tmp_path)
     assert second.step == stop
     rest = run(config, second)
-    for a, b in zip(unbroken.pair.state_dict().values(), second.pair.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+    for own, other in ((unbroken.networks, second.networks), (unbroken.averages, second.averages)):
+        for key in own:
+            for a, b in zip(own[key].state_dict().values(), other[key].state_dict().values(), strict=True):
+                assert torch.equal(a, b)
     losses = lambda reports: [r["train/loss"] for r in reports]  # noqa: E731
     assert losses(whole)[stop // 2 :] == losses(rest)
 
@@ -88,7 +94,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny: TrainConfig) -> None:
 
 def test_a_damaged_checkpoint_is_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
     state = build_state(tiny, 7, Ranks())
-    state.save(tmp_path, {})
+    write_checkpoint(tmp_path, state.snapshot(), {})
     file = tmp_path / "state.pt"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read") as caught:
@@ -97,7 +103,7 @@ def test_a_damaged_checkpoint_is_one_line(tiny: TrainConfig, tmp_path: Path) -> 
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
-    build_state(tiny, 7, Ranks()).save(tmp_path, {})
+    write_checkpoint(tmp_path, build_state(tiny, 7, Ranks()).snapshot(), {})
     with pytest.raises(CheckpointError, match="must be of this config's networks"):
         build_state(changed(tiny, model__encoder="tu-test_resnet"), 7, Ranks()).load(tmp_path)
 
@@ -105,20 +111,20 @@ def test_a_checkpoint_of_other_networks_is_refused(tiny: TrainConfig, tmp_path: 
 def test_evaluation_counts_every_pixel_once_and_splits_by_group(tiny: TrainConfig) -> None:
     config = changed(tiny, data__groups={"first": "test_00000", "odd": "test_0000[135]"})
     shards = open_shards(config.data.shards)
-    network = build_state(config, 7, Ranks()).pair.a
+    network = build_state(config, 7, Ranks()).networks["a"]
 
     def batches() -> Iterator[Any]:
         return eval_batches(shards, "test", size=4)
 
-    found = evaluate(config, network, batches(), 7, Ranks())
+    found = evaluate(config, {"a": network}, batches(), 7, Ranks())
     by_image = {}
     for batch in eval_batches(shards, "test", size=1):
         with torch.inference_mode():
-            by_image[batch.ids[0]] = confusion(network.eval()(batch.image).argmax(1), batch.mask, 7)[0]
+            by_image[batch.ids[0]] = confusion(network.eval().logits(batch.image).argmax(1), batch.mask, 7)[0]
     assert len(by_image) == 6
-    assert torch.equal(found[""], torch.stack(list(by_image.values())).sum(0))
-    assert torch.equal(found["first"], by_image["test_00000"])
-    assert torch.equal(found["odd"], by_image["test_00001"] + by_image["test_00003"] + by_image["test_00005"])
+    assert torch.equal(found.whole, torch.stack(list(by_image.values())).sum(0))
+    assert torch.equal(found.groups["first"], by_image["test_00000"])
+    assert torch.equal(found.groups["odd"], by_image["test_00001"] + by_image["test_00003"] + by_image["test_00005"])
 
 
 def test_batches_end_with_the_steps(tiny: TrainConfig) -> None:
@@ -131,9 +137,61 @@ def test_parameters_that_no_output_needs_are_frozen(tiny: TrainConfig) -> None:
     """DDP would wait for their gradients: PSPNet leaves the last stages of its encoder unused."""
     config = changed(tiny, model__architecture="pspnet", model__encoder="resnet18", model__options={})
     state = build_state(config, 7, Ranks())
-    frozen = [name for name, p in state.pair.named_parameters() if not p.requires_grad]
+    parameters = [(name, p) for network in state.networks.values() for name, p in network.named_parameters()]
+    frozen = [name for name, p in parameters if not p.requires_grad]
     assert any("layer4" in name for name in frozen)
     run(config, state)
-    assert all(p.grad is not None for p in state.pair.parameters() if p.requires_grad)
+    assert all(p.grad is not None for _, p in parameters if p.requires_grad)
     usual = build_state(tiny, 7, Ranks())
-    assert all(p.requires_grad for p in usual.pair.parameters())
+    assert all(p.requires_grad for network in usual.networks.values() for p in network.parameters())
+
+
+def test_the_networks_of_a_checkpoint_are_the_averages_if_there_are_any(tiny: TrainConfig, tmp_path: Path) -> None:
+    image = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    for number, decay in enumerate((None, 0.9)):
+        config = changed(tiny, ema__decay=decay)
+        state = build_state(config, 7, Ranks())
+        run(config, state, stop_at=2)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_checkpoint(folder, state.snapshot(), {})
+        loaded = load_networks(config, folder, 7)
+        assert [*loaded] == ["a", "b"]
+        for name, network in loaded.items():
+            assert torch.equal(network.logits(image), state.judged[name].eval().logits(image))
+    with pytest.raises(CheckpointError, match="must hold this config's network c"):
+        load_networks(changed(config, model__networks=3), folder, 7)
+
+
+def collapsed(config: TrainConfig, metrics: dict[str, Any], state: TrainState) -> list[int]:
+    """Steps at which the loop reported, when every evaluation finds `metrics`."""
+    seen: list[int] = []
+    batches = train_batches(train_data(open_shards(config.data.shards), config), config, start_step=state.step)
+    fit(config, state, batches, lambda _: dict(metrics), lambda found, _: seen.append(found["step"]) is None)
+    return seen
+
+
+def test_a_collapse_that_lasts_ends_the_training_with_its_reason(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = changed(tiny, schedule__steps=16, schedule__eval_every=1)
+    dead = {"val/iou/road": 0.3, "val/iou/sky": 0.0, "val/iou/car": 0.0, "pseudo/top_share": 1.0}
+    state = build_state(config, 7, Ranks())
+    with pytest.raises(
+        DivergedError, match="one class takes all: of 3 classes in val only road is found, at 3 evaluations"
+    ):
+        collapsed(config, dead, state)
+    assert state.step == 4  # not in the first quarter, however long it has lasted
+    # A checkpoint remembers how long: the resumed training ends at its first evaluation.
+    write_checkpoint(tmp_path, state.snapshot(), {})
+    resumed = build_state(config, 7, Ranks())
+    resumed.load(tmp_path)
+    with pytest.raises(DivergedError, match="the last at step 5"):
+        collapsed(config, dead, resumed)
+
+
+def test_a_training_that_recovers_goes_on(tiny: TrainConfig) -> None:
+    config = changed(tiny, schedule__steps=8, schedule__eval_every=1)
+    state = build_state(config, 7, Ranks())
+    found = iter([{"pseudo/kappa": 0.0}, {"pseudo/kappa": 0.0}, {"pseudo/kappa": 0.5}] * 3)
+    batches = train_batches(train_data(open_shards(config.data.shards), config), config)
+    fit(config, state, batches, lambda _: next(found), lambda *_: True)
+    assert state.step == 8

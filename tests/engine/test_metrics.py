@@ -3,8 +3,7 @@ import math
 import torch
 
 from cps_ray.engine.batch import IGNORE
-from cps_ray.engine.loop import summarise
-from cps_ray.engine.metrics import confusion, iou, mean_iou
+from cps_ray.engine.metrics import class_accuracy, confusion, iou, mean_iou, micro_iou, pixel_accuracy
 
 
 def test_iou_equals_sets_of_pixels() -> None:
@@ -33,10 +32,66 @@ def test_sums_over_batches_equal_the_whole() -> None:
 def test_absent_classes_do_not_count() -> None:
     matrix = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
     assert math.isclose(mean_iou(matrix), (8 / 10 + 10 / 12) / 2)
-    metrics = summarise({"": matrix, "night": torch.zeros(3, 3)}, ["sky", "road", "car"], "val")
-    assert set(metrics) == {"val/miou", "val/iou/sky", "val/iou/road"}
+    assert math.isnan(float(iou(matrix)[2]))
 
 
 def test_an_image_of_ignored_pixels_adds_nothing() -> None:
     target = torch.full((1, 2, 2), IGNORE, dtype=torch.uint8)
     assert confusion(torch.zeros(1, 2, 2, dtype=torch.int64), target, 3).sum() == 0
+
+
+def pixels(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted and true classes of 0..5, some ignored. 3 is never true, 4 never predicted, 5 neither."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randint(0, 4, (3, 5, 7), generator=generator).to(torch.uint8)
+    target = torch.tensor([0, 1, 2, 4])[torch.randint(0, 4, (3, 5, 7), generator=generator)].to(torch.uint8)
+    target[:, 1, 2:6] = IGNORE
+    return predicted, target
+
+
+def test_confusion_counts_one_pixel_at_a_time() -> None:
+    predicted, target = pixels(2)
+    expected = torch.zeros(3, 6, 6, dtype=torch.int64)
+    for n in range(3):
+        for true, said in zip(target[n].flatten().tolist(), predicted[n].flatten().tolist(), strict=True):
+            if true != IGNORE:
+                expected[n, true, said] += 1
+    for dtype in (torch.uint8, torch.int64):
+        found = confusion(predicted.to(dtype), target, 6)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
+
+
+def test_labels_of_255_classes_count_and_what_is_predicted_at_ignored_pixels_does_not() -> None:
+    predicted = torch.tensor([[[254, 254, 7]], [[0, 254, 0]]], dtype=torch.uint8)
+    target = torch.tensor([[[254, IGNORE, 254]], [[0, IGNORE, IGNORE]]], dtype=torch.uint8)
+    found = confusion(predicted, target, 255)
+    assert found[0].nonzero().tolist() == [[254, 7], [254, 254]]
+    assert found[1].nonzero().tolist() == [[0, 0]]
+
+
+def test_scores_equal_counts_over_pixels() -> None:
+    predicted, target = pixels(3)
+    matrix = confusion(predicted, target, 6).sum(0)
+    pairs = [
+        pair for pair in zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True) if pair[0] != 255
+    ]
+    hits, unions, trues = [0] * 6, [0] * 6, [0] * 6
+    for label in range(6):
+        hits[label] = sum(true == said == label for true, said in pairs)
+        unions[label] = sum(label in pair for pair in pairs)
+        trues[label] = sum(true == label for true, _ in pairs)
+    assert (hits[3], trues[3]) == (hits[4], unions[5]) == (0, 0)
+    assert unions[3]
+    assert unions[4]
+    # 3 is predicted and 4 is true, so both have an IoU of 0; 5 has none.
+    assert math.isclose(mean_iou(matrix), sum(hits[label] / unions[label] for label in range(5)) / 5)
+    assert math.isclose(micro_iou(matrix), sum(hits) / sum(unions))
+    assert math.isclose(pixel_accuracy(matrix), sum(true == said for true, said in pairs) / len(pairs))
+    assert math.isclose(class_accuracy(matrix), sum(hits[label] / trues[label] for label in (0, 1, 2, 4)) / 4)
+
+
+def test_an_empty_matrix_has_no_scores() -> None:
+    empty = torch.zeros(3, 3, dtype=torch.int64)
+    assert iou(empty).isnan().all()
+    assert all(math.isnan(score(empty)) for score in (mean_iou, micro_iou, pixel_accuracy, class_accuracy))

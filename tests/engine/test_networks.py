@@ -6,41 +6,71 @@ from safetensors.torch import save_file
 from support import changed
 
 from cps_ray.config.train import NetworkConfig, TrainConfig
-from cps_ray.engine.networks import Pair, build_network, build_pair, check_names
+from cps_ray.engine.networks import build_network, build_networks, check_names
 from cps_ray.errors import CheckpointError, ConfigError
 
 TINY = NetworkConfig(encoder="tu-test_efficientnet", options={"decoder_channels": 16})
 
 
-def test_the_two_networks_differ_and_the_seed_fixes_both(tiny: TrainConfig) -> None:
-    first, again, other = build_pair(tiny, 3), build_pair(tiny, 3), build_pair(changed(tiny, seed=1), 3)
-    assert first.b is not None
-    weight = lambda network: next(network.parameters())  # noqa: E731
-    assert not torch.equal(weight(first.a), weight(first.b))
-    assert torch.equal(weight(first.a), weight(again.a))
-    assert not torch.equal(weight(first.a), weight(other.a))
-    assert not torch.equal(weight(first.b), weight(other.a))
+def first_weight(network: torch.nn.Module) -> torch.Tensor:
+    return next(network.parameters())
 
 
-def test_supervised_has_one_network_the_same_as_a(tiny: TrainConfig) -> None:
-    alone = build_pair(changed(tiny, method="supervised"), 3)
-    assert alone.b is None
-    both = build_pair(tiny, 3)
-    assert all(torch.equal(p, q) for p, q in zip(alone.a.parameters(), both.a.parameters(), strict=True))
+def test_the_networks_differ_and_the_seed_fixes_each(tiny: TrainConfig) -> None:
+    three = changed(tiny, model__networks=3)
+    first, again, other = build_networks(three, 3), build_networks(three, 3), build_networks(changed(three, seed=1), 3)
+    assert [*first] == ["a", "b", "c"]
+    weights = [first_weight(network) for networks in (first, other) for network in networks.values()]
+    assert not any(torch.equal(p, q) for i, p in enumerate(weights) for q in weights[:i])
+    assert all(torch.equal(first_weight(first[name]), first_weight(again[name])) for name in first)
 
 
-def test_the_networks_may_have_different_architectures(tiny: TrainConfig) -> None:
-    mixed = changed(tiny, model__b={"architecture": "fpn", "encoder": "tu-test_resnet"})
-    pair = build_pair(mixed, 3).eval()
-    logits_a, logits_b = pair(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    assert logits_b is not None
-    assert logits_a.shape == logits_b.shape == (1, 3, 32, 32)
+@pytest.mark.parametrize("method", ["supervised", "mean_teacher", "fixmatch"])
+def test_other_methods_have_one_network_the_same_as_a(tiny: TrainConfig, method: str) -> None:
+    alone = build_networks(changed(tiny, method=method, ema__decay=0.9), 3)
+    assert [*alone] == ["a"]
+    both = build_networks(tiny, 3)
+    assert all(torch.equal(p, q) for p, q in zip(alone["a"].parameters(), both["a"].parameters(), strict=True))
+
+
+def test_the_networks_may_have_different_architectures_in_turn(tiny: TrainConfig) -> None:
+    mixed = changed(tiny, model__b={"architecture": "fpn", "encoder": "tu-test_resnet"}, model__networks=3)
+    networks = build_networks(mixed, 3)
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert {network.eval().logits(image).shape for network in networks.values()} == {(1, 3, 32, 32)}
+    kinds = [type(network.network).__name__ for network in networks.values()]
+    assert kinds == ["DeepLabV3Plus", "FPN", "DeepLabV3Plus"]
+
+
+def test_shared_backbones_start_as_copies_and_heads_do_not(tiny: TrainConfig) -> None:
+    networks = build_networks(changed(tiny, model__backbone_init="shared", model__networks=3), 3)
+    for name in "bc":
+        a, other = networks["a"].network, networks[name].network
+        for p, q in zip(a.encoder.state_dict().values(), other.encoder.state_dict().values(), strict=True):
+            assert torch.equal(p, q)
+            assert p.data_ptr() != q.data_ptr()
+        assert not torch.equal(a.segmentation_head[0].weight, other.segmentation_head[0].weight)
+        assert not torch.equal(first_weight(a.decoder), first_weight(other.decoder))
+
+
+@pytest.mark.parametrize("architecture", ["unet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "segformer"])
+def test_logits_are_those_of_smp_itself(architecture: str) -> None:
+    """The upsampling that is taken out of a network and done by us changes nothing."""
+    import segmentation_models_pytorch as smp
+
+    config = NetworkConfig(architecture=architecture, encoder="resnet18")
+    network = build_network(config, 3, seed=0).eval()
+    theirs = smp.create_model(architecture, "resnet18", encoder_weights=None, classes=3).eval()
+    theirs.load_state_dict(network.network.state_dict())
+    image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(network.logits(image), theirs((image - network.mean) / network.std), rtol=1e-4, atol=1e-5)
 
 
 def test_any_size_goes_in_and_comes_out() -> None:
     network = build_network(TINY, 3, seed=0).eval()
     image = torch.randint(0, 256, (1, 3, 45, 50), dtype=torch.uint8)
-    assert network(image).shape == (1, 3, 45, 50)
+    assert network.logits(image).shape == (1, 3, 45, 50)
 
 
 def test_bytes_are_normalised_as_the_weights_expect() -> None:
@@ -93,12 +123,6 @@ def test_unknown_names_get_a_near_one(changes: dict[str, str], sentence: str) ->
     with pytest.raises(ConfigError) as caught:
         check_names(TINY.model_copy(update=changes))
     assert sentence in str(caught.value)
-
-
-def test_pair_is_one_module(tiny: TrainConfig) -> None:
-    pair = build_pair(tiny, 3)
-    assert isinstance(pair, Pair)
-    assert {name.split(".")[0] for name, _ in pair.named_parameters()} == {"a", "b"}
 
 
 def test_a_state_carries_its_normalisation() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from cps_ray.config.train import CpsConfig, OptimConfig
-from cps_ray.engine.schedules import cps_weight, learning_rate
+from cps_ray.engine.schedules import average_decay, learning_rate, ramped_weight
 
 
 def test_poly_is_the_papers_formula() -> None:
@@ -22,8 +22,12 @@ def test_warm_up_is_linear_and_ends_at_the_rate() -> None:
 
 def test_weight_ramps_up_and_stays() -> None:
     linear = CpsConfig(weight=2.0, ramp=0.5)
-    assert [cps_weight(linear, step, 8) for step in (0, 2, 4, 7)] == [0.0, 1.0, 2.0, 2.0]
+    assert [ramped_weight(linear, step, 8) for step in (0, 2, 4, 7)] == [0.0, 1.0, 2.0, 2.0]
     sigmoid = CpsConfig(weight=2.0, ramp=0.5, ramp_shape="sigmoid")
-    assert cps_weight(sigmoid, 0, 8) == pytest.approx(2.0 * 0.0067379, rel=1e-4)
-    assert cps_weight(sigmoid, 2, 8) == pytest.approx(2.0 * 0.2865048, rel=1e-4)
-    assert cps_weight(CpsConfig(weight=1.5), 0, 8) == 1.5
+    assert ramped_weight(sigmoid, 0, 8) == pytest.approx(2.0 * 0.0067379, rel=1e-4)
+    assert ramped_weight(sigmoid, 2, 8) == pytest.approx(2.0 * 0.2865048, rel=1e-4)
+    assert ramped_weight(CpsConfig(weight=1.5), 0, 8) == 1.5
+
+
+def test_the_average_forgets_its_start() -> None:
+    assert [average_decay(0.9, step) for step in (0, 1, 4, 9, 100)] == pytest.approx([0.0, 0.5, 0.8, 0.9, 0.9])

@@ -1,6 +1,8 @@
-"""The step against an independent, naive implementation of the paper's equations."""
+"""The step against an independent, naive implementation of the papers' equations."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,72 +11,171 @@ from support import changed
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
+from cps_ray.engine.methods import METHODS
 from cps_ray.engine.mixing import cutmix_masks
+from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import TrainState, build_state
-from cps_ray.engine.step import train_step
+from cps_ray.engine.state import TrainState, build_state, write_checkpoint
+from cps_ray.engine.step import OBSERVE_EVERY, train_step
 
 CLASSES = 3
+SIZE = (32, 48)
+Say = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
-    image = lambda n: torch.randint(0, 256, (n, 3, 32, 48), generator=generator, dtype=torch.uint8)  # noqa: E731
-    mask = torch.randint(0, CLASSES, (4, 32, 48), generator=generator).to(torch.uint8)
+    image = lambda n: torch.randint(0, 256, (n, 3, *SIZE), generator=generator, dtype=torch.uint8)  # noqa: E731
+    mask = torch.randint(0, CLASSES, (4, *SIZE), generator=generator).to(torch.uint8)
     mask[0, :5] = IGNORE
-    return Batch(image(4), mask, image(4))
+    return Batch(image(4), mask, image(4), image(4))
+
+
+@pytest.fixture
+def full(tiny: TrainConfig) -> TrainConfig:
+    """Full weight from the first step."""
+    return changed(tiny, cps__ramp=0.0, cps__weight=1.5)
 
 
 def state_of(config: TrainConfig) -> TrainState:
     return build_state(config, CLASSES, Ranks())
 
 
-def reference(
-    config: TrainConfig, state: TrainState, batch: Batch, weight: float, *, copy_networks: bool = True
-) -> torch.Tensor:
-    """Eq. 1 to 4 of the paper, with CutMix on unlabelled images: every term written out, one network at a time."""
-    pair = copy.deepcopy(state.pair) if copy_networks else state.pair
-    a, b = pair.a.train(), pair.b.train()
-    unlabeled = batch.unlabeled_image
-    assert unlabeled is not None
-    if config.cps.mix == "cutmix":
-        with torch.no_grad():
-            label_a, label_b = a(unlabeled).argmax(1), b(unlabeled).argmax(1)
-        mask = cutmix_masks(config.cps, config.seed, state.step, range(4), 32, 48)
-        partner = [1, 2, 3, 0]
-        label_a = torch.where(mask, label_a[partner], label_a)
-        label_b = torch.where(mask, label_b[partner], label_b)
-        unlabeled = torch.where(mask[:, None], unlabeled[partner], unlabeled)
-    images = torch.cat([batch.labeled_image, unlabeled])
-    out_a, out_b = a(images), b(images)
-    target = batch.labeled_mask.long()
-    loss = sum(F.cross_entropy(out[:4], target, ignore_index=IGNORE) for out in (out_a, out_b))
-    if config.cps.mix == "none":
-        label_a, label_b = out_a[4:].argmax(1), out_b[4:].argmax(1)
-    loss = loss + weight * (F.cross_entropy(out_a[4:], label_b) + F.cross_entropy(out_b[4:], label_a))
+def full_logits(network: Segmenter) -> Say:
+    """Plain full-resolution logits: `network`'s own head and torch's upsampling."""
+
+    def say(image: torch.Tensor) -> torch.Tensor:
+        x = (image.float() - network.mean) / network.std
+        x = F.pad(x, (0, 64 - SIZE[1]))
+        return F.interpolate(network.network(x), (32, 64), mode="bilinear", align_corners=True)[..., : SIZE[1]]
+
+    return say
+
+
+def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_networks: bool = False) -> torch.Tensor:
+    """Eq. 1 to 4 of the CPS paper, with CutMix on unlabelled images as its code has it: every term and every pass of every
+    network written out, one network at a time. Also n networks, as in n-CPS."""
+    cps, size = config.cps, 4
+    networks = [n if own_networks else copy.deepcopy(n) for n in state.networks.values()]
+    nets = [full_logits(network.train()) for network in networks]
+    u0, u1, x, y = batch.unlabeled_image, batch.unlabeled_second, batch.labeled_image, batch.labeled_mask.long()
+    joint = cps.forwards == "joint"
+    ce = F.cross_entropy
+    labels: list[torch.Tensor] = []
+    image = u0
+    if cps.mix == "cutmix":
+        mask = cutmix_masks(cps, config.seed, state.step, range(size), *SIZE)
+        for network in networks:
+            network.train(cps.teacher_bn == "train")
+        for net in nets:
+            with torch.no_grad():
+                if cps.cutmix_partner == "other":
+                    own = net(u0).argmax(1)
+                    other = own[[1, 2, 3, 0]]
+                elif joint:
+                    own, other = net(torch.cat([u0, u1])).argmax(1).chunk(2)
+                else:
+                    own, other = net(u0).argmax(1), net(u1).argmax(1)
+            labels.append(torch.where(mask, other, own))
+        partner = u1 if cps.cutmix_partner == "self" else u0[[1, 2, 3, 0]]
+        image = torch.where(mask[:, None], partner, u0)
+        for network in networks:
+            network.train()
+    if joint:
+        outs = [net(torch.cat([x, image])).split([4, 4]) for net in nets]
+    elif cps.mix == "cutmix":
+        outs = [tuple(reversed([net(image), net(x)])) for net in nets]
+    else:
+        outs = [(net(x), net(image)) for net in nets]
+    if cps.mix == "none":
+        labels = [out_u.argmax(1) for _, out_u in outs]
+    if cps.on == "all":
+        labels = [torch.cat([out_x.argmax(1), label]) for (out_x, _), label in zip(outs, labels, strict=True)]
+    loss = torch.zeros(())
+    for me, (out_x, out_u) in enumerate(outs):
+        loss = loss + ce(out_x, y, ignore_index=IGNORE)
+        out = torch.cat([out_x, out_u]) if cps.on == "all" else out_u
+        peers = [label for other, label in enumerate(labels) if other != me]
+        loss = loss + cps.weight * sum(ce(out, label) for label in peers) / len(peers)
     return loss
 
 
-@pytest.mark.parametrize("mix", ["none", "cutmix"])
-def test_loss_equals_the_papers_equations(tiny: TrainConfig, batch: Batch, mix: str) -> None:
-    config = changed(tiny, cps__mix=mix, cps__ramp=0.0, cps__weight=1.5)
-    state = state_of(config)
-    expected = reference(config, state, batch, 1.5)
+FORMS = {
+    "plain": {"mix": "none"},
+    "plain, as the paper's code": {"mix": "none", "on": "all", "forwards": "separate"},
+    "cutmix": {"mix": "cutmix"},
+    "cutmix, as the paper's code": {"mix": "cutmix", "forwards": "separate", "cutmix_partner": "self"},
+    "cutmix, own view, joint": {"mix": "cutmix", "cutmix_partner": "self"},
+    "cutmix, eval": {"mix": "cutmix", "teacher_bn": "eval"},
+    "cutmix, all": {"mix": "cutmix", "on": "all"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("networks", [2, 3])
+def test_loss_and_gradient_equal_the_papers_equations(
+    full: TrainConfig, batch: Batch, form: str, networks: int
+) -> None:
+    config = changed(full, model__networks=networks, **{f"cps__{name}": value for name, value in FORMS[form].items()})
+    state, twin = state_of(config), state_of(config)
+    expected = reference(config, twin, batch, own_networks=True)
     losses = train_step(config, state, batch)
-    assert float(losses["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    expected.backward()
+    for name, network in state.networks.items():
+        for (place, p), q in zip(network.named_parameters(), twin.networks[name].parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6), (name, place)
+        for (place, p), q in zip(network.named_buffers(), twin.networks[name].buffers(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), (name, place)  # running statistics, in the same order
     assert state.step == 1
 
 
-def test_gradient_equals_the_papers_equations(tiny: TrainConfig, batch: Batch) -> None:
-    config = changed(tiny, cps__ramp=0.0)
-    state = state_of(config)
-    twin = state_of(config)
-    train_step(config, state, batch)
-    grads = {name: p.grad for name, p in state.pair.named_parameters()}
-    reference(config, twin, batch, config.cps.weight, copy_networks=False).backward()
-    for name, p in twin.pair.named_parameters():
-        assert torch.allclose(grads[name], p.grad, rtol=1e-3, atol=1e-6), name
+def test_twenty_steps_are_those_of_the_papers_equations(full: TrainConfig, batch: Batch) -> None:
+    """Golden losses: an own loop of plain SGD over the reference, in double precision, so that no tie turns a label."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        config = changed(full, schedule__steps=20, schedule__eval_every=20, optim__decay="constant")
+        state, twin = state_of(config), state_of(config)
+        for each in (state, twin):
+            for network in each.networks.values():
+                network.double()
+        optim = config.optim
+        speed: dict[torch.Tensor, torch.Tensor] = {}
+        with torch.random.fork_rng(), _double():
+            for step in range(20):
+                twin.step = step
+                parameters = [p for network in twin.networks.values() for p in network.parameters()]
+                expected = reference(config, twin, batch, own_networks=True)
+                for p, grad in zip(parameters, torch.autograd.grad(expected, parameters), strict=True):
+                    pull = grad + optim.weight_decay * p.detach() * (p.dim() > 1)
+                    speed[p] = optim.momentum * speed[p] + pull if p in speed else pull
+                    p.data -= optim.lr * speed[p]
+                found = train_step(config, state, batch)
+                assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-9), step
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class _double:  # noqa: N801
+    """`x.float()` keeps double precision inside."""
+
+    def __enter__(self) -> None:
+        self.float = torch.Tensor.float
+        torch.Tensor.float = torch.Tensor.double
+
+    def __exit__(self, *_: object) -> None:
+        torch.Tensor.float = self.float
+
+
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_the_same_seed_gives_the_same_step_to_the_last_bit(full: TrainConfig, batch: Batch, mix: str) -> None:
+    config = changed(full, cps__mix=mix)
+    first, again = state_of(config), state_of(config)
+    for _ in range(3):
+        assert torch.equal(train_step(config, first, batch)["loss"], train_step(config, again, batch)["loss"])
+    for p, q in zip(first.networks["b"].parameters(), again.networks["b"].parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_each_network_learns_from_the_other_one(tiny: TrainConfig, batch: Batch) -> None:
@@ -82,59 +183,118 @@ def test_each_network_learns_from_the_other_one(tiny: TrainConfig, batch: Batch)
     towards its own labels."""
     config = changed(tiny, cps__mix="none", cps__ramp=0.0, optim__lr=0.1, optim__momentum=0.0, optim__weight_decay=0.0)
     state = state_of(config)
-    assert state.pair.b is not None
     with torch.no_grad():
-        head = state.pair.b.network.segmentation_head[0]
+        head = state.networks["b"].network.segmentation_head[0]
         head.weight.zero_()
         head.bias.copy_(torch.tensor([0.0, 0.0, 10.0]))
     unlabeled_only = Batch(batch.labeled_image, torch.full_like(batch.labeled_mask, IGNORE), batch.unlabeled_image)
     images = batch.unlabeled_image
-    said = lambda network: (network.eval()(images).argmax(1) == 2).float().mean()  # noqa: E731
-    start = said(state.pair.a)
+    said = lambda network: (network.eval().logits(images).argmax(1) == 2).float().mean()  # noqa: E731
+    start = said(state.networks["a"])
     for _ in range(20):
         train_step(config, state, unlabeled_only)
     assert start < 0.9
-    assert said(state.pair.a) > 0.99
-
-
-def test_cps_on_all_images_counts_the_labelled_ones_too(tiny: TrainConfig, batch: Batch) -> None:
-    config = changed(tiny, cps__on="all", cps__mix="none", cps__ramp=0.0)
-    state = state_of(config)
-    a, b = copy.deepcopy(state.pair.a).train(), copy.deepcopy(state.pair.b).train()
-    images = torch.cat([batch.labeled_image, batch.unlabeled_image])
-    out_a, out_b = a(images), b(images)
-    cross = F.cross_entropy(out_a, out_b.argmax(1)) + F.cross_entropy(out_b, out_a.argmax(1))
-    assert float(train_step(config, state, batch)["cps"]) == pytest.approx(float(cross), rel=1e-5)
+    assert said(state.networks["a"]) > 0.99
 
 
 def test_weight_zero_on_the_ramps_first_step(tiny: TrainConfig, batch: Batch) -> None:
     losses = train_step(changed(tiny, cps__weight=100.0), state_of(tiny), batch)
     assert float(losses["loss"]) == pytest.approx(float(losses["sup_a"] + losses["sup_b"]), rel=1e-6)
+    assert float(losses["cps"]) > 0
 
 
 def test_supervised_trains_network_a_alone(tiny: TrainConfig, batch: Batch) -> None:
     config = changed(tiny, method="supervised")
     state = state_of(config)
-    expected = F.cross_entropy(
-        copy.deepcopy(state.pair.a).train()(batch.labeled_image), batch.labeled_mask.long(), ignore_index=IGNORE
-    )
+    say = full_logits(copy.deepcopy(state.networks["a"]).train())
+    expected = F.cross_entropy(say(batch.labeled_image), batch.labeled_mask.long(), ignore_index=IGNORE)
     losses = train_step(config, state, Batch(batch.labeled_image, batch.labeled_mask, None))
-    assert set(losses) == {"loss", "sup_a"}
+    assert set(losses) == {"loss", "sup_a", "grad_norm_a"}
     assert float(losses["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_micro_batches_sum_to_the_whole(tiny: TrainConfig, batch: Batch) -> None:
-    """Batch norm sees smaller batches, so the networks are compared in a form that has none: evaluation mode."""
-    whole, parts = changed(tiny, cps__mix="none"), changed(tiny, cps__mix="none", compute__accumulate=2)
-    grads = []
-    for config in (whole, parts):
-        state = state_of(config)
-        for module in state.pair.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.train = lambda mode=True, m=module: m  # stays in evaluation mode
-                module.training = False
+def test_mean_teacher_is_the_squared_difference_to_the_averaged_network(tiny: TrainConfig, batch: Batch) -> None:
+    config = changed(tiny, method="mean_teacher", ema__decay=0.9, mean_teacher__weight=10.0)
+    state = state_of(config)
+    train_step(config, state, batch)  # now the average is another network than the student's next one
+    student = full_logits(copy.deepcopy(state.networks["a"]).train())
+    teacher = full_logits(copy.deepcopy(state.averages["a"]).eval())
+    out_x, out_u = student(torch.cat([batch.labeled_image, batch.unlabeled_second])).split([4, 4])
+    with torch.no_grad():
+        target = teacher(batch.unlabeled_image).softmax(1)
+    consistency = F.mse_loss(out_u.softmax(1), target)
+    supervised = F.cross_entropy(out_x, batch.labeled_mask.long(), ignore_index=IGNORE)
+    losses = train_step(config, state, batch)
+    assert float(losses["consistency"]) == pytest.approx(float(consistency), rel=1e-4)
+    assert float(losses["loss"]) == pytest.approx(float(supervised + 10.0 * consistency), rel=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_fixmatch_learns_sure_labels_of_weak_views_on_strong_ones(tiny: TrainConfig, batch: Batch, mix: str) -> None:
+    state = state_of(changed(tiny, method="fixmatch"))
+    network = copy.deepcopy(state.networks["a"])
+    with torch.no_grad():
+        top, label = full_logits(network.eval())(batch.unlabeled_image).softmax(1).max(1)
+    sure = float(top.quantile(0.6))
+    config = changed(tiny, method="fixmatch", fixmatch__mix=mix, fixmatch__confidence=sure)
+    label[top < sure] = IGNORE
+    assert 0.01 < (label == IGNORE).float().mean() < 0.99
+    image = batch.unlabeled_second
+    if mix == "cutmix":
+        mask = cutmix_masks(config.fixmatch, config.seed, 0, range(4), *SIZE)
+        image = torch.where(mask[:, None], image[[1, 2, 3, 0]], image)
+        label = torch.where(mask, label[[1, 2, 3, 0]], label)
+    out_x, out_u = full_logits(network.train())(torch.cat([batch.labeled_image, image])).split([4, 4])
+    loss = F.cross_entropy(out_x, batch.labeled_mask.long(), ignore_index=IGNORE)
+    loss = loss + F.cross_entropy(out_u, label, ignore_index=IGNORE, reduction="sum") / label.numel()
+    assert float(train_step(config, state, batch)["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_averages_are_plain_means_at_first_then_exponential(tiny: TrainConfig, batch: Batch) -> None:
+    config = changed(tiny, ema__decay=0.6)
+    state = state_of(config)
+    expected = None
+    for step in range(5):
         train_step(config, state, batch)
-        grads.append({n: p.grad for n, p in state.pair.named_parameters()})
+        now = state.networks["b"].network.segmentation_head[0].weight.detach().clone()
+        decay = min(0.6, 1 - 1 / (step + 1))
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+        average = state.averages["b"].network.segmentation_head[0].weight
+        assert torch.allclose(average, expected, rtol=1e-5, atol=1e-7)
+        assert not average.requires_grad
+    statistics = dict(state.averages["a"].named_buffers())
+    moved = [
+        name
+        for name, buffer in state.networks["a"].named_buffers()
+        if "running_mean" in name and not torch.equal(buffer, statistics[name])
+    ]
+    assert moved
+    assert all(float(statistics[name].abs().sum()) > 0 for name in moved)
+    assert state.judged is state.averages
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_sum_to_the_whole(tiny: TrainConfig, batch: Batch, method: str) -> None:
+    """Batch norm sees smaller batches, so the networks are compared in a form that has none: evaluation mode. With CutMix the
+    partners are others, so it is left out."""
+    changes = {
+        "method": method,
+        "ema__decay": 0.9,
+        "cps__mix": "none",
+        "fixmatch__mix": "none",
+        "fixmatch__confidence": 0.4,
+    }
+    whole = changed(tiny, **changes)
+    grads = []
+    for config in (whole, changed(whole, compute__accumulate=2)):
+        state = state_of(config)
+        for network in [*state.networks.values(), *state.averages.values()]:
+            for module in network.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.train = lambda mode=True, m=module: m  # stays in evaluation mode
+                    module.training = False
+        train_step(config, state, batch)
+        grads.append({(n, m): p.grad for n, net in state.networks.items() for m, p in net.named_parameters()})
     for name, grad in grads[0].items():
         assert torch.allclose(grad, grads[1][name], rtol=1e-3, atol=1e-6), name
 
@@ -142,15 +302,16 @@ def test_micro_batches_sum_to_the_whole(tiny: TrainConfig, batch: Batch) -> None
 def test_clipping_bounds_the_gradient_of_each_network(tiny: TrainConfig, batch: Batch) -> None:
     config = changed(tiny, optim__clip_norm=0.01)
     state = state_of(config)
-    train_step(config, state, batch)
-    for network in (state.pair.a, state.pair.b):
+    norms = train_step(config, state, batch)
+    for name, network in state.networks.items():
         norm = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
+        assert float(norms[f"grad_norm_{name}"]) > 0.01
 
 
 def test_norms_and_biases_are_not_decayed(tiny: TrainConfig) -> None:
     state = state_of(changed(tiny, optim__weight_decay=0.1))
-    for optimizer in state.optimizers:
+    for optimizer in state.optimizers.values():
         decayed, bare = optimizer.param_groups
         assert decayed["weight_decay"] == 0.1
         assert all(p.dim() > 1 for p in decayed["params"])
@@ -159,9 +320,50 @@ def test_norms_and_biases_are_not_decayed(tiny: TrainConfig) -> None:
         assert bare["params"]
 
 
+def test_pseudo_labels_are_measured_now_and_then(full: TrainConfig, batch: Batch) -> None:
+    config = changed(full, cps__mix="cutmix", cps__confidence=0.4, cps__cutmix_boxes=1, cps__cutmix_area=(0.0, 0.0))
+    state = state_of(config)
+    said = []
+    with torch.no_grad():
+        for network in state.networks.values():
+            said.append(full_logits(copy.deepcopy(network).train())(batch.unlabeled_image).softmax(1).max(1))
+    seen = train_step(config, state, batch)
+    (sure_a, label_a), (sure_b, label_b) = said
+    assert float(seen["confidence"]) == pytest.approx(float((sure_a.mean() + sure_b.mean()) / 2), rel=1e-4)
+    label_a[sure_a < 0.4], label_b[sure_b < 0.4] = IGNORE, IGNORE
+    for i in (0, 1, 2, IGNORE):
+        for j in (0, 1, 2, IGNORE):
+            assert int(seen["labels"][i, j]) == int(((label_a == i) & (label_b == j)).sum()), (i, j)
+    later = [set(train_step(config, state, batch)) for _ in range(OBSERVE_EVERY)]
+    assert ["labels" in names for names in later] == [False] * (OBSERVE_EVERY - 1) + [True]
+    assert ["grad_norm_b" in names for names in later] == [False] * (OBSERVE_EVERY - 1) + [True]
+
+
 @pytest.mark.parametrize("autocast", ["bf16"])
 def test_autocast_stays_near_full_precision(tiny: TrainConfig, batch: Batch, autocast: str) -> None:
     exact = train_step(tiny, state_of(tiny), batch)["loss"]
     rounded = train_step(changed(tiny, compute__autocast=autocast), state_of(tiny), batch)["loss"]
     assert float(rounded) == pytest.approx(float(exact), rel=0.05)
     assert rounded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch"])
+def test_without_unlabelled_images_only_supervised_can_train(tiny: TrainConfig, batch: Batch, method: str) -> None:
+    config = changed(tiny, method=method, ema__decay=0.9)
+    with pytest.raises(ValueError, match="unlabeled_image"):
+        train_step(config, state_of(config), Batch(batch.labeled_image, batch.labeled_mask, None))
+
+
+def test_a_checkpoint_holds_every_network_and_average(tiny: TrainConfig, batch: Batch, tmp_path: Path) -> None:
+    config = changed(tiny, ema__decay=0.9, model__networks=3)
+    state = state_of(config)
+    train_step(config, state, batch)
+    write_checkpoint(tmp_path, state.snapshot(), {})
+    other = state_of(changed(config, seed=1))
+    other.load(tmp_path)
+    assert other.step == 1
+    for own, loaded in ((state.networks, other.networks), (state.averages, other.averages)):
+        assert [*own] == [*loaded] == ["a", "b", "c"]
+        for name in own:
+            for p, q in zip(own[name].state_dict().values(), loaded[name].state_dict().values(), strict=True):
+                assert torch.equal(p, q)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state
+from cps_ray.engine.state import build_state, write_checkpoint
 from cps_ray.errors import DataError
 from cps_ray.on_ray.trainer import Objective, best_checkpoint, checkpoints, drop_checkpoints, reason
 from cps_ray.on_ray.worker import read_metrics
@@ -16,7 +16,7 @@ def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
     state.step = step
     folder = run / f"checkpoint_{step}"
     folder.mkdir(parents=True)
-    state.save(folder, {"val/miou": miou})
+    write_checkpoint(folder, state.snapshot(), {"val/miou": miou})
     return folder
 
 

@@ -1,0 +1,142 @@
+"""What a training tells about itself between two evaluations, and when it is lost."""
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.batch import IGNORE, Batch
+from cps_ray.engine.ranks import Ranks
+from cps_ray.errors import DivergedError
+
+Metrics = dict[str, Any]
+
+PATIENCE = 3
+"""Evaluations in a row at which a collapse must show before it ends a training."""
+_ALL = 0.999
+"""Share of the pseudo labels from which one class is said to take all."""
+_CHANCE = 0.02
+"""Cohen's kappa up to which two networks agree by chance alone."""
+
+
+class Meter:
+    """Means of the losses since the last evaluation, and where the time went.
+
+    Sums stay on the device, so that a step never waits for the GPU; a loss that is not finite is remembered by its step.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._images = 0
+        self._wait_s = 0.0
+        self._started = time.perf_counter()
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=self._ranks.device)
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the time spent waiting for them is counted."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            self._wait_s += time.perf_counter() - asked
+            self._images += batch.labeled_image.shape[0]
+            self._images += 0 if batch.unlabeled_image is None else batch.unlabeled_image.shape[0]
+            yield batch
+
+    def add(self, step: int, measured: dict[str, Tensor]) -> None:
+        """What `train_step` returned of the update from `step` to `step + 1`."""
+        for name, value in measured.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        bad = (self._first_bad < 0) & ~torch.isfinite(measured["loss"])
+        self._first_bad = torch.where(bad, torch.full_like(self._first_bad, step), self._first_bad)
+        # Looking costs nothing on a CPU; on a GPU it would stall every step, and ranks have to stop together.
+        if self._ranks.device.type == "cpu" and self._ranks.world == 1:
+            self._check()
+
+    def read(self) -> Metrics:
+        """Means over steps and ranks since the last reset. A collective: every rank calls it.
+
+        `train/loss` and its terms, `train/grad_norm_a` ...; `pseudo/confidence` and what `_pseudo` lists; `time/images_per_s`
+        (all ranks), `time/data_wait` (share 0..1 of the time) and `time/data_wait_s` (seconds, mean over ranks);
+        `memory/peak_bytes`, the most that a rank has held (on a GPU its tensors, on a CPU the process).
+        """
+        self._check()
+        ranks, elapsed = self._ranks, time.perf_counter() - self._started
+        labels = self._sums.pop("labels", None)
+        names = sorted(self._sums)
+        values = [self._sums[name].double() / self._counts[name] for name in names]
+        clock = torch.tensor([self._images / ranks.split / elapsed, self._wait_s, elapsed], dtype=torch.float64)
+        rows = torch.stack([*values, *clock.to(ranks.device)])
+        *means, images, wait, lasted = ranks.sum(rows).tolist()
+        metrics: Metrics = {f"train/{name}": mean / ranks.world for name, mean in zip(names, means, strict=True)}
+        if "train/confidence" in metrics:
+            metrics["pseudo/confidence"] = metrics.pop("train/confidence")
+        if labels is not None:
+            metrics |= _pseudo(ranks.sum(labels).cpu())
+        peak = ranks.max(torch.tensor(_peak_bytes(ranks.device), device=ranks.device))
+        return metrics | {
+            "time/images_per_s": images,
+            "time/data_wait": wait / lasted,
+            "time/data_wait_s": wait / ranks.world,
+            "memory/peak_bytes": int(peak),
+        }
+
+    def _check(self) -> None:
+        step = int(self._ranks.max(self._first_bad))
+        if step >= 0:
+            raise DivergedError(
+                f"the loss is not finite at step {step}. Lower optim.lr or the weight of the unlabelled loss, or set optim.clip_norm."
+            )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _pseudo(labels: Tensor) -> Metrics:
+    """Of pixels (256, 256) by the labels of networks a and b, all 0..1: `pseudo/coverage`, the share of a's labels that is sure
+    enough to count; `pseudo/top_share`, the commonest label's share of them; `pseudo/agreement`, the share of equal labels where
+    both count; `pseudo/kappa`, the same beyond chance (Cohen 1960; 1 is full, 0 is chance). With one network, b is a.
+    """
+    of_a = labels.sum(dim=1)
+    sure = labels[:IGNORE, :IGNORE]
+    metrics = {"pseudo/coverage": float(of_a[:IGNORE].sum() / of_a.sum())}
+    if sure.sum() > 0:
+        share_a, share_b = sure.sum(dim=1) / sure.sum(), sure.sum(dim=0) / sure.sum()
+        agreement, chance = float(sure.diagonal().sum() / sure.sum()), float((share_a * share_b).sum())
+        metrics |= {"pseudo/top_share": float(share_a.max()), "pseudo/agreement": agreement}
+        if chance < 1.0 - 1e-9:  # else both always say the same class, and there is no chance to compare with
+            metrics["pseudo/kappa"] = (agreement - chance) / (1.0 - chance)
+    return metrics
+
+
+def collapse(metrics: Metrics) -> str | None:
+    """What is wrong with networks that have stopped to tell classes apart; None if nothing is."""
+    ious = {name.removeprefix("val/iou/"): value for name, value in metrics.items() if name.startswith("val/iou/")}
+    found = [name for name, value in ious.items() if value > 0.0]
+    everywhere = metrics.get("pseudo/top_share", 1.0) >= _ALL
+    if len(ious) > 1 and len(found) <= 1 and everywhere:
+        return f"one class takes all: of {len(ious)} classes in val only {found[0] if found else 'none'} is found"
+    if metrics.get("pseudo/kappa", 1.0) <= _CHANCE:
+        return f"the networks agree no more than by chance (kappa {metrics['pseudo/kappa']:.3f})"
+    return None
+
+
+def lost(config: TrainConfig, step: int, collapsed: int) -> bool:
+    """Whether a collapse that has shown at `collapsed` evaluations in a row is beyond recovery: not in the first quarter, in
+    which the commonest classes are learned before the others."""
+    return collapsed >= PATIENCE and 4 * step >= config.schedule.steps

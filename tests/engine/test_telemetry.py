@@ -1,0 +1,85 @@
+"""What is measured between evaluations, and how a collapse is told."""
+
+import pytest
+import torch
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.batch import IGNORE, Batch
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.telemetry import Meter, collapse, lost
+from cps_ray.errors import DivergedError
+
+
+def test_means_are_over_the_steps_that_measured() -> None:
+    meter = Meter(Ranks())
+    for step, loss in enumerate([1.0, 2.0, 6.0]):
+        measured = {"loss": torch.tensor(loss)} | ({"grad_norm_a": torch.tensor(4.0)} if step == 0 else {})
+        meter.add(step, measured)
+    read = meter.read()
+    assert read["train/loss"] == pytest.approx(3.0)
+    assert read["train/grad_norm_a"] == pytest.approx(4.0)
+    assert read["memory/peak_bytes"] > 2**20
+    assert read["time/data_wait_s"] == 0.0
+
+
+def test_pseudo_labels_are_summed_up(tiny: TrainConfig) -> None:
+    """Of 100 pixels a and b agree on 30 of class 0 and 20 of class 1, differ on 30; a is unsure of 10, b alone of 10."""
+    labels = torch.zeros(256, 256, dtype=torch.float64)
+    labels[0, 0], labels[1, 1], labels[0, 1], labels[1, 0] = 30, 20, 20, 10
+    labels[IGNORE, 0], labels[1, IGNORE] = 10, 10
+    meter = Meter(Ranks())
+    meter.add(0, {"loss": torch.tensor(0.0), "labels": labels, "confidence": torch.tensor(0.7)})
+    read = meter.read()
+    assert read["pseudo/coverage"] == pytest.approx(0.9)
+    assert read["pseudo/agreement"] == pytest.approx(50 / 80)
+    assert read["pseudo/top_share"] == pytest.approx(50 / 80)
+    chance = (50 * 40 + 30 * 40) / 80**2
+    assert read["pseudo/kappa"] == pytest.approx((50 / 80 - chance) / (1 - chance))
+    assert read["pseudo/confidence"] == pytest.approx(0.7)
+    assert "train/labels" not in read
+    assert "train/confidence" not in read
+
+
+def test_waiting_and_images_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0, 10.0])
+    monkeypatch.setattr("cps_ray.engine.telemetry.time.perf_counter", lambda: next(now))
+    image, mask = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 4, 4, dtype=torch.uint8)
+    meter = Meter(Ranks())  # at 0 s
+    taken = meter.timed([Batch(image, mask, image), Batch(image, mask, None)])
+    next(taken), next(taken)  # asked at 1 and 4 s, there at 3 and 4.5 s
+    meter.add(0, {"loss": torch.tensor(1.0)})
+    read = meter.read()  # at 10 s
+    assert read["time/data_wait_s"] == pytest.approx(2.5)
+    assert read["time/data_wait"] == pytest.approx(0.25)
+    assert read["time/images_per_s"] == pytest.approx(6 / 10)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_first_step() -> None:
+    meter = Meter(Ranks())
+    meter.add(4, {"loss": torch.tensor(1.0)})
+    with pytest.raises(DivergedError, match="not finite at step 5"):
+        meter.add(5, {"loss": torch.tensor(float("inf"))})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_share": 0.9995}, "one class takes all"),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.0}, "one class takes all"),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_share": 0.9}, None),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.01, "pseudo/top_share": 1.0}, None),
+        ({"val/iou/road": 0.4}, None),
+        ({"pseudo/kappa": 0.01}, "no more than by chance"),
+        ({"pseudo/kappa": 0.1}, None),
+        ({}, None),
+    ],
+)
+def test_collapses_are_told_from_late_learning(metrics: dict[str, float], reason: str | None) -> None:
+    why = collapse(metrics)
+    assert (why is None) if reason is None else (why is not None and reason in why)
+
+
+def test_a_collapse_is_final_after_three_evaluations_and_a_quarter(tiny: TrainConfig) -> None:
+    assert tiny.schedule.steps == 6
+    assert [lost(tiny, step, 3) for step in (1, 2)] == [False, True]
+    assert not lost(tiny, 6, 2)
