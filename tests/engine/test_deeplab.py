@@ -25,7 +25,8 @@ def built(output_stride: int = 16, seed: int = 0, encoder: str = "tu-resnet50s",
 
 
 def test_it_has_the_papers_parameters_in_the_layout_of_timms_files() -> None:
-    network = built()
+    with torch.device("meta"):
+        network = built()
     assert sum(p.numel() for p in network.parameters()) == 40_475_957
     state = network.encoder.state_dict()
     shapes = {
@@ -45,7 +46,7 @@ def test_it_has_the_papers_parameters_in_the_layout_of_timms_files() -> None:
 
 
 @pytest.mark.parametrize("output_stride", [16, 8])
-@pytest.mark.parametrize("encoder", ["tu-resnet50s", "tu-test_resnet", "tu-resnet18d"])
+@pytest.mark.parametrize("encoder", ["tu-test_resnet", "tu-resnet18d"])
 def test_strides_and_shapes(output_stride: int, encoder: str) -> None:
     network = built(output_stride, encoder=encoder, classes=3).eval()
     image_B3HW = torch.zeros(1, 3, 64, 96)
@@ -58,7 +59,8 @@ def test_strides_and_shapes(output_stride: int, encoder: str) -> None:
 
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_dilations(output_stride: int) -> None:
-    network = built(output_stride)
+    with torch.device("meta"):
+        network = built(output_stride)
     for stage, (_, dilations) in STAGES[output_stride].items():
         convs = [block.conv2 for block in network.encoder[stage]]
         assert [conv.dilation for conv in convs] == [conv.padding for conv in convs] == [(d, d) for d in dilations]

@@ -330,13 +330,15 @@ def test_every_pixel_counts_once_for_each_network_and_group(tiny: TrainConfig) -
     assert counts.agreement.tolist() == [same, pixels]
 
 
-OPINIONS = torch.tensor([[0.40, 0.0005, 0.399, 0.20, 0.0005], [0.02, 0.40, 0.09, 0.20, 0.29]])
+OPINIONS = torch.tensor([[0.40, 0.0005, 0.399, 0.20, 0.0005], [0.02, 0.45, 0.06, 0.20, 0.27]])
+"""Their mean is largest at 2. Network a says 0, b says 1, as would a softmax of the probabilities; the mean of logits says 3."""
 
 
 @pytest.mark.parametrize("how", SUMS)
 def test_the_ensemble_is_the_mean_of_probabilities(tiny: TrainConfig, how: str) -> None:
     a, b = OPINIONS.log()
     assert (int(a.argmax()), int(b.argmax()), int((a + b).argmax())) == (0, 1, 3)
+    assert (int(OPINIONS.sum(0).argmax()), int(OPINIONS.softmax(1).sum(0).argmax())) == (2, 1)
     networks = {"a": table(a.expand(8, -1) + 1.0), "b": table(b.expand(8, -1) - 3.0)}
     counts = evaluate(changed(tiny, evaluation__sum=how), networks, batches(), 5, Ranks())
     for matrix, label in ((counts.whole, 0), (counts.others["b"], 1), (counts.others[ENSEMBLE], 2)):

@@ -1,0 +1,244 @@
+"""`bench step`: our step beside the eight-pass step of the paper's algorithm, on the same networks and images, without Ray."""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cps_ray.bench.paper_step import PaperStep
+from cps_ray.config.reader import parse_train
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.batch import IGNORE, Batch
+from cps_ray.engine.dense import upsample
+from cps_ray.engine.mixing import cutmix_masks
+from cps_ray.engine.networks import Segmenter, build_networks
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import build_state
+from cps_ray.engine.step import train_step
+
+PAPER = "paper, 8 passes"
+_FAITHFUL = {"cutmix_partner": "self", "forwards": "separate"}
+_BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+"""Dense bf16 operations per second by the makers' data sheets."""
+_WARM = 1
+
+Figures = dict[str, Any]
+
+
+def config_of(args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]) -> TrainConfig:
+    """A CPS training with CutMix; nothing is read from `shards`."""
+    raw = {
+        "data": {
+            "shards": ".",
+            "labeled": 1,
+            "crop_px": [args.crop, args.crop],
+            "labeled_batch": args.batch,
+            "unlabeled_batch": args.batch,
+        },
+        "model": {"architecture": args.architecture, "encoder": encoder},
+        "optim": {"lr": 1e-3, "decay": "constant"},
+        "schedule": {"steps": 10**6, "eval_every": 10**6},
+        "cps": {"weight": 1.0, "mix": "cutmix", **cps},
+        "compute": {"channels_last": True, **compute},
+        "resources": {"gpus_per_worker": 1.0 if args.device == "cuda" else 0.0},
+    }
+    return parse_train(raw, "bench")
+
+
+def contestants(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], dict[str, Any]] | None]:
+    """Name -> (cps settings, compute settings) of each; None is the paper's own step."""
+    rows: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
+        PAPER: None,
+        "ours, the paper's switches": (_FAITHFUL, {}),
+        "ours": ({}, {}),
+    }
+    if args.bf16:
+        rows["ours, bf16"] = ({}, {"autocast": "bf16"})
+    if args.compile:
+        rows["ours, compiled"] = ({}, {"compile": True})
+    if args.bf16 and args.compile:
+        rows["ours, bf16, compiled"] = ({}, {"autocast": "bf16", "compile": True})
+    return rows
+
+
+def make_batch(args: argparse.Namespace) -> Batch:
+    """Random images with masks in patches, two views of the unlabelled ones."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, args.batch, 3, args.crop, args.crop), dtype=torch.uint8, generator=generator)
+    cells = torch.randint(0, args.classes, (args.batch, 1, args.crop // 16, args.crop // 16), generator=generator)
+    mask = cells.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, 0].to(torch.uint8)
+    mask[:, : args.crop // 10] = IGNORE
+    return Batch(images[0], mask, images[1], images[2])
+
+
+class _WithUpsampling(nn.Module):
+    """A network as a user builds it: full-resolution logits."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.network = segmenter.network
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        return upsample(self.network(image_B3HW), (image_B3HW.shape[-2], image_B3HW.shape[-1]))
+
+
+def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], float]:
+    """One step of a contestant as a call that returns its loss."""
+    device, batch, row = torch.device(args.device), make_batch(args), contestants(args)[name]
+    if row is not None:
+        config = config_of(args, encoder, *row)
+        state = build_state(config, args.classes, Ranks(device=device))
+        pinned = [t.pin_memory() if args.device == "cuda" and t is not None else t for t in _tensors(batch)]
+        return lambda: float(train_step(config, state, Batch(*pinned))["loss"])  # type: ignore[arg-type]
+    config = config_of(args, encoder, _FAITHFUL, {"channels_last": False})
+    segmenters = build_networks(config, args.classes)
+    mean, std = segmenters["a"].mean, segmenters["a"].std
+    x, u0, u1 = (
+        ((images.float() - mean) / std).to(device)
+        for images in (batch.labeled_image, batch.unlabeled_image, batch.unlabeled_second)
+        if images is not None
+    )
+    y = batch.labeled_mask.long().to(device)
+    networks = [_WithUpsampling(segmenter).to(device).train() for segmenter in segmenters.values()]
+    step = PaperStep(networks, config.optim.lr, config.optim.weight_decay, config.cps.weight)
+    masks = cutmix_masks(config.cps, config.seed, 0, range(args.batch), args.crop, args.crop)
+    mask = masks.unsqueeze(1).float().to(device)
+    return lambda: step(x, y, u0, u1, mask)
+
+
+def _tensors(batch: Batch) -> list[Tensor | None]:
+    return [batch.labeled_image, batch.labeled_mask, batch.unlabeled_image, batch.unlabeled_second]
+
+
+def _timed(args: argparse.Namespace, step: Callable[[], float]) -> tuple[float, float]:
+    begin = time.perf_counter()
+    loss = step()  # reading the loss waits for the device
+    return time.perf_counter() - begin, loss
+
+
+def _speed(args: argparse.Namespace, encoder: str) -> dict[str, Figures]:
+    """Everyone takes a step in turn, in one process; the first steps do not count."""
+    torch.set_num_threads(args.threads)
+    steps = {name: prepared(args, encoder, name) for name in contestants(args)}
+    losses = {name: [_timed(args, step)[1] for _ in range(_WARM)] for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            gc.collect()
+            took, _ = _timed(args, step)
+            seconds[name].append(took)
+    images = 2 * args.batch
+    return {
+        name: {
+            "seconds": took,
+            "step_s": median(took),
+            "of_paper": median(mine / paper for mine, paper in zip(took, seconds[PAPER], strict=True)),
+            "images_per_s": images / median(took),
+            "first_loss": losses[name][0],
+        }
+        for name, took in seconds.items()
+    }
+
+
+def _memory(args: argparse.Namespace, encoder: str, name: str) -> Figures:
+    """Peak of two steps above what the process held before there was a network; and the operations of a step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(args.threads)
+    before = _held("VmRSS")
+    step = prepared(args, encoder, name)
+    for _ in range(2):
+        step()
+    on_gpu = args.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _held("VmHWM") - before
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return {"peak_bytes": peak, "flops": counter.get_total_flops()}
+
+
+def _held(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own: nothing that ran before is in its memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def device_name(device: str) -> str:
+    """What the figures were measured on."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the tables, writes the JSON."""
+    console = Console()
+    found: Figures = {
+        "device": device_name(args.device),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "crop_px": args.crop,
+        "batch": f"{args.batch} + {args.batch}",
+        "classes": args.classes,
+        "architecture": args.architecture,
+        "encoders": {},
+    }
+    peak = next((value for name, value in _BF16_PEAK.items() if name in found["device"]), None)
+    for encoder in args.encoders:
+        rows = alone(_speed, args, encoder)
+        for name, row in rows.items():
+            row |= alone(_memory, args, encoder, name)
+            row["memory_of_paper"] = row["peak_bytes"] / rows[PAPER]["peak_bytes"]
+            if peak is not None:
+                row["share_of_bf16_peak"] = row["flops"] / row["step_s"] / peak
+        found["encoders"][encoder] = rows
+        title = (
+            f"{args.architecture} {encoder}, {args.crop}x{args.crop} px, {args.batch} + {args.batch} images, {args.classes} "
+            f"classes, {found['device']}, {args.threads} threads, float32 unless said"
+        )
+        table = Table(
+            "",
+            "s per step",
+            "of the paper's",
+            "images/s",
+            "peak MB",
+            "of the paper's",
+            "TFLOP",
+            "first loss",
+            title=title,
+        )
+        for name, row in rows.items():
+            table.add_row(
+                name,
+                f"{row['step_s']:.3f}",
+                f"{row['of_paper']:.2f}",
+                f"{row['images_per_s']:.2f}",
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                f"{row['memory_of_paper']:.2f}",
+                f"{row['flops'] / 1e12:.2f}",
+                f"{row['first_loss']:.4f}",
+            )
+        console.print(table)
+        for name, row in rows.items():
+            if "share_of_bf16_peak" in row:
+                console.print(f"{name}: {100 * row['share_of_bf16_peak']:.1f} % of the card's bf16 peak")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
