@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "step",
         help="our step beside the eight-pass step of the paper's algorithm: time and peak memory; no Ray, CPU or GPU",
         description="CPS with CutMix on random images: the paper's algorithm written down plainly (float32, eight passes), ours "
-        "with the paper's switches, and ours. All take their steps in turn in one process; peak memory is of a process each.",
+        "with the paper's switches, and ours. Each has a process of its own, and they take their steps in turn.",
     )
     step.add_argument("--architecture", default="deeplabv3plus")
     step.add_argument("--encoders", nargs="+", default=["resnet18", "tu-mobilenetv3_large_100"], metavar="NAME")

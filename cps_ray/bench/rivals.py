@@ -7,7 +7,7 @@ from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
-import albumentations as A  # noqa: N812
+import albumentations as A
 import cv2
 import numpy as np
 import torch

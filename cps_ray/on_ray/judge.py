@@ -12,6 +12,7 @@ from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.synthetic import open_data
+from cps_ray.engine.cpu import tune_cpu
 from cps_ray.engine.evaluation import evaluate, predict, summarise
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks
@@ -35,7 +36,7 @@ def judge(train: dict[str, Any], checkpoint: str, split: str, num_examples: int 
     config = parse_train(train, "train")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, round(config.resources.cpus_per_worker)))
+        tune_cpu(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
     networks = load_networks(config, Path(checkpoint), len(shards.classes))
     for network in networks.values():

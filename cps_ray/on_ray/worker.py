@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.datasets.synthetic import open_data
+from cps_ray.engine.cpu import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.ranks import Ranks, join
@@ -75,7 +74,7 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
     context = train.get_context()
     ranks = join(config, context.get_world_rank(), context.get_world_size(), get_device())
     if ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, round(config.resources.cpus_per_worker)))
+        tune_cpu(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
     data = train_data(shards, config)
     state = build_state(config, len(shards.classes), ranks)

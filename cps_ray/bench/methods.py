@@ -1,0 +1,180 @@
+"""`bench methods`: methods and switches at equal steps over seeds, by the engine alone, judged on masks that nothing was chosen by."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cps_ray.config.reader import load_sweep, load_train, parse_train
+from cps_ray.config.space import apply
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import eval_batches, hidden_batches, train_batches, train_data
+from cps_ray.datasets.synthetic import open_data
+from cps_ray.engine.cpu import tune_cpu
+from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
+from cps_ray.engine.loop import fit
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import build_state
+from cps_ray.errors import ConfigError, DivergedError
+
+Changes = dict[str, Any]
+Figures = dict[str, Any]
+
+_CUTMIX = {"method": "cps", "cps.mix": "cutmix", "cps.on": "unlabeled"}
+VARIANTS: dict[str, Changes] = {
+    "supervised": {"method": "supervised"},
+    "mean teacher": {"method": "mean_teacher", "ema.decay": 0.99},
+    "fixmatch": {"method": "fixmatch"},
+    "cps": {"method": "cps", "cps.mix": "none", "cps.on": "unlabeled"},
+    "cps on all images": {"method": "cps", "cps.mix": "none", "cps.on": "all"},
+    "cps + cutmix": _CUTMIX,
+    "  cutmix_partner: self": {**_CUTMIX, "cps.cutmix_partner": "self"},
+    "  teacher_bn: eval": {**_CUTMIX, "cps.teacher_bn": "eval"},
+    "  on: all": {**_CUTMIX, "cps.on": "all"},
+    "  forwards: separate": {**_CUTMIX, "cps.forwards": "separate"},
+    "  backbone_init: shared": {**_CUTMIX, "model.backbone_init": "shared"},
+    "  all as in the paper's code": {
+        **_CUTMIX,
+        "cps.cutmix_partner": "self",
+        "cps.forwards": "separate",
+        "model.backbone_init": "shared",
+    },
+    "  networks: 3": {**_CUTMIX, "model.networks": 3},
+    "  ema.decay: 0.99": {**_CUTMIX, "ema.decay": 0.99},
+}
+"""What is compared; the indented ones change one thing each of `cps + cutmix`, whose other switches are the file's."""
+
+
+def variants(config: TrainConfig, names: list[str] | None) -> dict[str, TrainConfig]:
+    """The training in each variant. ConfigError for a name that there is not."""
+    known = {name.strip(): changes for name, changes in VARIANTS.items()}
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]!r}: must be one of {', '.join(known)}.")
+    return {
+        name: apply(config, changes, name)
+        for name, changes in VARIANTS.items()
+        if names is None or name.strip() in names
+    }
+
+
+def train_and_judge(raw: dict[str, Any], split: str, threads: int) -> Figures:
+    """One training to its last step; every score of `split` by its last networks, and how long its steps took."""
+    config = parse_train(raw, "bench")
+    device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
+    tune_cpu(threads)
+    shards, ranks = open_data(config.data), Ranks(device=device)
+    data = train_data(shards, config)
+    state = build_state(config, len(shards.classes), ranks)
+    last: Figures = {}
+    begin = time.perf_counter()
+    try:
+        fit(
+            config,
+            state,
+            train_batches(data, config, threads=threads),
+            lambda _: {},
+            lambda found, _: not last.update(found),
+        )
+    except DivergedError as err:
+        return {"failed": str(err)}
+    seconds = time.perf_counter() - begin
+    scores = summarise(
+        evaluate(config, state.judged, eval_batches(shards, split, threads=threads), len(shards.classes), ranks),
+        shards.classes,
+        split,
+    )
+    hidden = evaluate_hidden(config, state.judged, hidden_batches(data, config), len(shards.classes), ranks)
+    return {"seconds": seconds, **last, **hidden, **scores}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains what is not in the JSON yet, writes it down as it ends, and prints the table."""
+    config = _training(args.file, args.set)
+    # One evaluation, at the end: time is that of the steps, and nothing is chosen by a score.
+    config = apply(config, {"schedule.eval_every": config.schedule.steps}, "bench")
+    shards = open_data(config.data)
+    if not shards.index(args.split).labeled.any():
+        raise ConfigError(
+            f"--split {args.split}: must have masks to be judged on, but {config.data.shards} has none there."
+        )
+    todo = variants(config, args.only)
+    found: dict[str, Figures] = {}
+    if args.json is not None and args.json.exists():
+        found = json.loads(args.json.read_text())["runs"]
+    for key, figures in _runs(args, todo, found):
+        found[key] = figures
+        if args.json is not None:
+            record = {
+                "config": config.dump(),
+                "split": args.split,
+                "jobs": args.jobs,
+                "torch": torch.__version__,
+                "runs": found,
+            }
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{key}: {figures.get('failed') or round(100 * figures[f'{args.split}/miou'], 2)}", flush=True)
+    _print(args, todo, found)
+    return 0
+
+
+def _training(file: Path, overrides: list[str]) -> TrainConfig:
+    try:
+        return load_train(file, overrides)
+    except ConfigError as err:
+        if "this is a sweep" not in str(err):
+            raise
+    return load_sweep(file, [f"train.{each}" for each in overrides]).train
+
+
+def _runs(
+    args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[str, Figures]
+) -> Iterator[tuple[str, Figures]]:
+    """Seed by seed, so that whatever has been done when time is up compares all variants."""
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    spawn = multiprocessing.get_context("spawn")
+    waiting: dict[Future[Figures], str] = {}
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for seed in args.seeds:
+            for name, config in todo.items():
+                key = f"{name.strip()} seed {seed}"
+                if key not in found:
+                    raw = apply(config, {"seed": seed}, key).dump()
+                    waiting[pool.submit(train_and_judge, raw, args.split, threads)] = key
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def _print(args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[str, Figures]) -> None:
+    columns = {
+        "mIoU %": (f"{args.split}/miou", 100.0),
+        "ensemble": (f"{args.split}/ensemble/miou", 100.0),
+        "pseudo labels": ("pseudo/miou", 100.0),
+        "agreement": ("pseudo/agreement", 100.0),
+        "seconds": ("seconds", 1.0),
+    }
+    table = Table("", *columns, "seeds", title=f"{args.file.name}, judged on {args.split}: mean and sd over seeds")
+    for name in todo:
+        runs = [found[key] for seed in args.seeds if (key := f"{name.strip()} seed {seed}") in found]
+        whole = [one for one in runs if "failed" not in one]
+        cells = [_cell([scale * one[metric] for one in whole if metric in one]) for metric, scale in columns.values()]
+        table.add_row(
+            name, *cells, f"{len(whole)}" + (f", {len(runs) - len(whole)} failed" if len(runs) > len(whole) else "")
+        )
+    Console().print(table)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
