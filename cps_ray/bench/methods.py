@@ -18,6 +18,7 @@ from rich.table import Table
 from cps_ray.config.reader import load_sweep, load_train, parse_train
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
+from cps_ray.config.yaml_reader import scalar
 from cps_ray.datasets.loader import eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.synthetic import open_data
 from cps_ray.engine.cpu import tune_cpu
@@ -101,8 +102,6 @@ def train_and_judge(raw: dict[str, Any], split: str, threads: int) -> Figures:
 def run(args: argparse.Namespace) -> int:
     """Trains what is not in the JSON yet, writes it down as it ends, and prints the table."""
     config = _training(args.file, args.set)
-    # One evaluation, at the end: time is that of the steps, and nothing is chosen by a score.
-    config = apply(config, {"schedule.eval_every": config.schedule.steps}, "bench")
     shards = open_data(config.data)
     if not shards.index(args.split).labeled.any():
         raise ConfigError(
@@ -129,12 +128,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _training(file: Path, overrides: list[str]) -> TrainConfig:
+    """With one evaluation, at the end: time is that of the steps, and nothing is chosen by a score."""
     try:
-        return load_train(file, overrides)
+        config = load_train(file)
     except ConfigError as err:
         if "this is a sweep" not in str(err):
             raise
-    return load_sweep(file, [f"train.{each}" for each in overrides]).train
+        config = load_sweep(file).train
+    changes = {}
+    for text in overrides:
+        name, _, value = text.partition("=")
+        changes[name] = scalar(value, f"--set {text}")
+    steps = changes.get("schedule.steps", config.schedule.steps)
+    return apply(config, {**changes, "schedule.eval_every": steps}, "--set")
 
 
 def _runs(
