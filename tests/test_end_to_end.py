@@ -23,7 +23,8 @@ from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state
+from cps_ray.engine.state import build_state, load_networks
+from cps_ray.on_ray.trainer import Objective, best_checkpoint
 
 pytestmark = pytest.mark.ray
 
@@ -272,13 +273,23 @@ def test_sigterm_ends_a_training_in_order_and_resume_goes_on(tiny: TrainConfig, 
     assert [record["step"] for record in records(tmp_path / "train-t")] == list(range(5, 61, 5))
 
 
-def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["replicated", "split"])
+def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path, placement: str) -> None:
     config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 20, "eval_every": 1})})
     (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
-    code, out = run("train", "t.yaml", "--workers", "2", "--set", "resources.cpus_per_worker=0.5", cwd=tmp_path)
+    settings = ("--set", "resources.cpus_per_worker=0.5", "--set", f"resources.placement={placement}")
+    code, out = run("train", "t.yaml", "--workers", "2", *settings, cwd=tmp_path)
     assert code == 0, out
-    expected = [record["train/loss"] for record in without_a_cluster(config)]
-    assert [record["train/loss"] for record in records(tmp_path / "train-t")] == pytest.approx(expected, rel=1e-5)
+    expected, found = without_a_cluster(config), records(tmp_path / "train-t")
+    assert [record["train/loss"] for record in found] == pytest.approx(
+        [one["train/loss"] for one in expected], rel=1e-5
+    )
+    for name in ("val/miou", "val/b/miou", "val/ensemble/miou", "val/agreement", "pseudo/agreement"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
+    assert found[-1]["pseudo/miou"] > 0.0
+    # Whoever trained them: the checkpoint holds both, and loads anywhere.
+    checkpoint, _ = best_checkpoint(tmp_path / "train-t", Objective())
+    assert [*load_networks(config, checkpoint, 7)] == ["a", "b"]
 
 
 def test_when_every_trial_diverges_the_limit_stops_the_sweep(sweep_file: Path) -> None:

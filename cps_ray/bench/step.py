@@ -40,7 +40,7 @@ _WARM = 2
 Figures = dict[str, Any]
 
 
-def config_of(args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]) -> TrainConfig:
+def training(args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]) -> TrainConfig:
     """A CPS training with CutMix; nothing is read from `shards`."""
     raw = {
         "data": {
@@ -60,7 +60,7 @@ def config_of(args: argparse.Namespace, encoder: str, cps: dict[str, Any], compu
         "schedule": {"steps": 10**6, "eval_every": 10**6},
         "cps": {"weight": 1.0, "mix": "cutmix", **cps},
         "compute": {"channels_last": True, **compute},
-        "resources": {"gpus_per_worker": 1.0 if args.device == "cuda" else 0.0},
+        "resources": {"gpus_per_worker": 1.0 if getattr(args, "device", "cpu") == "cuda" else 0.0},
     }
     return parse_train(raw, "bench")
 
@@ -107,11 +107,11 @@ def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], 
     """One step of a contestant as a call that returns its loss."""
     device, batch, row = torch.device(args.device), make_batch(args), contestants(args)[name]
     if row is not None:
-        config = config_of(args, encoder, *row)
+        config = training(args, encoder, *row)
         state = build_state(config, args.classes, Ranks(device=device))
-        pinned = [t.pin_memory() if args.device == "cuda" and t is not None else t for t in _tensors(batch)]
+        pinned = [t.pin_memory() if args.device == "cuda" and t is not None else t for t in tensors(batch)]
         return lambda: float(train_step(config, state, Batch(*pinned))["loss"])  # type: ignore[arg-type]
-    config = config_of(args, encoder, _FAITHFUL, {"channels_last": False})
+    config = training(args, encoder, _FAITHFUL, {"channels_last": False})
     segmenters = build_networks(config, args.classes)
     mean, std = segmenters["a"].mean, segmenters["a"].std
     x, u0, u1 = (
@@ -127,7 +127,8 @@ def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], 
     return lambda: step(x, y, u0, u1, mask)
 
 
-def _tensors(batch: Batch) -> list[Tensor | None]:
+def tensors(batch: Batch) -> list[Tensor | None]:
+    """In the order of its fields."""
     return [batch.labeled_image, batch.labeled_mask, batch.unlabeled_image, batch.unlabeled_second]
 
 
@@ -140,14 +141,14 @@ def _contest(args: argparse.Namespace, encoder: str, name: str, line: Connection
         torch.set_num_threads(args.threads)
     else:
         tune_cpu(args.threads)
-    before = _held("VmRSS")
+    before = held("VmRSS")
     step = prepared(args, encoder, name)
     while line.recv():
         gc.collect()
         begin = time.perf_counter()
         loss = step()  # reading the loss waits for the device
         line.send((time.perf_counter() - begin, loss))
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else _held("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else held("VmHWM") - before
     line.send({"peak_bytes": peak, "flops": _operations(step)})
 
 
@@ -203,7 +204,7 @@ def _operations(step: Callable[[], float]) -> int:
     return total
 
 
-def _held(kind: str) -> int:
+def held(kind: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):

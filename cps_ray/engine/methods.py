@@ -198,8 +198,10 @@ def _labels(micro: Micro, coarse_BChw: Tensor, confidence: float = 0.0) -> Tenso
 
 def _count(micro: Micro, labels: list[Tensor]) -> None:
     if micro.observe:
-        pairs = labels[0].flatten().int() * 256 + labels[min(1, len(labels) - 1)].flatten()
-        micro.seen["labels"] = torch.bincount(pairs, minlength=256 * 256).view(256, 256).double()
+        pairs = labels[0].flatten().long() * 256 + labels[min(1, len(labels) - 1)].flatten()
+        # Not bincount, which waits for a GPU.
+        counts = torch.zeros(256 * 256, dtype=torch.float64, device=pairs.device)
+        micro.seen["labels"] = counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.float64)).view(256, 256)
 
 
 def _taught(config: TrainConfig, state: TrainState, micro: Micro) -> tuple[Tensor, list[Tensor]]:

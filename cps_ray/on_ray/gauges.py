@@ -16,8 +16,12 @@ class TrainGauges:
         self._loss = Gauge("cps_loss", "Mean of a loss term since the last evaluation.", (*keys, "term"))
         self._rate = Gauge("cps_images_per_s", "Training images per second, all workers.", keys)
         self._wait = Gauge("cps_data_wait", "Share of the time a worker waits for data, 0 to 1.", keys)
+        self._pseudo = Gauge("cps_pseudo", "Of the pseudo labels, 0 to 1: agreement, confidence, ...", (*keys, "kind"))
         self._images = Counter("cps_images_total", "Training images seen.", keys)
-        for metric in (self._miou, self._step, self._loss, self._rate, self._wait, self._images):
+        self._norm = Gauge("cps_grad_norm", "Gradient norm before clipping.", (*keys, "network"))
+        self._memory = Gauge("cps_peak_bytes", "Most memory that a worker has held.", keys)
+        gauges = (self._miou, self._step, self._loss, self._rate, self._wait, self._pseudo, self._norm, self._memory)
+        for metric in (*gauges, self._images):
             metric.set_default_tags(tags)
 
     def set(self, metrics: dict[str, Any], images: int) -> None:
@@ -26,9 +30,15 @@ class TrainGauges:
         self._step.set(metrics["step"])
         self._rate.set(metrics["time/images_per_s"])
         self._wait.set(metrics["time/data_wait"])
+        self._memory.set(metrics["memory/peak_bytes"])
         for name, value in metrics.items():
-            if name.startswith("train/"):
-                self._loss.set(value, {"term": name.removeprefix("train/")})
+            kind, _, rest = name.partition("/")
+            if kind == "pseudo":
+                self._pseudo.set(value, {"kind": rest})
+            elif rest.startswith("grad_norm_"):
+                self._norm.set(value, {"network": rest.removeprefix("grad_norm_")})
+            elif kind == "train":
+                self._loss.set(value, {"term": rest})
         self._images.inc(images)
 
 

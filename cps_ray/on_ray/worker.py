@@ -143,6 +143,9 @@ class Reporter:
             *(metrics["step"], metrics["val/miou"], metrics["train/loss"]),
             *(metrics["time/images_per_s"], 100 * metrics["time/data_wait"]),
         )
+        pseudo = {name.removeprefix("pseudo/"): value for name, value in metrics.items() if name.startswith("pseudo/")}
+        if pseudo:
+            self._log.info("pseudo labels: %s", ", ".join(f"{name} {value:.3f}" for name, value in pseudo.items()))
         why = collapse(metrics)
         if why:
             self._log.warning("step %d: %s", metrics["step"], why)
