@@ -12,7 +12,7 @@ from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, update_averages
 
 OBSERVE_EVERY = 10
-"""Steps between those in which gradients and pseudo labels are measured, which costs a twentieth of a step."""
+"""Steps between those in which gradients and pseudo labels are measured: often enough for a mean, seldom enough to cost little."""
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
