@@ -29,7 +29,7 @@ def fit(config: TrainConfig, state: TrainState, batches: Iterable[Batch], valida
             state.collapsed = state.collapsed + 1 if why else 0
             if not report(metrics | {"step": state.step}, state):
                 return
-            if why and lost(config, state.step, state.collapsed):
+            if lost(config, state.step, state.collapsed):
                 raise DivergedError(f"{why}, at {PATIENCE} evaluations in a row, the last at step {state.step}.")
             meter.reset()
         if state.step >= config.schedule.steps:

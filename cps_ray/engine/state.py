@@ -43,7 +43,7 @@ class TrainState:
     ranks: Ranks
     step: int = 0
     collapsed: int = 0
-    """Evaluations in a row at which the networks had collapsed."""
+    """Evaluations in a row at which the networks did not tell classes apart."""
 
     @property
     def judged(self) -> dict[str, Segmenter]:

@@ -16,7 +16,7 @@ from cps_ray.errors import DivergedError
 Metrics = dict[str, Any]
 
 PATIENCE = 3
-"""Evaluations in a row at which a collapse must show before it ends a training."""
+"""Evaluations in a row, in the second half of a training, at which a collapse must show before it ends it."""
 _ALL = 0.999
 """Share of the pseudo labels from which one class is said to take all."""
 _CHANCE = 0.02
@@ -125,7 +125,7 @@ def _pseudo(labels: Tensor) -> Metrics:
 
 
 def collapse(metrics: Metrics) -> str | None:
-    """What is wrong with networks that have stopped to tell classes apart; None if nothing is."""
+    """What is wrong with networks that do not tell classes apart; None if nothing is."""
     ious = {name.removeprefix("val/iou/"): value for name, value in metrics.items() if name.startswith("val/iou/")}
     found = [name for name, value in ious.items() if value > 0.0]
     everywhere = metrics.get("pseudo/top_share", 1.0) >= _ALL
@@ -137,6 +137,9 @@ def collapse(metrics: Metrics) -> str | None:
 
 
 def lost(config: TrainConfig, step: int, collapsed: int) -> bool:
-    """Whether a collapse that has shown at `collapsed` evaluations in a row is beyond recovery: not in the first quarter, in
-    which the commonest classes are learned before the others."""
-    return collapsed >= PATIENCE and 4 * step >= config.schedule.steps
+    """Whether a collapse that has shown at `collapsed` evaluations in a row is beyond recovery.
+
+    Only those of the second half count: at first the commonest class takes all, and running statistics lag.
+    """
+    every, steps = config.schedule.eval_every, config.schedule.steps
+    return min(collapsed, step // every - steps // 2 // every) >= PATIENCE

@@ -162,7 +162,8 @@ def test_the_legend_has_a_swatch_of_every_class_and_of_ignored_pixels(classes: i
     pixels = dict(zip(map(tuple, found.tolist()), counts.tolist(), strict=True))
     assert [pixels[color] for color in MANY[:classes]] == [14 * 14] * classes  # within their outlines
     inner = swatch(IGNORE, MANY)[1:-1, 1:-1]
-    assert cv2.matchTemplate(sheet[:, :400], inner, cv2.TM_SQDIFF).min() == pytest.approx(0, abs=1)
+    # Not 0 to the last digit: OpenCV finds it by Fourier transforms, in float32, of sums of some 10^7.
+    assert cv2.matchTemplate(sheet[:, :400], inner, cv2.TM_SQDIFF).min() == pytest.approx(0, abs=100)
 
 
 def test_names_that_do_not_fit_keep_both_ends() -> None:

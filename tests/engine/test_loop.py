@@ -163,35 +163,33 @@ def test_the_networks_of_a_checkpoint_are_the_averages_if_there_are_any(tiny: Tr
         load_networks(changed(config, model__networks=3), folder, 7)
 
 
-def collapsed(config: TrainConfig, metrics: dict[str, Any], state: TrainState) -> list[int]:
-    """Steps at which the loop reported, when every evaluation finds `metrics`."""
-    seen: list[int] = []
+DEAD = {"val/iou/road": 0.3, "val/iou/sky": 0.0, "val/iou/car": 0.0, "pseudo/top_share": 1.0}
+ALIVE = {**DEAD, "val/iou/sky": 0.1, "pseudo/top_share": 0.8}
+
+
+def finding(config: TrainConfig, state: TrainState, found: list[dict[str, Any]]) -> None:
+    """Trains on while its evaluations find these."""
     batches = train_batches(train_data(open_shards(config.data.shards), config), config, start_step=state.step)
-    fit(config, state, batches, lambda _: dict(metrics), lambda found, _: seen.append(found["step"]) is None)
-    return seen
+    each = iter(found)
+    fit(config, state, batches, lambda _: dict(next(each)), lambda *_: True)
 
 
-def test_a_collapse_that_lasts_ends_the_training_with_its_reason(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_a_collapse_that_lasts_ends_the_training_with_its_reason(tiny: TrainConfig) -> None:
     config = changed(tiny, schedule__steps=16, schedule__eval_every=1)
-    dead = {"val/iou/road": 0.3, "val/iou/sky": 0.0, "val/iou/car": 0.0, "pseudo/top_share": 1.0}
     state = build_state(config, 7, Ranks())
     with pytest.raises(
         DivergedError, match="one class takes all: of 3 classes in val only road is found, at 3 evaluations"
     ):
-        collapsed(config, dead, state)
-    assert state.step == 4  # not in the first quarter, however long it has lasted
-    # A checkpoint remembers how long: the resumed training ends at its first evaluation.
+        finding(config, state, [DEAD] * 10 + [ALIVE] + [DEAD] * 3)
+    assert state.step == 14  # not those that have not begun to learn, nor those that recover
+
+
+def test_a_checkpoint_knows_how_long_a_collapse_has_lasted(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = changed(tiny, schedule__steps=8, schedule__eval_every=1)
+    state = build_state(config, 7, Ranks())
+    state.step, state.collapsed = 6, 2
     write_checkpoint(tmp_path, state.snapshot(), {})
     resumed = build_state(config, 7, Ranks())
     resumed.load(tmp_path)
-    with pytest.raises(DivergedError, match="the last at step 5"):
-        collapsed(config, dead, resumed)
-
-
-def test_a_training_that_recovers_goes_on(tiny: TrainConfig) -> None:
-    config = changed(tiny, schedule__steps=8, schedule__eval_every=1)
-    state = build_state(config, 7, Ranks())
-    found = iter([{"pseudo/kappa": 0.0}, {"pseudo/kappa": 0.0}, {"pseudo/kappa": 0.5}] * 3)
-    batches = train_batches(train_data(open_shards(config.data.shards), config), config)
-    fit(config, state, batches, lambda _: next(found), lambda *_: True)
-    assert state.step == 8
+    with pytest.raises(DivergedError, match="the last at step 7"):
+        finding(config, resumed, [DEAD])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import changed
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
@@ -22,7 +23,7 @@ def test_means_are_over_the_steps_that_measured() -> None:
     assert read["time/data_wait_s"] == 0.0
 
 
-def test_pseudo_labels_are_summed_up(tiny: TrainConfig) -> None:
+def test_pseudo_labels_are_summed_up() -> None:
     """Of 100 pixels a and b agree on 30 of class 0 and 20 of class 1, differ on 30; a is unsure of 10, b alone of 10."""
     labels = torch.zeros(256, 256, dtype=torch.float64)
     labels[0, 0], labels[1, 1], labels[0, 1], labels[1, 0] = 30, 20, 20, 10
@@ -79,7 +80,7 @@ def test_collapses_are_told_from_late_learning(metrics: dict[str, float], reason
     assert (why is None) if reason is None else (why is not None and reason in why)
 
 
-def test_a_collapse_is_final_after_three_evaluations_and_a_quarter(tiny: TrainConfig) -> None:
-    assert tiny.schedule.steps == 6
-    assert [lost(tiny, step, 3) for step in (1, 2)] == [False, True]
-    assert not lost(tiny, 6, 2)
+def test_a_collapse_is_final_after_three_evaluations_of_the_second_half(tiny: TrainConfig) -> None:
+    config = changed(tiny, schedule__steps=20, schedule__eval_every=2)
+    assert [lost(config, step, step // 2) for step in (10, 12, 14, 16, 20)] == [False, False, False, True, True]
+    assert [lost(config, 20, collapsed) for collapsed in (0, 2, 3)] == [False, False, True]
