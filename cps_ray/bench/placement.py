@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures one placement after the other, prints the table, writes the JSON."""
     found = {placement: _measure(args, placement) for placement in ("replicated", "split")}
     pairs = zip(found["replicated"][0]["losses"], found["split"][0]["losses"], strict=True)
-    apart = max(abs(one - other) / abs(one) for one, other in pairs)
+    apart = [abs(one - other) / abs(one) for one, other in pairs]
     columns = {
         "wire MB/step": "wire_bytes_per_step",
         "weights MB": "weight_bytes",
@@ -133,7 +133,10 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(placement, *cells)
     table.add_row("ratio", *(f"{most['split'][key] / most['replicated'][key]:.3g}" for key in columns.values()))
     console.print(table)
-    console.print(f"largest relative difference of the loss over {args.steps + 1} steps: {apart:.1e}")
+    console.print(
+        f"relative difference of the loss: {apart[0]:.1e} in the first step, up to {max(apart):.1e} in {len(apart)}: where two "
+        "classes tie, the last bit of a sum turns a hard label (in double precision a test holds 1e-9 over 20 steps)"
+    )
     if args.json is not None:
-        args.json.write_text(json.dumps({"loss_difference": apart, **found}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"loss_differences": apart, **found}, indent=2) + "\n")
     return 0
