@@ -12,7 +12,8 @@ from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, update_averages
 
 OBSERVE_EVERY = 10
-"""Steps between those in which gradients and pseudo labels are measured: often enough for a mean, seldom enough to cost little."""
+"""Steps between those in which gradients and pseudo labels are measured, beside the last one before each evaluation: often enough for a
+mean, seldom enough to cost little."""
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
@@ -20,11 +21,12 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
 
     Returns detached scalars on the device, each this rank's part such that the mean over ranks is the global value:
     `loss`, `sup_a`, ... of each network, and of cps `cps` (all directions, without its weight), of mean_teacher
-    `consistency`, of fixmatch `pseudo`. Every OBSERVE_EVERY steps also `grad_norm_a`, ..., and what `Micro.seen` lists.
+    `consistency`, of fixmatch `pseudo`. Every OBSERVE_EVERY steps, and before each evaluation, also `grad_norm_a`, ..., and what `Micro.seen` lists.
     """
     _start(config, state)
     batch = _to_device(batch, state.ranks.device, config.compute.channels_last)
-    observe = state.step % OBSERVE_EVERY == 0
+    before_evaluation = (state.step + 1) % config.schedule.eval_every == 0
+    observe = state.step % OBSERVE_EVERY == 0 or before_evaluation
     parts, ranks = config.compute.accumulate, state.ranks
     # Local loss sums are divided by the global count and multiplied by the number of shares that DDP's mean divides by again.
     valid = ranks.share_sum((batch.labeled_mask != IGNORE).sum()) / (ranks.shares * parts)
