@@ -19,6 +19,7 @@ PATIENCE = 3
 """Evaluations in a row, in the second half of a training, at which a collapse must show before it ends it."""
 _ALL = 0.999
 """Share of the pseudo labels from which one class is said to take all."""
+_MOST = 0.9
 _CHANCE = 0.02
 """Cohen's kappa up to which two networks agree by chance alone."""
 
@@ -131,7 +132,8 @@ def collapse(metrics: Metrics) -> str | None:
     everywhere = metrics.get("pseudo/top_share", 1.0) >= _ALL
     if len(ious) > 1 and len(found) <= 1 and everywhere:
         return f"one class takes all: of {len(ious)} classes in val only {found[0] if found else 'none'} is found"
-    if metrics.get("pseudo/kappa", 1.0) <= _CHANCE:
+    # Where nearly all labels are of one class, kappa is near 0 although the networks agree.
+    if metrics.get("pseudo/kappa", 1.0) <= _CHANCE and metrics.get("pseudo/top_share", 0.0) < _MOST:
         return f"the networks agree no more than by chance (kappa {metrics['pseudo/kappa']:.3f})"
     return None
 

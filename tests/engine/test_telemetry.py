@@ -72,6 +72,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_first_step() -> None:
         ({"val/iou/road": 0.4}, None),
         ({"pseudo/kappa": 0.01}, "no more than by chance"),
         ({"pseudo/kappa": 0.1}, None),
+        ({"pseudo/kappa": 0.0, "pseudo/top_share": 0.95}, None),
         ({}, None),
     ],
 )
