@@ -20,6 +20,7 @@ PATIENCE = 3
 _ALL = 0.999
 """Share of the pseudo labels from which one class is said to take all."""
 _MOST = 0.9
+"""Share of the commonest label from which kappa no longer tells anything."""
 _CHANCE = 0.02
 """Cohen's kappa up to which two networks agree by chance alone."""
 
