@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cps_ray.config.reader import load_train
+from cps_ray.config.reader import load_train, parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
@@ -275,24 +275,31 @@ def test_sigterm_ends_a_training_in_order_and_resume_goes_on(tiny: TrainConfig, 
     assert [record["step"] for record in records(tmp_path / "train-t")] == list(range(5, 61, 5))
 
 
-@pytest.mark.parametrize("placement", ["replicated", "split"])
-def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path, placement: str) -> None:
-    config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 20, "eval_every": 1})})
+@pytest.mark.parametrize(("method", "placement"), [("mean_teacher", "replicated"), ("cps", "split")])
+def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path, method: str, placement: str) -> None:
+    changes = {"method": method, "schedule": {"steps": 20, "eval_every": 5 if method == "mean_teacher" else 1}}
+    averages = {"ema": {"decay": 0.99}} if method == "mean_teacher" else {}
+    config = parse_train({**tiny.dump(), **changes, **averages}, "t.yaml")
     (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
     settings = ("--set", "resources.cpus_per_worker=0.5", "--set", f"resources.placement={placement}")
     code, out = run("train", "t.yaml", "--workers", "2", *settings, cwd=tmp_path)
     assert code == 0, out
     expected, found = without_a_cluster(config), records(tmp_path / "train-t")
     losses, wanted = ([one["train/loss"] for one in each] for each in (found, expected))
-    assert losses[:5] == pytest.approx(wanted[:5], rel=1e-5)
-    # Then, where two classes tie in a pixel, the last bit of a sum turns its label: tests/engine/test_ranks.py has no ties.
-    assert losses == pytest.approx(wanted, rel=1e-2)
-    for name in ("val/miou", "val/b/miou", "val/ensemble/miou", "val/agreement", "pseudo/agreement"):
-        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
+    if method == "mean_teacher":  # soft targets: nothing that a last bit could turn
+        assert losses == pytest.approx(wanted, rel=1e-5)
+    else:
+        # Where two classes tie in a pixel, the last bit of a sum turns its label; in double precision, in which they do not
+        # tie, tests/engine/test_ranks.py holds 1e-9 in both placements.
+        assert losses[:5] == pytest.approx(wanted[:5], rel=1e-5)
+        assert losses == pytest.approx(wanted, rel=1e-2)
+        for name in ("val/b/miou", "val/ensemble/miou", "val/agreement", "pseudo/agreement"):
+            assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
+    assert found[0]["val/miou"] == pytest.approx(expected[0]["val/miou"], rel=1e-3)
     assert found[-1]["pseudo/miou"] > 0.0
-    # Whoever trained them: the checkpoint holds both, and loads anywhere.
+    # Whoever trained them: the checkpoint holds all networks, and loads anywhere.
     checkpoint, _ = best_checkpoint(tmp_path / "train-t", Objective())
-    assert [*load_networks(config, checkpoint, 7)] == ["a", "b"]
+    assert [*load_networks(config, checkpoint, 7)] == (["a", "b"] if method == "cps" else ["a"])
 
 
 def test_when_every_trial_diverges_the_limit_stops_the_sweep(sweep_file: Path) -> None:
