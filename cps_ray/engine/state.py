@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cps_ray.config.train import NETWORK_NAMES, OptimConfig, TrainConfig
+from cps_ray.engine.depthwise import quicken
 from cps_ray.engine.networks import Segmenter, build_network, build_networks
 from cps_ray.engine.norm import synchronise
 from cps_ray.engine.ranks import Ranks
@@ -149,6 +150,8 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
         if config.compute.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         _freeze_unused(network, config.data.crop_px)
+        if ranks.device.type == "cpu":
+            quicken(network)
         if config.ema.decay is not None:
             averages[name] = copy.deepcopy(network).eval().requires_grad_(False)
         if ranks.shares > 1:
