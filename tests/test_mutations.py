@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 STEP, LOOP, DENSE = "tests/engine/test_step.py", "tests/engine/test_loop.py", "tests/engine/test_dense.py"
+DEPTHWISE = "tests/engine/test_depthwise.py"
 
 BUGS = {
     "a network learns from its own labels": (
@@ -54,6 +55,12 @@ BUGS = {
         "(batch.labeled_mask != IGNORE).sum()",
         "(batch.labeled_mask >= 0).sum()",
         STEP,
+    ),
+    "a dilated kernel is mirrored": (
+        "depthwise.py",
+        "shift = (place - size // 2) * dilation",
+        "shift = (size // 2 - place) * dilation",
+        DEPTHWISE,
     ),
     "unsure labels count": (
         "dense.py",

@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         "with the paper's switches, and ours. Each has a process of its own, and they take their steps in turn.",
     )
     step.add_argument("--architecture", default="deeplabv3plus")
-    step.add_argument("--encoders", nargs="+", default=["resnet18", "tu-mobilenetv3_large_100"], metavar="NAME")
+    step.add_argument(
+        "--encoders", nargs="+", default=["resnet18", "tu-mobilenetv3_large_100", "tu-efficientnet_b0"], metavar="NAME"
+    )
     step.add_argument("--crop", type=int, default=256, help="px, a multiple of 32 (default 256)")
     step.add_argument("--batch", type=int, default=4, help="labelled images, and as many unlabelled (default 4)")
     step.add_argument("--classes", type=int, default=19)

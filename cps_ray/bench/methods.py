@@ -12,9 +12,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from cps_ray.bench import wide
 from cps_ray.config.reader import load_sweep, load_train, parse_train
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     todo = variants(config, args.only)
     found: dict[str, Figures] = {}
     if args.json is not None and args.json.exists():
-        found = json.loads(args.json.read_text())["runs"]
+        found = _kept(args.json, args.split, config)
     for key, figures in _runs(args, todo, found):
         found[key] = figures
         if args.json is not None:
@@ -125,6 +125,28 @@ def run(args: argparse.Namespace) -> int:
         print(f"{key}: {figures.get('failed') or round(100 * figures[f'{args.split}/miou'], 2)}", flush=True)
     _print(args, todo, found)
     return 0
+
+
+def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
+    """The runs on record. Raises ConfigError if they are of another training: side by side they would compare nothing."""
+    try:
+        record = json.loads(path.read_text())
+        kept = parse_train(record["config"], str(path)).dump()
+        runs: dict[str, Figures] = record["runs"]
+    except (ValueError, KeyError, TypeError, ConfigError) as err:
+        raise ConfigError(f"--json {path}: must be a record of `bench methods`, or not exist yet: {err}") from err
+    wanted = config.dump()
+    for section in wanted:
+        if kept[section] != wanted[section]:
+            raise ConfigError(
+                f"--json {path}: its runs must be of the same training, but `{section}` was {kept[section]} there and is "
+                f"{wanted[section]} here. Name another file."
+            )
+    if record["split"] != split:
+        raise ConfigError(
+            f"--json {path}: its runs were judged on {record['split']}, not on {split}. Name another file."
+        )
+    return runs
 
 
 def _training(file: Path, overrides: list[str]) -> TrainConfig:
@@ -177,7 +199,7 @@ def _print(args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[s
         table.add_row(
             name, *cells, f"{len(whole)}" + (f", {len(runs) - len(whole)} failed" if len(runs) > len(whole) else "")
         )
-    Console().print(table)
+    wide().print(table)
 
 
 def _cell(values: list[float]) -> str:

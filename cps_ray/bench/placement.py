@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cps_ray.bench import wide
 from cps_ray.bench.step import held, make_batch, tensors, training
 from cps_ray.config.space import apply
 from cps_ray.engine.batch import Batch
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "peak MB": "peak_bytes",
         "s/step": "step_s",
     }
-    console = Console()
+    console = wide()
     console.print(
         f"{args.architecture} {args.encoder}, {args.workers} gloo workers of one thread, {args.crop}x{args.crop} px, "
         f"{args.batch} + {args.batch} images, {args.classes} classes; the most of any worker"

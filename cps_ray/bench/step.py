@@ -13,10 +13,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cps_ray.bench import wide
 from cps_ray.bench.paper_step import PaperStep
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
@@ -220,7 +220,7 @@ def device_name(device: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON."""
-    console = Console()
+    console = wide()
     found: Figures = {
         "device": device_name(args.device),
         "threads": args.threads,

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from cps_ray.bench import wide
 from cps_ray.bench.rivals import Pair, bare, data_loader, pairs_of
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import SyntheticConfig, TrainConfig
@@ -230,7 +231,7 @@ def _memory(work: Path, console: Console) -> Figures:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is asked for; 0."""
-    console = Console()
+    console = wide()
     parts = args.only or ("speed", "passes", "memory")
     found: Figures = {"cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory(prefix="cps-ray-bench-") as temporary:

@@ -28,7 +28,9 @@ def _covered(conv: nn.Conv2d) -> bool:
     )
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
     square = conv.dilation[0] == conv.dilation[1] > 1
-    return depthwise and square and same and conv.stride == (1, 1) and conv.padding_mode == "zeros" and conv.bias is None
+    return (
+        depthwise and square and same and conv.stride == (1, 1) and conv.padding_mode == "zeros" and conv.bias is None
+    )
 
 
 class _Quick(nn.Conv2d):
