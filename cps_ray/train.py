@@ -222,7 +222,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
 
 def _show(config: TrainConfig, folder: Path, shown: int) -> int:
     """Prints evaluations after step `shown`; returns the last one's step."""
-    from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
+    from cps_ray.on_ray.trainer import METRICS_FILE, read_metrics
 
     for metrics in read_metrics(folder / METRICS_FILE):
         if metrics["step"] > shown:

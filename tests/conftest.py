@@ -29,7 +29,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "on_cluster", in_threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(shards: Path) -> TrainConfig:
     """Six steps of CPS with CutMix on the tiny data set. Without dropout, which draws anew on every worker."""
     return parse_train(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import changed
 
 from cps_ray.config.reader import load_train, parse_train
 from cps_ray.config.train import TrainConfig
@@ -51,7 +52,7 @@ search_space:
   optim.lr: {type: float, low: 1e-6, high: 1e-2, log: true}
 baselines:
   supervised-only: {method: supervised}
-final: {retrain: best, seeds: [1, 2]}
+final: {retrain: best, seeds: [1]}
 """
 
 
@@ -149,14 +150,14 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert counts["complete"] >= 1
     assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds somebody to stop"
     assert set(summary["final"]["groups"]) == {"best", "supervised-only"}
-    assert summary["final"]["groups"]["best"]["test/miou"]["n"] == 2
+    assert summary["final"]["groups"]["best"]["test/miou"]["n"] == 1
     assert "test/first/miou" in summary["final"]["groups"]["best"]
 
     trials = pq.read_table(root / "trials.parquet").to_pylist()
     assert [row["number"] for row in trials] == [0, 1, 2, 3]
     assert (root / "trials.csv").read_text().count("\n") == 5
     history = pq.read_table(root / "history.parquet").to_pylist()
-    assert {row["run"] for row in history} >= {"0000", "best-seed1", "supervised-only-seed2"}
+    assert {row["run"] for row in history} >= {"0000", "best-seed1", "supervised-only-seed1"}
 
     # What was sampled is what was trained, and what is on record is what was reported.
     for row in trials:
@@ -185,21 +186,20 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert load_file(root / "best" / "model.safetensors")
     assert cv2.imread(str(root / "best" / "examples.png")).shape[1] > 4 * 200
     seeds = (root / "best" / "seeds.csv").read_text().splitlines()
-    assert len(seeds) == 5
+    assert len(seeds) == 3
 
     assert run("sweep", "status", "runs/tiny", cwd=cwd)[0] == 0
     assert run("sweep", "best", "runs/tiny", cwd=cwd)[1] == (root / "best.yaml").read_text()
 
     # best.yaml trains as it is, and to the same score.
-    code, out = run("train", "runs/tiny/best.yaml", cwd=cwd)
-    assert code == 0, out
-    again = max(record["val/miou"] for record in records(root / "train-best"))
+    again = max(record["val/miou"] for record in without_a_cluster(best))
     assert f"{again:.4f}" == f"{summary['best']['value']:.4f}"
 
 
 def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> None:
     cwd = sweep_file.parent
-    process = start("sweep", "tiny.yaml", "--set", "final.retrain=none", "--set", "early_stopping.type=none", cwd=cwd)
+    plain = ["final.retrain=none", "early_stopping.type=none", "budget.trials=2"]
+    process = start("sweep", "tiny.yaml", *(word for change in plain for word in ("--set", change)), cwd=cwd)
     before = read_until(process, lambda line: "step 5/20" in line)
     children = descendants(process.pid)
     assert any("RayTrainWorker" in command for command in children.values())
@@ -218,11 +218,11 @@ def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> 
     code, out = run("sweep", "resume", "runs/tiny", cwd=cwd)
     assert code == 0, out
     summary = json.loads((cwd / "runs/tiny/summary.json").read_text())
-    assert summary["trials"] == {"budget": 4, "complete": 4, "pruned": 0, "failed": 0, "running": 0}
+    assert summary["trials"] == {"budget": 2, "complete": 2, "pruned": 0, "failed": 0, "running": 0}
     # The interrupted trial went on from its checkpoint, under its number.
-    logs = [(cwd / f"runs/tiny/trials/{number:04d}/log.txt").read_text() for number in range(4)]
+    logs = [(cwd / f"runs/tiny/trials/{number:04d}/log.txt").read_text() for number in range(2)]
     assert any(log.count(" of 20: rank 0 of 1") == 2 for log in logs)
-    for number in range(4):
+    for number in range(2):
         folder = cwd / "runs/tiny/trials" / f"{number:04d}"
         assert [record["step"] for record in records(folder)] == [5, 10, 15, 20]
     resumed = load_train(cwd / "runs/tiny/trials/0000/config.yaml")
@@ -232,47 +232,45 @@ def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> 
     )
 
 
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = tiny.model_copy(update={"schedule": tiny.schedule.model_copy(update={"steps": 120, "eval_every": 10})})
+def test_stopped_resumed_and_killed_a_training_ends_as_if_nothing_had_happened(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    """SIGTERM to the command, `--resume`, then SIGKILL to the worker, which Ray Train replaces."""
+    # At the tiny training's full weight the networks really do teach each other one class, which would end it.
+    config = changed(tiny, schedule__steps=120, schedule__eval_every=10, cps__weight=0.1)
+    config = changed(config, resources__cpus_per_worker=0.5)
     (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
-    process = start("train", "t.yaml", "--set", "resources.cpus_per_worker=0.5", cwd=tmp_path)
+    process = start("train", "t.yaml", cwd=tmp_path)
     read_until(process, lambda line: line.startswith("step 20/120"))
-    (victim,) = [pid for pid, command in descendants(process.pid).items() if "RayTrainWorker" in command]
-    os.kill(victim, signal.SIGKILL)
-    rest, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, rest
-    starts = [
-        line for line in (tmp_path / "train-t/log.txt").read_text().splitlines() if " of 120: rank 0 of 1" in line
-    ]
-    assert len(starts) == 2
-    resumed_at = int(starts[1].split("step ")[1].split()[0])
-    assert resumed_at in (10, 20, 30)  # the checkpoint before the kill
-    found = records(tmp_path / "train-t")
-    assert [record["step"] for record in found] == list(range(10, 121, 10))
-    expected = without_a_cluster(config)
-    for name in ("train/loss", "val/miou"):
-        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], abs=1e-9)
-
-
-def test_sigterm_ends_a_training_in_order_and_resume_goes_on(tiny: TrainConfig, tmp_path: Path) -> None:
-    (tmp_path / "t.yaml").write_text(dump_yaml(tiny.dump(str(tmp_path))))
-    # At the tiny training's full weight the networks really do teach each other one class: that would end it at step 45.
-    long = ["--set", "schedule.steps=60", "--set", "schedule.eval_every=5", "--set", "cps.weight=0.1"]
-    long += ["--set", "resources.cpus_per_worker=0.5"]
-    process = start("train", "t.yaml", *long, cwd=tmp_path)
-    read_until(process, lambda line: line.startswith("step 5/60"))
     children = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     time.sleep(2)
     assert not [command for pid, command in children.items() if alive(pid, command)]
+
     command = rest.split("Resume: python -m cps_ray.")[1].splitlines()[0].split()
     code, out = run(*command, "--set", "optim.lr=0.5", cwd=tmp_path)
-    assert code == 2, "other settings would make another training"
-    code, out = run(*command, cwd=tmp_path)
-    assert code == 0, out
-    assert [record["step"] for record in records(tmp_path / "train-t")] == list(range(5, 61, 5))
+    assert code == 2, f"other settings would make another training: {out}"
+    before = len(records(tmp_path / "train-t"))
+    process = start(*command, cwd=tmp_path)
+    read_until(process, lambda line: line.startswith(f"step {10 * before + 20}/120"))
+    (victim,) = [pid for pid, command in descendants(process.pid).items() if "RayTrainWorker" in command]
+    os.kill(victim, signal.SIGKILL)
+    rest, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, rest
+
+    lines = (tmp_path / "train-t/log.txt").read_text().splitlines()
+    starts = [int(line.split("step ")[1].split()[0]) for line in lines if " of 120: rank 0 of 1" in line]
+    assert len(starts) == 3
+    assert starts[0] == 0
+    # Each time from the checkpoint before: an evaluation or two may have followed what was read here.
+    assert starts[1] in (10, 20, 30, 40)
+    assert starts[2] in range(starts[1] + 10, starts[1] + 50, 10)
+    found, expected = records(tmp_path / "train-t"), without_a_cluster(config)
+    assert [record["step"] for record in found] == list(range(10, 121, 10))
+    for name in ("train/loss", "val/miou"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], abs=1e-9)
 
 
 @pytest.mark.parametrize(("method", "placement"), [("mean_teacher", "replicated"), ("cps", "split")])

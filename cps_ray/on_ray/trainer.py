@@ -3,16 +3,45 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.state import META_FILE, STATE_FILE
+from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import CpsRayError
-from cps_ray.on_ray.worker import WorkerSettings, train_loop
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ERROR_FILE = "error.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What travels to every worker: plain values only."""
+
+    train: dict[str, Any]
+    """`TrainConfig.dump()`, paths absolute."""
+    run_dir: str
+    """Where rank 0 writes its records; on storage that the driver sees."""
+    sweep: str
+    """Name for the metrics' tags."""
+
+    def plain(self) -> dict[str, Any]:
+        """As `train_loop_config`."""
+        return asdict(self)
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, str]:
+    """Entry of each worker. Continues from the run's latest checkpoint, if there is one.
+
+    Returns {"diverged": why} when the loss was not finite: trying again would only find the same, so it is no crash.
+    """
+    # Not above: a trial and the run's controller read this module as well, and would load what only workers need.
+    from cps_ray.on_ray.worker import work
+
+    return work(WorkerSettings(**settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +102,21 @@ def _bundle(config: TrainConfig) -> dict[str, float]:
     resources = config.resources
     gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker > 0 else {}
     return {"CPU": resources.cpus_per_worker, **gpus}
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The records of a run so far, one per evaluation; a line cut short by a crash is left out."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
 
 
 def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:

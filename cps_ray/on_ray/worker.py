@@ -6,9 +6,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
@@ -24,36 +22,15 @@ from cps_ray.engine.telemetry import Metrics, collapse
 from cps_ray.errors import DivergedError
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
+from cps_ray.on_ray.trainer import METRICS_FILE, WorkerSettings, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
-ERROR_FILE = "error.txt"
 _MOST_THREADS = 8
 """Beyond, threads wait for the interpreter lock: an image holds it for a tenth of its time."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """What travels to every worker: plain values only."""
-
-    train: dict[str, Any]
-    """`TrainConfig.dump()`, paths absolute."""
-    run_dir: str
-    """Where rank 0 writes its records; on storage that the driver sees."""
-    sweep: str
-    """Name for the metrics' tags."""
-
-    def plain(self) -> dict[str, Any]:
-        """As `train_loop_config`."""
-        return asdict(self)
-
-
-def train_loop(settings: dict[str, Any]) -> dict[str, str]:
-    """Entry of each worker. Continues from the run's latest checkpoint, if there is one.
-
-    Returns {"diverged": why} when the loss was not finite: trying again would only find the same, so it is no crash.
-    """
-    job = WorkerSettings(**settings)
+def work(job: WorkerSettings) -> dict[str, str]:
+    """What `trainer.train_loop` does in each worker."""
     config = parse_train(job.train, "train")
     log = _log(Path(job.run_dir))
     try:
@@ -158,21 +135,6 @@ class Reporter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return True
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    """The records of a run so far, one per evaluation; a line cut short by a crash is left out."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def decode_threads(workers_here: int = 1) -> int:

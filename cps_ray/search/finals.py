@@ -17,8 +17,14 @@ from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.judge import Verdict, judge_all
-from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, best_checkpoint, checkpoints
-from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
+from cps_ray.on_ray.trainer import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    Objective,
+    best_checkpoint,
+    checkpoints,
+    read_metrics,
+)
 from cps_ray.search.records import FINAL_FOLDER, Events, spread
 from cps_ray.search.session import Job
 

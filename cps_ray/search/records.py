@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, TrialState
 
 from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig
-from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
+from cps_ray.on_ray.trainer import METRICS_FILE, read_metrics
 from cps_ray.search.study import Search
 
 EVENTS_FILE = "events.jsonl"

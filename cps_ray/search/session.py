@@ -18,8 +18,7 @@ from ray.tune.stopper import Stopper
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.telemetry import Metrics
-from cps_ray.on_ray.trainer import CONFIG_FILE, Objective
-from cps_ray.on_ray.worker import METRICS_FILE, read_metrics
+from cps_ray.on_ray.trainer import CONFIG_FILE, METRICS_FILE, Objective, read_metrics
 from cps_ray.search.trainable import FAILURE, Trial
 
 _DRIVER_BYTES = 256 * 2**20

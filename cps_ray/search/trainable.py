@@ -14,8 +14,7 @@ from ray import tune
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cps_ray.config.reader import load_train
-from cps_ray.on_ray.trainer import CONFIG_FILE, Objective, make_trainer, reason
-from cps_ray.on_ray.worker import ERROR_FILE
+from cps_ray.on_ray.trainer import CONFIG_FILE, ERROR_FILE, Objective, make_trainer, reason
 
 _BEAT_S = 0.5
 FAILURE = "failure"

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,33 +29,36 @@ from cps_ray.engine.step import train_step
 from cps_ray.engine.telemetry import Meter
 from pathlib import Path
 
-raw, rank, world, out = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+jobs, rank, world, folder = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 torch.set_num_threads(1)
 # In double precision throughout. In single, where two classes tie in a pixel, the last bit of a sum turns its hard label.
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 if world > 1:
     dist.init_process_group("gloo", rank=rank, world_size=world)
-config = parse_train(raw, "config")
-ranks = join(config, rank, world, torch.device("cpu"))
-shards = open_shards(config.data.shards)
-state = build_state(config, 7, ranks)
-losses = []
-meter = Meter(ranks)
-for batch in train_batches(train_data(shards, config), config, rank=ranks.share, world=ranks.shares):
-    measured = train_step(config, state, batch)
-    meter.add(state.step - 1, measured)
-    losses.append(float(ranks.sum(measured["loss"])) / world)
-counts = evaluate(config, state.judged, eval_batches(shards, "test", rank=ranks.share, world=ranks.shares), 7, ranks)
-read = meter.read()
-snapshot = state.snapshot()
-if rank == 0:
-    means = {name: value for name, value in read.items() if name.startswith(("train/", "pseudo/"))}
-    others = {name: matrix.tolist() for name, matrix in counts.others.items()}
-    found = {"a": counts.whole.tolist(), "others": others, "agreement": counts.agreement.tolist(), "means": means}
-    out.mkdir()
-    write_checkpoint(out, snapshot, {})
-    (out / "found.json").write_text(json.dumps(found | {"losses": losses}))
+for name, raw in jobs.items():
+    config = parse_train(raw, "config")
+    ranks = join(config, rank, world, torch.device("cpu"))
+    shards = open_shards(config.data.shards)
+    state = build_state(config, 7, ranks)
+    losses = []
+    meter = Meter(ranks)
+    for batch in train_batches(train_data(shards, config), config, rank=ranks.share, world=ranks.shares):
+        measured = train_step(config, state, batch)
+        meter.add(state.step - 1, measured)
+        losses.append(float(ranks.sum(measured["loss"])) / world)
+    images = eval_batches(shards, "test", rank=ranks.share, world=ranks.shares)
+    counts = evaluate(config, state.judged, images, 7, ranks)
+    read = meter.read()
+    snapshot = state.snapshot()
+    if rank == 0:
+        means = {name: value for name, value in read.items() if name.startswith(("train/", "pseudo/"))}
+        others = {name: matrix.tolist() for name, matrix in counts.others.items()}
+        found = {"a": counts.whole.tolist(), "others": others, "agreement": counts.agreement.tolist(), "means": means}
+        out = folder / name
+        out.mkdir()
+        write_checkpoint(out, snapshot, {})
+        (out / "found.json").write_text(json.dumps(found | {"losses": losses}))
 """
 
 
@@ -64,56 +68,71 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train(config: TrainConfig, world: int, out: Path) -> dict:
-    raw = json.dumps(config.dump())
+def train(jobs: dict[str, TrainConfig], world: int, folder: Path) -> None:
+    """Trains each of them with `world` processes, one after the other; leaves a checkpoint and `found.json` in folder/NAME."""
+    raw = json.dumps({name: config.dump() for name, config in jobs.items()})
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     workers = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, raw, str(rank), str(world), str(out)], env=env)
+        subprocess.Popen([sys.executable, "-c", SCRIPT, raw, str(rank), str(world), str(folder)], env=env)
         for rank in range(world)
     ]
     assert [worker.wait(timeout=240) for worker in workers] == [0] * world
-    return json.loads((out / "found.json").read_text())
 
 
-def same(one: dict, several: dict) -> None:
+@pytest.fixture(scope="module")
+def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every training below. Processes take seconds to load torch, so those of a world do all its trainings."""
+    folder = tmp_path_factory.mktemp("ranks")
+    averaged = changed(tiny, schedule__steps=20, optim__clip_norm=10.0, ema__decay=0.9)
+    # As the paper's code has it: both kinds of image under the loss, in passes of their own.
+    papers = changed(tiny, schedule__steps=4, cps__on="all", cps__forwards="separate", cps__cutmix_partner="self")
+    three = changed(tiny, schedule__steps=2, model__networks=3, cps__mix="none")
+
+    def split(config: TrainConfig, workers: int) -> TrainConfig:
+        return changed(config, resources={"placement": "split", "workers": workers})
+
+    train({"averaged": averaged, "papers": papers, "three": three}, 1, folder)
+    train({"averaged-two": averaged, "averaged-split": split(averaged, 2), "three-two": three}, 2, folder)
+    train({"three-split": split(three, 3)}, 3, folder)
+    train({"papers-split": split(papers, 4)}, 4, folder)
+    return folder
+
+
+def found(folder: Path, name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / name / "found.json").read_text())
+    return read
+
+
+@pytest.mark.parametrize(
+    ("one", "several"),
+    [
+        ("averaged", "averaged-two"),
+        ("averaged", "averaged-split"),
+        # Two shares of two networks: labels cross between neighbours, gradients and statistics between shares.
+        ("papers", "papers-split"),
+        ("three", "three-two"),
+        ("three", "three-split"),
+    ],
+)
+def test_several_workers_have_the_curve_of_one(trained: Path, one: str, several: str) -> None:
+    alone, together = found(trained, one), found(trained, several)
+    assert len(alone["losses"]) == {"averaged": 20, "papers": 4, "three": 2}[one]
     # Sums in another order differ in the last bits: 1e-15 a step.
-    assert several["losses"] == pytest.approx(one["losses"], rel=1e-9)
-    assert several["means"] == pytest.approx(one["means"], rel=1e-6)
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+    assert together["means"] == pytest.approx(alone["means"], rel=1e-6)
     # No image counted twice or left out: 6 images of 32x48.
-    assert sum(map(sum, one["a"])) == 6 * 32 * 48
+    assert sum(map(sum, alone["a"])) == 6 * 32 * 48
     for name in ("a", "others", "agreement"):
-        assert several[name] == one[name], name
+        assert together[name] == alone[name], name
 
 
-def test_one_worker_and_two_have_the_same_curve(tiny: TrainConfig, tmp_path: Path) -> None:
-    """Two workers in either placement. All three end in the same checkpoint, which loads into any of them."""
-    config = changed(tiny, schedule__steps=20, optim__clip_norm=10.0, ema__decay=0.9)
-    one = train(config, 1, tmp_path / "one")
-    assert len(one["losses"]) == 20
-    same(one, train(config, 2, tmp_path / "two"))
-    split = changed(config, resources={"placement": "split", "workers": 2})
-    same(one, train(split, 2, tmp_path / "split"))
-    whole, parts = (read_checkpoint(tmp_path / name) for name in ("one", "split"))
+def test_checkpoints_of_both_placements_are_the_same_and_load_into_either(trained: Path, tiny: TrainConfig) -> None:
+    alone, parts = (read_checkpoint(trained / name) for name in ("averaged", "averaged-split"))
     assert [*parts["networks"]] == ["a", "b"]
-    for name, kept in whole["networks"].items():
+    for name, kept in alone["networks"].items():
         for kind in ("network", "average"):
             for key, value in kept[kind].items():
                 assert torch.allclose(value, parts["networks"][name][kind][key], rtol=1e-6, atol=1e-9), (name, key)
-    state = build_state(config, 7, Ranks())
-    state.load(tmp_path / "split")
+    state = build_state(changed(tiny, ema__decay=0.9), 7, Ranks())
+    state.load(trained / "averaged-split")
     assert state.step == 20
-
-
-def test_split_networks_may_be_trained_by_several_workers_each(tiny: TrainConfig, tmp_path: Path) -> None:
-    """Four workers, two shares of two networks: labels cross between neighbours, gradients and statistics between shares. As the
-    paper's code has it: both kinds of image under the loss, in passes of their own."""
-    config = changed(tiny, schedule__steps=4, cps__on="all", cps__forwards="separate", cps__cutmix_partner="self")
-    one = train(config, 1, tmp_path / "one")
-    same(one, train(changed(config, resources={"placement": "split", "workers": 4}), 4, tmp_path / "four"))
-
-
-def test_three_networks_on_two_workers_and_on_three(tiny: TrainConfig, tmp_path: Path) -> None:
-    config = changed(tiny, schedule__steps=2, model__networks=3, cps__mix="none")
-    one = train(config, 1, tmp_path / "one")
-    same(one, train(config, 2, tmp_path / "two"))
-    same(one, train(changed(config, resources={"placement": "split", "workers": 3}), 3, tmp_path / "three"))

@@ -7,8 +7,7 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state, write_checkpoint
 from cps_ray.errors import DataError
-from cps_ray.on_ray.trainer import Objective, best_checkpoint, checkpoints, drop_checkpoints, reason
-from cps_ray.on_ray.worker import read_metrics
+from cps_ray.on_ray.trainer import Objective, best_checkpoint, checkpoints, drop_checkpoints, read_metrics, reason
 
 
 def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
