@@ -12,20 +12,12 @@ from pathlib import Path
 import cv2
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file
-from support import changed
+from support import changed, without_a_cluster
 
-from cps_ray.config.reader import load_train, parse_train
+from cps_ray.config.reader import load_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import eval_batches, train_batches, train_data
-from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.evaluation import evaluate, summarise
-from cps_ray.engine.loop import fit
-from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state, load_networks
-from cps_ray.on_ray.trainer import Objective, best_checkpoint
 
 pytestmark = pytest.mark.ray
 
@@ -116,24 +108,6 @@ def alive(pid: int, command: str) -> bool:
 
 def records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
-    """The same training by the engine alone, in this process: the independent reference."""
-    torch.set_num_threads(1)  # as a worker with half a CPU has: sums in the same order
-    shards = open_shards(config.data.shards)
-    state = build_state(config, 7, Ranks())
-    found = []
-
-    def validate(_: object) -> dict[str, float]:
-        return summarise(evaluate(config, state.judged, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val")
-
-    def report(metrics: dict[str, float], _: object) -> bool:
-        found.append(metrics)
-        return True
-
-    fit(config, state, train_batches(train_data(shards, config), config), validate, report)
-    return found
 
 
 def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
@@ -271,33 +245,6 @@ def test_stopped_resumed_and_killed_a_training_ends_as_if_nothing_had_happened(
     assert [record["step"] for record in found] == list(range(10, 121, 10))
     for name in ("train/loss", "val/miou"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], abs=1e-9)
-
-
-@pytest.mark.parametrize(("method", "placement"), [("mean_teacher", "replicated"), ("cps", "split")])
-def test_two_workers_train_as_one(tiny: TrainConfig, tmp_path: Path, method: str, placement: str) -> None:
-    changes = {"method": method, "schedule": {"steps": 20, "eval_every": 5 if method == "mean_teacher" else 1}}
-    averages = {"ema": {"decay": 0.99}} if method == "mean_teacher" else {}
-    config = parse_train({**tiny.dump(), **changes, **averages}, "t.yaml")
-    (tmp_path / "t.yaml").write_text(dump_yaml(config.dump(str(tmp_path))))
-    settings = ("--set", "resources.cpus_per_worker=0.5", "--set", f"resources.placement={placement}")
-    code, out = run("train", "t.yaml", "--workers", "2", *settings, cwd=tmp_path)
-    assert code == 0, out
-    expected, found = without_a_cluster(config), records(tmp_path / "train-t")
-    losses, wanted = ([one["train/loss"] for one in each] for each in (found, expected))
-    if method == "mean_teacher":  # soft targets: nothing that a last bit could turn
-        assert losses == pytest.approx(wanted, rel=1e-5)
-    else:
-        # Where two classes tie in a pixel, the last bit of a sum turns its label; in double precision, in which they do not
-        # tie, tests/engine/test_ranks.py holds 1e-9 in both placements.
-        assert losses[:5] == pytest.approx(wanted[:5], rel=1e-5)
-        assert losses == pytest.approx(wanted, rel=1e-2)
-        for name in ("val/b/miou", "val/ensemble/miou", "val/agreement", "pseudo/agreement"):
-            assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
-    assert found[0]["val/miou"] == pytest.approx(expected[0]["val/miou"], rel=1e-3)
-    assert found[-1]["pseudo/miou"] > 0.0
-    # Whoever trained them: the checkpoint holds all networks, and loads anywhere.
-    checkpoint, _ = best_checkpoint(tmp_path / "train-t", Objective())
-    assert [*load_networks(config, checkpoint, 7)] == (["a", "b"] if method == "cps" else ["a"])
 
 
 def test_when_every_trial_diverges_the_limit_stops_the_sweep(sweep_file: Path) -> None:

@@ -1,10 +1,12 @@
 """A Ray cluster to work on: starting a local one or joining another, and how many trainings fit on it."""
 
+import fcntl
 import math
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,21 +60,28 @@ def connected(address: str | None) -> Iterator[Cluster]:
     """
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
-    import ray
-
     address = address or os.environ.get("RAY_ADDRESS")
     _check_answers(address)
-    port = _free_port(8265)
-    # With two Ray instances on one host, Train's cleaner finds its own only by this address.
-    api = {} if address else {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "runtime_env": {"env_vars": WORKER_ENV | api},
+        "runtime_env": {"env_vars": WORKER_ENV},
     }
-    if address is None:
+    if address is not None:
+        yield from _joined(address, options)
+        return
+    with _dashboard_port() as port:
+        # With two Ray instances on one host, Train's cleaner finds its own only by this address.
+        api = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        options["runtime_env"] = {"env_vars": WORKER_ENV | api}
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
+        yield from _joined(None, options)
+
+
+def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:
+    import ray
+
     in_main = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -105,8 +114,21 @@ def _check_answers(address: str | None) -> None:
         ) from err
 
 
-def _free_port(preferred: int) -> int:
-    for port in (preferred, 0):
+@contextmanager
+def _dashboard_port() -> Iterator[int]:
+    """Ray's usual 8265 on 127.0.0.1, unless it is taken, or another command that is just starting is about to take it."""
+    claim = Path(tempfile.gettempdir(), f"cps-ray-{os.getuid()}-dashboard.lock")
+    with claim.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            wanted = [8265, 0]
+        except BlockingIOError:
+            wanted = [0]
+        yield _free_port(*wanted)
+
+
+def _free_port(*wanted: int) -> int:
+    for port in wanted:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -4,7 +4,7 @@ import pytest
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
-from cps_ray.on_ray.cluster import trainings_at_once
+from cps_ray.on_ray.cluster import _dashboard_port, trainings_at_once
 
 
 def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -54,3 +54,9 @@ def test_a_number_is_taken_at_its_word_or_refused() -> None:
     assert trainings_at_once(resources, 2, [node(8)]) == 2
     with pytest.raises(ResourceError, match=r"concurrency: 8 trainings at once.* 7 fit"):
         trainings_at_once(resources, 8, [node(8)])
+
+
+def test_two_commands_that_start_at_the_same_time_take_different_ports() -> None:
+    """Neither dashboard listens yet: Ray's takes seconds to start, and one on a port that is taken fails after a minute."""
+    with _dashboard_port() as one, _dashboard_port() as other:
+        assert one != other

@@ -1,13 +1,26 @@
-"""Checkpoints of a run, whole and broken; errors in one line."""
+"""Two workers as one; checkpoints of a run, whole and broken; errors in one line."""
 
 import json
 from pathlib import Path
 
+import pytest
+from support import changed, without_a_cluster
+
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state, write_checkpoint
+from cps_ray.engine.state import build_state, load_networks, write_checkpoint
 from cps_ray.errors import DataError
-from cps_ray.on_ray.trainer import Objective, best_checkpoint, checkpoints, drop_checkpoints, read_metrics, reason
+from cps_ray.on_ray.cluster import connected
+from cps_ray.on_ray.trainer import (
+    METRICS_FILE,
+    Objective,
+    best_checkpoint,
+    checkpoints,
+    drop_checkpoints,
+    make_trainer,
+    read_metrics,
+    reason,
+)
 
 
 def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
@@ -57,3 +70,36 @@ def test_reason_is_the_workers_own_line() -> None:
 
     assert reason(Failed()) == "row 3 is damaged"
     assert reason(ValueError("no")) == "ValueError: no"
+
+
+@pytest.mark.ray
+def test_two_workers_train_as_one_in_either_placement(tiny: TrainConfig, tmp_path: Path) -> None:
+    configs = {
+        # Soft targets: nothing that a last bit could turn.
+        "replicated": changed(tiny, method="mean_teacher", ema__decay=0.99, schedule__steps=20, schedule__eval_every=5),
+        "split": changed(tiny, schedule__steps=20, schedule__eval_every=1),
+    }
+    found, expected = {}, {}
+    with connected(None):
+        for placement, config in configs.items():
+            resources = {"workers": 2, "cpus_per_worker": 0.5, "placement": placement}
+            assert make_trainer(changed(config, resources=resources), tmp_path / placement).fit().return_value == {}
+            found[placement] = read_metrics(tmp_path / placement / METRICS_FILE)
+            expected[placement] = without_a_cluster(config)
+            # Whoever trained them: the checkpoint holds all networks, and loads anywhere.
+            checkpoint, _ = best_checkpoint(tmp_path / placement, Objective())
+            assert [*load_networks(config, checkpoint, 7)] == [*"ab"[: config.networks]]
+
+    def curve(records: list[dict[str, float]]) -> list[float]:
+        return [one["train/loss"] for one in records]
+
+    assert curve(found["replicated"]) == pytest.approx(curve(expected["replicated"]), rel=1e-5)
+    # Where two classes tie in a pixel, the last bit of a sum turns its label; in double precision, in which they do not
+    # tie, tests/engine/test_ranks.py holds 1e-9 in both placements.
+    assert curve(found["split"])[:5] == pytest.approx(curve(expected["split"])[:5], rel=1e-5)
+    assert curve(found["split"]) == pytest.approx(curve(expected["split"]), rel=1e-2)
+    for name in ("val/b/miou", "val/ensemble/miou", "val/agreement", "pseudo/agreement"):
+        assert found["split"][0][name] == pytest.approx(expected["split"][0][name], rel=1e-3), name
+    for placement, rows in found.items():
+        assert rows[0]["val/miou"] == pytest.approx(expected[placement][0]["val/miou"], rel=1e-3)
+        assert rows[-1]["pseudo/miou"] > 0.0
