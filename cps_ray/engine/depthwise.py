@@ -40,6 +40,9 @@ class _Quick(nn.Conv2d):
 
 def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
     """The same as `F.conv2d(x, weight, padding=dilation * (K // 2), dilation=dilation, groups=C)` to float tolerance."""
+    if torch.is_autocast_enabled(x_NCHW.device.type):  # as it does with convolutions
+        dtype = torch.get_autocast_dtype(x_NCHW.device.type)
+        x_NCHW, weight_C1KK = x_NCHW.to(dtype), weight_C1KK.to(dtype)
     kernel, cells = weight_C1KK.shape[-2:], x_NCHW.shape[-2:]
     if all(-(-cell // dilation) >= size for cell, size in zip(cells, kernel, strict=True)):
         return _by_phases(x_NCHW, weight_C1KK, dilation)

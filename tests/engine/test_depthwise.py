@@ -55,6 +55,21 @@ def test_it_is_torchs_convolution(
         torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("cells", "kernel", "dilation"), [PHASES[0], TAPS[0]])
+def test_autocast_rounds_it_as_it_does_torchs(cells: tuple[int, int], kernel: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, *cells, requires_grad=True)
+    weight = torch.randn(6, 1, kernel, kernel, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dilated_depthwise(x, weight, dilation)
+        wanted = F.conv2d(x, weight, padding=dilation * (kernel // 2), dilation=dilation, groups=6)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+    for mine, torchs in zip(gradients(found, [x, weight]), gradients(wanted, [x, weight]), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, torchs, rtol=0.05, atol=0.3)
+
+
 def test_only_dilated_depthwise_layers_change_and_nothing_that_one_sees() -> None:
     layers: list[nn.Module] = [
         nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False),
