@@ -133,6 +133,7 @@ def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
         record = json.loads(path.read_text())
         kept = parse_train(record["config"], str(path)).dump()
         runs: dict[str, Figures] = record["runs"]
+        judged = record["split"]
     except (ValueError, KeyError, TypeError, ConfigError) as err:
         raise ConfigError(f"--json {path}: must be a record of `bench methods`, or not exist yet: {err}") from err
     wanted = config.dump()
@@ -142,10 +143,8 @@ def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
                 f"--json {path}: its runs must be of the same training, but `{section}` was {kept[section]} there and is "
                 f"{wanted[section]} here. Name another file."
             )
-    if record["split"] != split:
-        raise ConfigError(
-            f"--json {path}: its runs were judged on {record['split']}, not on {split}. Name another file."
-        )
+    if judged != split:
+        raise ConfigError(f"--json {path}: its runs were judged on {judged}, not on {split}. Name another file.")
     return runs
 
 

@@ -239,6 +239,8 @@ def run(args: argparse.Namespace) -> int:
             if peak is not None:
                 row["share_of_bf16_peak"] = row["flops"] / row["step_s"] / peak
         found["encoders"][encoder] = rows
+        if args.json:  # an encoder takes minutes: what is measured is kept
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
         console.print(
             f"\n{args.architecture} {encoder}, {args.crop}x{args.crop} px, {args.batch} + {args.batch} images, {args.classes} "
             f"classes, {found['device']}, {args.threads} threads, float32 unless said"
@@ -259,6 +261,4 @@ def run(args: argparse.Namespace) -> int:
         for name, row in rows.items():
             if "share_of_bf16_peak" in row:
                 console.print(f"{name}: {100 * row['share_of_bf16_peak']:.1f} % of the card's bf16 peak")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

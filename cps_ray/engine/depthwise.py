@@ -1,7 +1,6 @@
 """Dilated depthwise convolutions on a CPU, several times faster than torch's own: those of every DeepLabv3+'s pyramid.
 
-oneDNN has no quick backward pass for them; in a MobileNetV3 they took a fifth of a training step (docs/step.md). GPUs do
-not need this.
+oneDNN has no quick backward pass for them: docs/step.md has the milliseconds. GPUs do not need this.
 """
 
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # N images, C channels, H W cells of the map; K x K weights for each channel. A tensor's name ends in its dims.
+Place = tuple[slice, slice]
+"""Rows and columns of a map."""
 
 
 def quicken(network: nn.Module) -> None:
@@ -24,6 +25,7 @@ def quicken(network: nn.Module) -> None:
 def _covered(conv: nn.Conv2d) -> bool:
     same = all(
         size % 2 == 1 and padding == step * (size // 2)
+        # `padding` may be a word, which is then not covered.
         for size, padding, step in zip(conv.kernel_size, conv.padding, conv.dilation, strict=False)
     )
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
@@ -39,7 +41,10 @@ class _Quick(nn.Conv2d):
 
 
 def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
-    """The same as `F.conv2d(x, weight, padding=dilation * (K // 2), dilation=dilation, groups=C)` to float tolerance."""
+    """The same as `F.conv2d(x, weight, padding=dilation * (K // 2), dilation=dilation, groups=C)` to float tolerance.
+
+    Float (N, C, H, W) of any size -> (N, C, H, W); `weight` (C, 1, K, K) with K odd. Issue 4.
+    """
     if torch.is_autocast_enabled(x_NCHW.device.type):  # as it does with convolutions
         dtype = torch.get_autocast_dtype(x_NCHW.device.type)
         x_NCHW, weight_C1KK = x_NCHW.to(dtype), weight_C1KK.to(dtype)
@@ -61,10 +66,6 @@ def _by_phases(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
     phases = F.conv2d(phases, weight_C1KK, padding=padding, groups=channels)
     y = phases.permute(0, 2, 3, 1).reshape(images, step, step, tall, wide, channels).permute(0, 3, 1, 4, 2, 5)
     return y.reshape(images, tall * step, wide * step, channels)[:, :height, :width].permute(0, 3, 1, 2)
-
-
-Span = tuple[slice, slice]
-"""Rows and columns."""
 
 
 class _ByTaps(torch.autograd.Function):
@@ -97,7 +98,7 @@ def _centre(weight_C1KK: Tensor) -> Tensor:
     return weight_C1KK[:, 0, row, column, None, None]
 
 
-def _taps(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Iterator[tuple[int, int, tuple[Span, Span]]]:
+def _taps(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Iterator[tuple[int, int, tuple[Place, Place]]]:
     """(row, column) of each weight off the centre that meets the map anywhere, and the cells that it moves: (to, from)."""
     for row, (to_rows, from_rows) in _spans(x_NCHW.shape[-2], weight_C1KK.shape[-2], dilation):
         for column, (to_columns, from_columns) in _spans(x_NCHW.shape[-1], weight_C1KK.shape[-1], dilation):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,11 @@ def _check_answers(address: str | None) -> None:
 def _dashboard_port() -> Iterator[int]:
     """Ray's usual 8265 on 127.0.0.1, unless it is taken, or another command that is just starting is about to take it."""
     claim = Path(tempfile.gettempdir(), f"cps-ray-{os.getuid()}-dashboard.lock")
-    with claim.open("w") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held.enter_context(claim.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             wanted = [8265, 0]
-        except BlockingIOError:
+        except OSError:  # another command has it, or the file is not ours
             wanted = [0]
         yield _free_port(*wanted)
 
