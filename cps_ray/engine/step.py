@@ -31,18 +31,23 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
     # Local loss sums are divided by the global count and multiplied by the number of shares that DDP's mean divides by again.
     valid = ranks.share_sum((batch.labeled_mask != IGNORE).sum()) / (ranks.shares * parts)
     names = NETWORK_NAMES[: config.networks]
-    totals = {f"sup_{name}": torch.zeros((), device=ranks.device) for name in names}
+    terms = ["sup", *(["grad_norm"] if observe or config.optim.clip_norm is not None else [])]
+    totals = {f"{term}_{name}": torch.zeros((), device=ranks.device) for term in terms for name in names}
     for part in range(parts):
-        micro = Micro(_part(batch, part, parts), part, valid, observe)
-        with _synchronised(state, last=part == parts - 1):
-            for losses in METHODS[config.method](config, state, micro):
+        micro, last = Micro(_part(batch, part, parts), part, valid, observe), part == parts - 1
+        with _synchronised(state, last=last):
+            for network, losses in zip(state.networks, METHODS[config.method](config, state, micro), strict=True):
                 state.scaler.scale(losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
                 # Where networks are split, a rank knows its own one's losses: times their number, the mean over ranks is the sum.
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0.0) + value.detach() * ranks.split / parts
+                if last:
+                    totals |= _update(config, state, network, observe)
         for name, value in micro.seen.items():
             totals[name] = totals.get(name, 0.0) + value / parts
-    totals |= _update(config, state, observe)
+    state.scaler.update()
+    if state.averages:
+        update_averages(config, state)
     state.step += 1
     return totals
 
@@ -58,26 +63,20 @@ def _start(config: TrainConfig, state: TrainState) -> None:
         state.networks[name].train()
 
 
-def _update(config: TrainConfig, state: TrainState, observe: bool) -> dict[str, Tensor]:
-    """Moves the weights; returns the norm of each network's gradient where it is computed, before clipping."""
-    norms = {}
-    limit = config.optim.clip_norm
-    for name, optimizer in state.optimizers.items():
-        if observe or limit is not None:
-            state.scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if limit is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-            norms[f"grad_norm_{name}"] = norm * state.ranks.split
-        state.scaler.step(optimizer)
-    state.scaler.update()
-    if state.averages:
-        update_averages(config, state)
-    others = {
-        f"grad_norm_{name}": torch.zeros((), device=state.ranks.device) for name in NETWORK_NAMES[: config.networks]
-    }
-    return others | norms if norms else {}
+def _update(config: TrainConfig, state: TrainState, name: str, observe: bool) -> dict[str, Tensor]:
+    """Moves a network's weights and drops its gradients before the next one has any; returns their norm, before clipping, where it
+    is computed."""
+    norms, limit, optimizer = {}, config.optim.clip_norm, state.optimizers[name]
+    if observe or limit is not None:
+        state.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        norms[f"grad_norm_{name}"] = norm * state.ranks.split
+    state.scaler.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def _synchronised(state: TrainState, *, last: bool) -> contextlib.ExitStack:

@@ -101,6 +101,18 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
     return loss
 
 
+def gradients(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
+    """Is filled by the next step with what each network's optimizer is given, by the names of network and parameter."""
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    for name, network in state.networks.items():
+
+        def keep(*_: object, name: str = name, network: torch.nn.Module = network) -> None:
+            seen[name] = {place: p.grad.clone() for place, p in network.named_parameters() if p.grad is not None}
+
+        state.optimizers[name].register_step_pre_hook(keep)
+    return seen
+
+
 FORMS = {
     "plain": {"mix": "none"},
     "plain, as the paper's code": {"mix": "none", "on": "all", "forwards": "separate"},
@@ -119,13 +131,13 @@ def test_loss_and_gradient_equal_the_papers_equations(
 ) -> None:
     config = changed(full, model__networks=networks, **{f"cps__{name}": value for name, value in FORMS[form].items()})
     state, twin = state_of(config), state_of(config)
-    expected = reference(config, twin, batch, own_networks=True)
+    expected, given = reference(config, twin, batch, own_networks=True), gradients(state)
     losses = train_step(config, state, batch)
     assert float(losses["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
     expected.backward()
     for name, network in state.networks.items():
-        for (place, p), q in zip(network.named_parameters(), twin.networks[name].parameters(), strict=True):
-            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6), (name, place)
+        for (place, grad), q in zip(given[name].items(), twin.networks[name].parameters(), strict=True):
+            assert torch.allclose(grad, q.grad, rtol=1e-3, atol=1e-6), (name, place)
         for (place, p), q in zip(network.named_buffers(), twin.networks[name].buffers(), strict=True):
             assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), (name, place)  # running statistics, in the same order
     assert state.step == 1
@@ -293,18 +305,37 @@ def test_micro_batches_sum_to_the_whole(tiny: TrainConfig, batch: Batch, method:
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.train = lambda mode=True, m=module: m  # stays in evaluation mode
                     module.training = False
+        grads.append(gradients(state))
         train_step(config, state, batch)
-        grads.append({(n, m): p.grad for n, net in state.networks.items() for m, p in net.named_parameters()})
-    for name, grad in grads[0].items():
-        assert torch.allclose(grad, grads[1][name], rtol=1e-3, atol=1e-6), name
+    for name in state.networks:
+        for place, grad in grads[0][name].items():
+            assert torch.allclose(grad, grads[1][name][place], rtol=1e-3, atol=1e-6), (name, place)
+
+
+def test_a_network_has_moved_and_has_no_gradient_when_the_next_one_learns(full: TrainConfig, batch: Batch) -> None:
+    """Its gradients would stand beside the next one's activations."""
+    state = state_of(full)
+    first, second = state.networks.values()
+    before = [p.clone() for p in first.parameters()]
+    moved: list[bool] = []
+
+    def look(*_: object) -> None:
+        if not moved:
+            moved.append(any(not torch.equal(p, q) for p, q in zip(first.parameters(), before, strict=True)))
+            assert all(p.grad is None for p in first.parameters())
+
+    next(p for p in second.parameters() if p.requires_grad).register_hook(look)
+    train_step(full, state, batch)
+    assert moved == [True]
 
 
 def test_clipping_bounds_the_gradient_of_each_network(tiny: TrainConfig, batch: Batch) -> None:
     config = changed(tiny, optim__clip_norm=0.01)
     state = state_of(config)
+    given = gradients(state)
     norms = train_step(config, state, batch)
-    for name, network in state.networks.items():
-        norm = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+    for name in state.networks:
+        norm = torch.cat([grad.flatten() for grad in given[name].values()]).norm()
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
         assert float(norms[f"grad_norm_{name}"]) > 0.01
 
