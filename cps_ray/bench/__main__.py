@@ -41,7 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     step.add_argument("--architecture", default="deeplabv3plus")
     step.add_argument(
-        "--encoders", nargs="+", default=["resnet18", "tu-mobilenetv3_large_100", "tu-efficientnet_b0"], metavar="NAME"
+        "--encoders",
+        nargs="+",
+        default=["resnet18", "resnet34", "tu-mobilenetv3_large_100", "tu-efficientnet_b0"],
+        metavar="NAME",
     )
     step.add_argument("--crop", type=int, default=256, help="px, a multiple of 32 (default 256)")
     step.add_argument("--batch", type=int, default=4, help="labelled images, and as many unlabelled (default 4)")

@@ -8,36 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from cps_ray.engine.phases import in_phases
 
 # N images, C channels, H W cells of the map; K x K weights for each channel. A tensor's name ends in its dims.
 Place = tuple[slice, slice]
 """Rows and columns of a map."""
-
-
-def quicken(network: nn.Module) -> None:
-    """Lets dilated depthwise convolutions that keep the map's size be computed by `dilated_depthwise`; weights keep their names."""
-    for layer in network.modules():
-        if type(layer) is nn.Conv2d and _covered(layer):
-            layer.__class__ = _Quick
-
-
-def _covered(conv: nn.Conv2d) -> bool:
-    same = all(
-        size % 2 == 1 and padding == step * (size // 2)
-        # `padding` may be a word, which is then not covered.
-        for size, padding, step in zip(conv.kernel_size, conv.padding, conv.dilation, strict=False)
-    )
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-    square = conv.dilation[0] == conv.dilation[1] > 1
-    return (
-        depthwise and square and same and conv.stride == (1, 1) and conv.padding_mode == "zeros" and conv.bias is None
-    )
-
-
-class _Quick(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return dilated_depthwise(input, self.weight, self.dilation[0])
 
 
 def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
@@ -55,17 +32,8 @@ def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Ten
 
 
 def _by_phases(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
-    """Cells that lie a multiple of the dilation apart make a map of their own, on which the convolution is not dilated."""
-    (images, channels, height, width), step = x_NCHW.shape, dilation
-    tall, wide = -(-height // step), -(-width // step)
-    if (tall * step, wide * step) != (height, width):
-        x_NCHW = F.pad(x_NCHW, (0, wide * step - width, 0, tall * step - height))
-    phases = x_NCHW.permute(0, 2, 3, 1).reshape(images, tall, step, wide, step, channels).permute(0, 2, 4, 1, 3, 5)
-    phases = phases.reshape(-1, tall, wide, channels).permute(0, 3, 1, 2)
     padding = (weight_C1KK.shape[-2] // 2, weight_C1KK.shape[-1] // 2)
-    phases = F.conv2d(phases, weight_C1KK, padding=padding, groups=channels)
-    y = phases.permute(0, 2, 3, 1).reshape(images, step, step, tall, wide, channels).permute(0, 3, 1, 4, 2, 5)
-    return y.reshape(images, tall * step, wide * step, channels)[:, :height, :width].permute(0, 3, 1, 2)
+    return in_phases(lambda x: F.conv2d(x, weight_C1KK, padding=padding, groups=len(weight_C1KK)), x_NCHW, dilation)
 
 
 class _ByTaps(torch.autograd.Function):

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cps_ray.config.train import NETWORK_NAMES, OptimConfig, TrainConfig
-from cps_ray.engine.depthwise import quicken
 from cps_ray.engine.networks import Segmenter, build_network, build_networks
 from cps_ray.engine.norm import synchronise
+from cps_ray.engine.quicken import quicken
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.schedules import average_decay
 from cps_ray.errors import CheckpointError

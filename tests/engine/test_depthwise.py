@@ -1,12 +1,10 @@
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cps_ray.engine import depthwise
-from cps_ray.engine.depthwise import dilated_depthwise, quicken
+from cps_ray.engine.depthwise import dilated_depthwise
 
 PHASES = [  # cells, kernel, dilation
     ((12, 18), 3, 2),
@@ -68,25 +66,3 @@ def test_autocast_rounds_it_as_it_does_torchs(cells: tuple[int, int], kernel: in
     for mine, torchs in zip(gradients(found, [x, weight]), gradients(wanted, [x, weight]), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, torchs, rtol=0.05, atol=0.3)
-
-
-def test_only_dilated_depthwise_layers_change_and_nothing_that_one_sees() -> None:
-    layers: list[nn.Module] = [
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False),
-        nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
-        nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=4, bias=False),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8),
-        nn.Conv2d(8, 8, 3, padding=1, dilation=2, groups=8, bias=False),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False, stride=2),
-        nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=8, bias=False),
-    ]
-    network = nn.Sequential(*layers)
-    plain = copy.deepcopy(network)
-    quicken(network)
-    assert [type(layer) is not nn.Conv2d for layer in network] == [True] + [False] * 8
-    assert isinstance(network[0], nn.Conv2d)
-    assert list(network.state_dict()) == list(plain.state_dict())
-    image = torch.randn(2, 4, 16, 16)
-    torch.testing.assert_close(copy.deepcopy(network)(image), plain(image))
