@@ -1,5 +1,6 @@
 """What tests of several layers share: a tiny data set, a tiny training."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from cps_ray.datasets.assembly import in_threads
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.on_ray import cluster, jobs
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, started after this, share two cores
+
 SYNTHETIC = {"train": 24, "val": 6, "test": 6, "height_px": 32, "width_px": 48, "seed": 0}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One Ray cluster at a time: all tests that start one stay in one process, and the other process has the rest."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,7 @@ def outcome(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
         "pytest",
         "-x",
         "-q",
+        "--numprocesses=0",
         "-p",
         "no:cacheprovider",
         "--basetemp",

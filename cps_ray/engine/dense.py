@@ -93,7 +93,7 @@ def cross_entropy(
 
     `targets`: uint8 or int64 (B, H, W) each; `weights`: scalars. Returns the sum, scalar float32 with gradient, and the K
     cross-entropies, float32 (K,), without weights and without gradient. The same as `F.cross_entropy(upsample(coarse), target, ignore_index=IGNORE, reduction="sum")`
-    for each, in half the time or less and a fraction of the memory (docs/step.md): one softmax serves all targets.
+    for each, in less time and a fraction of the memory (docs/step.md): one softmax serves all targets.
     """
 
     def rule(logits_BCHW: Tensor, *targets_BHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
