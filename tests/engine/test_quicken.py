@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cps_ray.engine.deeplab import build_deeplab
 from cps_ray.engine.quicken import quicken
 
 LAST = torch.channels_last
@@ -69,14 +70,23 @@ def gradients(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
 @pytest.mark.parametrize(
-    ("architecture", "encoder", "side"), [("deeplabv3plus", "resnet18", 128), ("unet", "tu-mobilenetv3_small_100", 64)]
+    ("architecture", "encoder", "side"),
+    [
+        ("deeplabv3plus", "resnet18", 128),
+        ("unet", "tu-mobilenetv3_small_100", 64),
+        ("deeplabv3plus-cps", "tu-resnet18d", 96),
+    ],
 )
 def test_a_quickened_network_is_the_same_function(
     architecture: str, encoder: str, side: int, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     options = {"decoder_aspp_dropout": 0.0} if architecture == "deeplabv3plus" else {}
-    plain = smp.create_model(architecture, encoder, encoder_weights=None, classes=5, **options)
+    plain = (
+        build_deeplab(encoder, None, 5)
+        if architecture == "deeplabv3plus-cps"
+        else smp.create_model(architecture, encoder, encoder_weights=None, classes=5, **options)
+    )
     plain = plain.double().to(memory_format=layout)  # in double precision, so that no ReLU turns on a last bit
     quick = copy.deepcopy(plain)
     quicken(quick)
