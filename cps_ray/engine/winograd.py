@@ -6,7 +6,6 @@ float32's rounding near that of the definition (Barabasz et al., "Error analysis
 convolution", 2020, choose points for it; these are the best of those that we measured, docs/step.md).
 """
 
-from functools import cache
 from math import ceil
 from typing import Any
 
@@ -132,9 +131,8 @@ def _weights(weight_OC33: Tensor) -> Tensor:
     return (of_weights @ weight_OC33.permute(2, 3, 0, 1).reshape(9, -1)).view(_REACH**2, *weight_OC33.shape[:2])
 
 
-@cache
-def _transforms(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """V (36) of 6x6 cells, U (36) of 3x3 weights, 4x4 results of M (36).
+def _exact() -> list[Tensor]:
+    """V (36) of 6x6 cells, U (36) of 3x3 weights, 4x4 results of M (36), in double precision.
 
     Polynomials of degree 3 and 2 are multiplied at 6 points; interpolation gives their product. A correlation is the transpose
     of that in the longer one.
@@ -145,6 +143,12 @@ def _transforms(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         infinity = torch.eye(coefficients, dtype=torch.float64)[-1:]
         return torch.cat([torch.linalg.vander(points, N=coefficients), infinity])
 
-    of_cells, of_weights, to_results = torch.linalg.inv(evaluate(_REACH)).T, evaluate(3), evaluate(_TILE).T
-    cells, weights, results = (torch.kron(one, one).to(dtype) for one in (of_cells, of_weights, to_results))
-    return cells, weights, results
+    return [torch.kron(one, one) for one in (torch.linalg.inv(evaluate(_REACH)).T, evaluate(3), evaluate(_TILE).T)]
+
+
+_EXACT = _exact()
+
+
+def _transforms(dtype: torch.dtype) -> list[Tensor]:
+    """The matrices V, U and of the results, rounded."""
+    return [matrix.to(dtype) for matrix in _EXACT]
