@@ -57,7 +57,6 @@ def _start(config: TrainConfig, state: TrainState) -> None:
     torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + state.ranks.rank)
     rate = learning_rate(config.optim, state.step, config.schedule.steps)
     for name, optimizer in state.optimizers.items():
-        optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = rate
         state.networks[name].train()

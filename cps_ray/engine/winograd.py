@@ -27,6 +27,7 @@ _NARROW, _WIDE = 64, 128
 _WASTE = 1.6
 """Cells that tiles cover, by the map's: from there on it is not."""
 _TILES = 64
+"""Of all images together, from which the products outweigh the work on the weights."""
 
 
 def pays(cells: torch.Size, weights: torch.Size, dilation: int) -> bool:
@@ -75,9 +76,8 @@ class _Winograd(torch.autograd.Function):
         over = (0, 0, 0, wide * _TILE - width, 0, tall * _TILE - height)
         grad_44NhwO = F.pad(grad_NOHW.permute(0, 2, 3, 1), over).view(images, tall, _TILE, wide, _TILE, -1)
         grad_44NhwO = grad_44NhwO.permute(2, 4, 0, 1, 3, 5)
-        narrow = _narrow(weight_OC33)
         grad_weight_OC33 = torch.empty_like(weight_OC33)
-        grad_v_36TC = None if narrow else torch.zeros_like(v_36TC)
+        grad_v_36TC = None if _narrow(weight_OC33) else torch.zeros_like(v_36TC)
         for part in _parts(weight_OC33):
             grad_m_36TO = (to_results.T @ grad_44NhwO[..., part].reshape(_TILE**2, -1)).view(*v_36TC.shape[:2], -1)
             grad_u_36OC = torch.bmm(grad_m_36TO.transpose(1, 2), v_36TC)
