@@ -30,10 +30,23 @@ def data(config: TrainConfig) -> TrainData:
     return train_data(open_shards(config.data.shards), config)
 
 
+def running() -> list[str]:
+    """Threads of streams."""
+    return [t.name for t in threading.enumerate() if t.name.startswith(("stream", "StreamingExecutor", "batches"))]
+
+
+def wait_until_none_runs(deadline: float) -> None:
+    while running():
+        assert time.monotonic() < deadline, running()
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with connected(None):
         yield
+        # A stream that nobody reads any more ends when its execution is up; without its cluster it would start another.
+        wait_until_none_runs(time.monotonic() + 60)
 
 
 def small(plan: Plan) -> Plan:
@@ -120,15 +133,9 @@ def test_damage_that_a_task_finds_names_the_shard(config: TrainConfig, tmp_path:
 def test_a_training_that_stops_early_leaves_no_execution(config: TrainConfig, data: TrainData, cluster: None) -> None:
     config = changed(config, schedule__steps=10_000)
     batches = train_batches(data, config, unlabeled=stream(small(make_plan(data, config, 0, 1, 0))))
-
-    def running() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name.startswith(("stream", "StreamingExecutor", "batches"))]
-
     deadline = time.monotonic() + 60
     while not any(name.startswith("StreamingExecutor") for name in running()):
         next(batches)
         assert time.monotonic() < deadline
     batches.close()
-    while running():
-        assert time.monotonic() < deadline, running()
-        time.sleep(0.1)
+    wait_until_none_runs(deadline)
