@@ -6,7 +6,7 @@ import sys
 COMMANDS = {
     "prepare": "raw data set -> checked Parquet shards",
     "inspect": "prepared shards -> checks, statistics, contact sheets and a page",
-    "splits": "which training images are labelled: drawn or published lists",
+    "subsets": "which training images are labelled: drawn or published lists",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
     "bench": "speed and memory, measured side by side",
@@ -15,6 +15,9 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command named by the first argument."""
+    if sys.argv[1:2] == ["splits"]:
+        print("error: `splits` is called `subsets` now: cps-ray subsets ...", file=sys.stderr)
+        return 2
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print("usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{about}" for name, about in COMMANDS.items()), sep="\n")
         print("\n`cps-ray COMMAND --help` tells more.")

@@ -16,12 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cps_ray.command import entry, guarded, image_bar
-from cps_ray.datasets import checks, page, picture
-from cps_ray.datasets.findings import Finding, some, told
+from cps_ray.datasets.prepare import checks
+from cps_ray.datasets.prepare.findings import Finding, first_few, summary_lines
+from cps_ray.datasets.prepare.verification import damage, verified
 from cps_ray.datasets.shards import Index, Manifest, Shards, open_shards
-from cps_ray.datasets.splits import labeled_rows, named_split, read_ids
-from cps_ray.datasets.statistics import Statistics, percent, size_text, statistics
-from cps_ray.datasets.verification import damage, verified
+from cps_ray.datasets.show import page, picture
+from cps_ray.datasets.show.statistics import Statistics, percent, size_text, statistics
+from cps_ray.datasets.subsets import labeled_rows, read_ids, subset_folder
 from cps_ray.errors import DataError
 
 PAGE_FILE = "index.html"
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labeled",
         metavar="WHICH",
-        help="look at the labelled part too: a count, a share such as 0.125, the name of a split, or a list file",
+        help="look at the labelled part too: a count, a fraction such as 0.125, the name of a subset, or a list file",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the images shown, and of a drawn labelled part (default 0)"
@@ -80,7 +81,7 @@ def _indexes(shards: Shards) -> tuple[dict[str, Index], list[Finding]]:
 
 def _labeled(shards: Shards, index: Index, wanted: str, seed: int) -> Chosen:
     """The part that --labeled means. DataError if there is no such part."""
-    if named_split(shards.folder, wanted).is_dir():
+    if subset_folder(shards.folder, wanted).is_dir():
         rows = labeled_rows(shards.folder, index, wanted, seed)
     elif Path(wanted).is_file() or wanted.endswith(".txt"):
         rows = read_ids(Path(wanted), index)
@@ -90,13 +91,13 @@ def _labeled(shards: Shards, index: Index, wanted: str, seed: int) -> Chosen:
 
 
 def _number(text: str) -> int | float | str:
-    """A count of at least 1, a share in (0, 1], or what is neither: a name."""
+    """A count of at least 1, a fraction in (0, 1], or what is neither: a name."""
     try:
         value = float(text) if "." in text else int(text)
     except ValueError:
         return text
     if value <= 0 or (isinstance(value, float) and value > 1):
-        raise DataError(f"--labeled must be a count of at least 1 or a share in (0, 1], but is {text}.")
+        raise DataError(f"--labeled must be a count of at least 1 or a fraction in (0, 1], but is {text}.")
     return value
 
 
@@ -105,7 +106,7 @@ def _labels(part: Chosen, classes: Sequence[str]) -> list[Finding]:
     findings = []
     bare = [part.index.ids[row] for row in part.rows if not part.index.labeled[row]]
     if bare:
-        found = f"every labelled image must have a mask, but {len(bare)} have none ({some(bare)})"
+        found = f"every labelled image must have a mask, but {len(bare)} have none ({first_few(bare)})"
         findings.append(Finding("label without mask", part.name, found, "take them off the list"))
     missing = checks.absent(part.index.pixels[part.rows], classes)
     if missing:
@@ -126,7 +127,7 @@ def _verify(shards: Shards, indexes: Mapping[str, Index]) -> list[Finding]:
 
 def _lines(findings: Sequence[Finding]) -> list[str]:
     """Each finding, or, of many, one line per trouble."""
-    return [finding.line for finding in findings] if len(findings) <= _LINES else told(findings)
+    return [finding.line for finding in findings] if len(findings) <= _LINES else summary_lines(findings)
 
 
 def _sizes(known: Statistics) -> str:
@@ -218,7 +219,7 @@ def _run(args: argparse.Namespace) -> int:
     fatal = [finding for finding in findings if finding.fatal]
     warnings = [finding for finding in findings if not finding.fatal]
     # Preparing has noted its warnings, which are found again here.
-    again = told(warnings)
+    again = summary_lines(warnings)
     notes = [note for note in manifest.notes if note not in again]
     said = page.Said(tuple(_lines(fatal)), tuple(_lines(warnings)), tuple(notes))
     written = _write(output, name, manifest, parts, said)

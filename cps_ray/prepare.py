@@ -12,12 +12,13 @@ from rich.table import Table
 from cps_ray.command import entry, guarded, image_bar
 from cps_ray.config.reader import parse
 from cps_ray.config.train import SyntheticConfig
-from cps_ray.datasets import layouts, synthetic
-from cps_ray.datasets.assembly import BadDataError, Plan, Watch, write_shards
-from cps_ray.datasets.findings import told
-from cps_ray.datasets.items import FromFiles
-from cps_ray.datasets.layouts import RawData
-from cps_ray.datasets.recipe import load_recipe
+from cps_ray.datasets import synthetic
+from cps_ray.datasets.prepare import layouts
+from cps_ray.datasets.prepare.assembly import BadDataError, DataSetPlan, OnProgress, write_shards
+from cps_ray.datasets.prepare.findings import summary_lines
+from cps_ray.datasets.prepare.items import FromFiles
+from cps_ray.datasets.prepare.layouts import RawData
+from cps_ray.datasets.prepare.recipe import load_recipe
 from cps_ray.datasets.shards import Manifest, open_shards
 from cps_ray.errors import DataError
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (camvid, cityscapes, voc, folder):
         command.add_argument("raw", type=Path, metavar="RAW", help="folder of the raw data")
         command.add_argument(
-            "--scale", type=float, default=1.0, help="shrink images and masks to this share of their sides"
+            "--scale", type=float, default=1.0, help="shrink images and masks to this fraction of their sides"
         )
         command.add_argument(
             "--uncompressed",
@@ -86,12 +87,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Watch]:
+def _bar(total: int) -> Iterator[OnProgress]:
     with image_bar("preparing") as progress:
         task = progress.add_task("", total=total)
         before = 0
 
-        def watch(images: int, known: bool) -> None:
+        def on_progress(images: int, known: bool) -> None:
             nonlocal before
             if known:
                 before += images
@@ -99,7 +100,7 @@ def _bar(total: int) -> Iterator[Watch]:
                 return
             progress.advance(task, images)
 
-        yield watch
+        yield on_progress
     if before:
         print(f"{before} of {total} images were done before.", file=sys.stderr)
 
@@ -122,17 +123,17 @@ def _write(args: argparse.Namespace) -> None:
     raw, made_by = _found(args)
     made_by += f", scale {args.scale:g}" if args.scale < 1.0 else ""
     made_by += ", uncompressed" * args.uncompressed
-    # Tasks run elsewhere: what they are told must not hang on where this command was started.
+    # Tasks run elsewhere: their settings must not depend on where this command was started.
     make = FromFiles(raw.reader, raw.value_range, args.scale, compressed=not args.uncompressed)
-    plan = Plan(raw.splits, make, raw.classes, raw.palette, made_by, raw.findings, raw.notes)
+    plan = DataSetPlan(raw.splits, make, raw.classes, raw.palette, made_by, raw.findings, raw.notes)
     if args.out.exists():
         raise DataError(f"{args.out}: already exists; remove it or name another folder.")
     from cps_ray.on_ray.cluster import connected
     from cps_ray.on_ray.jobs import on_cluster
 
     total = sum(map(len, raw.splits.values()))
-    with connected(args.address), _bar(total) as watch:
-        write_shards(args.out.absolute(), plan, run=on_cluster, skip_bad=args.skip_bad, watch=watch)
+    with connected(args.address), _bar(total) as on_progress:
+        write_shards(args.out.absolute(), plan, run=on_cluster, skip_bad=args.skip_bad, on_progress=on_progress)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -152,7 +153,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _list(out: Path, bad: BadDataError) -> None:
     """One line per trouble; where there are many, a file with all of them."""
-    lines = told(bad.findings)
+    lines = summary_lines(bad.findings)
     print(*lines[:_LINES], sep="\n", file=sys.stderr)
     if len(bad.findings) > len(lines) or len(lines) > _LINES:
         path = out.with_name(f"{out.name}.findings.txt")
@@ -160,12 +161,12 @@ def _list(out: Path, bad: BadDataError) -> None:
         print(f"Every file is listed in {path}.", file=sys.stderr)
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f}" if part else "-"
+def _percent(part: int, total: int) -> str:
+    return f"{100 * part / total:.2f}" if part else "-"
 
 
 def summary(manifest: Manifest) -> Table:
-    """Images and masks per split, and per class its share of the pixels and the images that show it."""
+    """Images and masks per split, and per class its fraction of the pixels and the images that show it."""
     table = Table(caption="per class: % of the counted pixels (images that show it)")
     table.add_column("")
     rows: Mapping[str, list[str]] = {name: [] for name in ("images", "masks", *manifest.classes)}
@@ -174,7 +175,7 @@ def summary(manifest: Manifest) -> Table:
         rows["images"].append(str(split.images))
         rows["masks"].append(str(split.masks))
         for label, pixels, images in zip(manifest.classes, split.class_pixels, split.class_images, strict=True):
-            rows[label].append(f"{_share(pixels, sum(split.class_pixels))} ({images})")
+            rows[label].append(f"{_percent(pixels, sum(split.class_pixels))} ({images})")
     for place, (label, cells) in enumerate(rows.items()):
         table.add_row(label, *cells, end_section=place == 1)
     return table

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] not in _VERBS and not words[0].startswith("-"):
         words.insert(0, "run")
     args = _parser().parse_args(words)
-    return guarded(lambda: int(args.do(args)))
+    return guarded(lambda: int(args.run(args)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,23 +49,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in budget.trials=10"
     )
-    run.add_argument("--name", help="another name, hence another run folder")
-    run.add_argument("--output", type=Path, help="another folder for run folders")
-    run.add_argument("--fresh", action="store_true", help="move an existing run folder aside")
+    run.add_argument("--name", help="another name, hence another sweep folder")
+    run.add_argument("--output", type=Path, help="another folder for sweep folders")
+    run.add_argument("--fresh", action="store_true", help="move an existing sweep folder aside")
     run.add_argument("--address", help="join this Ray cluster instead of starting one")
-    run.set_defaults(do=_run)
+    run.set_defaults(run=_run)
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--trials", type=int, help="a larger budget of trials")
     resume.add_argument("--time", help="a larger budget of wall time, all sessions together, such as 10h")
     resume.add_argument("--address")
-    resume.set_defaults(do=_resume)
+    resume.set_defaults(run=_resume)
     status = verbs.add_parser("status", help="how a sweep stands; only reads files")
     status.add_argument("folder", type=Path)
-    status.set_defaults(do=_status)
+    status.set_defaults(run=_status)
     best = verbs.add_parser("best", help="print the best configuration, a file that trains as it is")
     best.add_argument("folder", type=Path)
-    best.set_defaults(do=_best)
+    best.set_defaults(run=_best)
     return parser
 
 
@@ -79,11 +79,11 @@ def _run(args: argparse.Namespace) -> int:
     config = _load(args.file, args.set, args.name, args.output)
     if args.dry_run is not None:
         return _dry_run(config, args.dry_run)
-    from cps_ray.search import folder, run
+    from cps_ray.search import sweep, sweep_folder
 
-    shards = folder.check(config)
-    root = folder.begin(config, args.file, fresh=args.fresh)
-    return run.Sweep(config, root, Console(), args.address).run(shards)
+    shards = sweep_folder.check(config)
+    root = sweep_folder.begin(config, args.file, fresh=args.fresh)
+    return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
 def _dry_run(config: SweepConfig, draws: int) -> int:
@@ -122,34 +122,36 @@ def _dry_run(config: SweepConfig, draws: int) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from cps_ray.search import folder, run
+    from cps_ray.search import sweep, sweep_folder
 
-    _need_run_folder(args.folder)
+    _need_sweep_folder(args.folder)
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
-    config = _load(args.folder / folder.SWEEP_FILE, overrides)
+    config = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
     if overrides:
-        folder.write_resolved(root, config)
-    return run.Sweep(config, root, Console(), args.address).run(folder.check(config))
+        sweep_folder.write_resolved(root, config)
+    return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config))
 
 
 def _status(args: argparse.Namespace) -> int:
-    from cps_ray.search import folder, records, run
-    from cps_ray.search.study import Search
+    from cps_ray.files import read_json
+    from cps_ray.search import records, sweep_folder
+    from cps_ray.search.study import SweepStudy
+    from cps_ray.search.verdict import verdict_lines
 
-    _need_run_folder(args.folder)
-    config = _load(args.folder / folder.SWEEP_FILE, [])
-    search = Search(config, args.folder.absolute())
-    summary = records.read_json(args.folder / records.SUMMARY_FILE) or {}
+    _need_sweep_folder(args.folder)
+    config = _load(args.folder / sweep_folder.SWEEP_FILE, [])
+    study = SweepStudy(config, args.folder.absolute())
+    summary = read_json(args.folder / records.SUMMARY_FILE) or {}
     console = Console()
-    counts = "  ".join(f"{count} {state}" for state, count in search.counts().items())
+    counts = "  ".join(f"{count} {state}" for state, count in study.counts().items())
     console.print(
         f"{config.name}: {summary.get('status', 'begun')}, {counts}, of {config.budget.trials} trials", highlight=False
     )
     table = Table(box=None)
     for name in ("number", "state", "steps", "score_best", "seconds", *config.search_space):
         table.add_column(name, justify="right")
-    for row in records.trial_rows(search, config):
+    for row in records.trial_rows(study, config):
         keys = (
             "number",
             "state",
@@ -162,7 +164,7 @@ def _status(args: argparse.Namespace) -> int:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
     if summary.get("best"):
-        for line in run.verdict_lines(args.folder, summary):
+        for line in verdict_lines(args.folder, summary):
             console.print(line, highlight=False, soft_wrap=True)
     return 0
 
@@ -170,16 +172,16 @@ def _status(args: argparse.Namespace) -> int:
 def _best(args: argparse.Namespace) -> int:
     path = args.folder / "best.yaml"
     if not path.is_file():
-        raise ConfigError(f"{path}: no trial of this sweep has completed yet, or this is no run folder.")
+        raise ConfigError(f"{path}: no trial of this sweep has completed yet, or this is no sweep folder.")
     print(path.read_text(), end="")
     return 0
 
 
-def _need_run_folder(folder: Path) -> None:
-    from cps_ray.search.folder import SWEEP_FILE, is_run_folder
+def _need_sweep_folder(folder: Path) -> None:
+    from cps_ray.search.sweep_folder import SWEEP_FILE, is_sweep_folder
 
-    if not is_run_folder(folder):
-        raise ConfigError(f"{folder}: must be a run folder of a sweep (with {SWEEP_FILE} and study.db), but is none.")
+    if not is_sweep_folder(folder):
+        raise ConfigError(f"{folder}: must be the folder of a sweep (with {SWEEP_FILE} and study.db), but is none.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
 
 if TYPE_CHECKING:
-    from cps_ray.datasets.splits import LabeledSplit
+    from cps_ray.datasets.subsets import LabeledSubset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +60,13 @@ def _run(args: argparse.Namespace) -> int:
         _show_plan(config, args.output or _folder(args.file))
         return 0
     from cps_ray.datasets.loader import check_data
-    from cps_ray.datasets.synthetic import open_data
+    from cps_ray.datasets.open import open_data
     from cps_ray.engine.networks import check_model
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
-    from cps_ray.on_ray.trainer import CONFIG_FILE
+    from cps_ray.runs import CONFIG_FILE
 
     check_model(config.model)
-    check_data(open_data(config.data), config, judged=("val",))
+    check_data(open_data(config.data), config, evaluated=("val",))
     folder.mkdir(parents=True, exist_ok=True)
     source = args.file.name if args.file.exists() else f"the preset {args.file}"
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
@@ -102,7 +102,7 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
         raise ConfigError(
             f"{folder}: already holds a training. Go on: {_resume(folder)}. Start again: --output another folder."
         )
-    from cps_ray.on_ray.trainer import CONFIG_FILE
+    from cps_ray.runs import CONFIG_FILE
 
     begun = folder / CONFIG_FILE
     if begun.exists() and load_train(begun).model_copy(update={"resources": config.resources}) != config:
@@ -113,7 +113,7 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
 
 def _show_plan(config: TrainConfig, folder: Path) -> None:
     """Checks what can be checked without a cluster and without hub weights; prints what a training would do."""
-    images, split, classes = _images(config)
+    images, subset, classes = _images(config)
     resources = config.resources
     each = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
     rows = [
@@ -121,7 +121,7 @@ def _show_plan(config: TrainConfig, folder: Path) -> None:
         ("method", _method(config)),
         *_networks(config, classes),
         ("images", images),
-        *_effort(config, split),
+        *_effort(config, subset),
         ("workers", f"{resources.workers}, {each}"),
         ("speed", "images per second are known once it runs"),
     ]
@@ -129,20 +129,21 @@ def _show_plan(config: TrainConfig, folder: Path) -> None:
         print(f"{name:<12}{said}")
 
 
-def _images(config: TrainConfig) -> tuple[str, "LabeledSplit | None", int]:
+def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int]:
     """The images in words and, unless they are still to be drawn, in rows; and the number of classes."""
     from cps_ray.datasets.loader import check_data, train_data
-    from cps_ray.datasets.synthetic import CLASSES, open_data
+    from cps_ray.datasets.open import open_data
+    from cps_ray.datasets.synthetic import CLASSES
 
     drawn = config.data.synthetic
     if drawn is not None and not config.data.shards.exists():
         return f"{drawn.train} to train on and {drawn.val} to validate, drawn on first use", None, len(CLASSES)
     shards = open_data(config.data)
-    check_data(shards, config, judged=("val",))
-    split = train_data(shards, config).split
-    judged = int(shards.index("val").labeled.sum())
-    said = f"{len(split.labeled)} labelled, {len(split.unlabeled)} unlabelled, {judged} to validate"
-    return said, split, len(shards.classes)
+    check_data(shards, config, evaluated=("val",))
+    subset = train_data(shards, config).subset
+    evaluated = int(shards.index("val").labeled.sum())
+    said = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {evaluated} to validate"
+    return said, subset, len(shards.classes)
 
 
 def _method(config: TrainConfig) -> str:
@@ -151,7 +152,7 @@ def _method(config: TrainConfig) -> str:
         return config.method
     ramp = f" after a ramp over {settings.ramp:.0%} of the steps" if settings.ramp else ""
     mix = f", mix {settings.mix}" if isinstance(settings, MixConfig) else ""
-    on = f" on {settings.on} images" if isinstance(settings, CpsConfig) else ""
+    on = f" on {settings.images} images" if isinstance(settings, CpsConfig) else ""
     return f"{config.method}, weight {settings.weight:g}{ramp}{on}{mix}"
 
 
@@ -170,21 +171,23 @@ def _networks(config: TrainConfig, classes: int) -> Iterator[tuple[str, str]]:
         yield f"network {name}", f"{form.architecture}, {form.encoder}, weights {weights}: {millions:.1f} M parameters"
 
 
-def _effort(config: TrainConfig, split: "LabeledSplit | None") -> Iterator[tuple[str, str]]:
+def _effort(config: TrainConfig, subset: "LabeledSubset | None") -> Iterator[tuple[str, str]]:
     """Steps, passes over the images if they are known, and batches."""
     data, steps, every = config.data, config.schedule.steps, config.schedule.eval_every
     yield "steps", f"{steps}, with {steps // every} evaluations, one every {every}"
     sizes = {"labelled": data.labeled_batch}
     if config.semi_supervised:
         sizes["unlabelled"] = data.unlabeled_batch
-    if split is not None:
-        counts = {"labelled": len(split.labeled), "unlabelled": len(split.unlabeled)}
+    if subset is not None:
+        counts = {"labelled": len(subset.labeled), "unlabelled": len(subset.unlabeled)}
         passes = (f"{steps * size / counts[kind]:.1f} over the {kind} images" for kind, size in sizes.items())
         yield "passes", ", ".join(passes)
-    batch, share = (" + ".join(str(size // parts) for size in sizes.values()) for parts in (1, config.shares))
+    batch, per_worker = (
+        " + ".join(str(size // parts) for size in sizes.values()) for parts in (1, config.num_batch_shards)
+    )
     micro = f" in {config.compute.accumulate} micro-batches" if config.compute.accumulate > 1 else ""
     height, width = data.crop_px
-    yield "batch", f"{batch} crops of {height}x{width} px ({' + '.join(sizes)}), {share} per worker{micro}"
+    yield "batch", f"{batch} crops of {height}x{width} px ({' + '.join(sizes)}), {per_worker} per worker{micro}"
 
 
 def _resume(folder: Path) -> str:
@@ -193,7 +196,8 @@ def _resume(folder: Path) -> str:
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Runs the training in a thread, so that Ctrl-C and the progress lines stay ours."""
-    from cps_ray.on_ray.trainer import Objective, best_checkpoint, make_trainer, reason
+    from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer, reason
+    from cps_ray.runs import best_checkpoint
 
     outcome: dict[str, Any] = {}
 
@@ -214,7 +218,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         raise CpsRayError(f"{folder}: the training failed: {reason(error)}. More in {folder}/log.txt") from error
     if outcome.get("value"):
         raise DivergedError(f"{folder}: {outcome['value']['diverged']}")
-    found = best_checkpoint(folder, Objective())
+    found = best_checkpoint(folder, DEFAULT_METRIC)
     if found is not None:
         checkpoint, meta = found
         print(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}")
@@ -222,9 +226,9 @@ def _fit(config: TrainConfig, folder: Path) -> None:
 
 def _show(config: TrainConfig, folder: Path, shown: int) -> int:
     """Prints evaluations after step `shown`; returns the last one's step."""
-    from cps_ray.on_ray.trainer import METRICS_FILE, read_metrics
+    from cps_ray.runs import read_metrics
 
-    for metrics in read_metrics(folder / METRICS_FILE):
+    for metrics in read_metrics(folder):
         if metrics["step"] > shown:
             shown = metrics["step"]
             print(

@@ -8,7 +8,7 @@ import pytest
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import SyntheticConfig, TrainConfig
-from cps_ray.datasets.assembly import in_threads
+from cps_ray.datasets.prepare.assembly import in_threads
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.on_ray import cluster, jobs
 

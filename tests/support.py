@@ -1,15 +1,20 @@
 """Helpers that tests import."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.evaluation import evaluate, summarise
+from cps_ray.engine import evaluation
+from cps_ray.engine.batch import EvalBatch
+from cps_ray.engine.evaluation import Counts, summarise
 from cps_ray.engine.loop import fit
+from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 
@@ -17,6 +22,21 @@ from cps_ray.engine.state import build_state
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     """`changed(tiny, cps__weight=2.0)`: dotted names with __ for the dot."""
     return apply(config, {name.replace("__", "."): value for name, value in changes.items()}, "test")
+
+
+def evaluate(
+    config: TrainConfig, networks: Mapping[str, Segmenter], batches: Iterable[EvalBatch], num_classes: int, ranks: Ranks
+) -> Counts:
+    """`engine.evaluation.evaluate` with what a training's config says."""
+    precision = config.compute.autocast
+    return evaluation.evaluate(
+        config.evaluation, networks, batches, num_classes, ranks, slices=config.data.slices, precision=precision
+    )
+
+
+def predict(config: TrainConfig, network: Segmenter, image: Tensor) -> Tensor:
+    """`engine.evaluation.predict` with what a training's config says."""
+    return evaluation.predict(config.evaluation, network, image, precision=config.compute.autocast)
 
 
 def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
@@ -27,7 +47,9 @@ def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
     found = []
 
     def validate(_: object) -> dict[str, float]:
-        return summarise(evaluate(config, state.judged, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val")
+        return summarise(
+            evaluate(config, state.evaluated, eval_batches(shards, "val"), 7, Ranks()), shards.classes, "val"
+        )
 
     def report(metrics: dict[str, float], _: object) -> bool:
         found.append(metrics)

@@ -9,7 +9,7 @@ import pytest
 import trees
 
 from cps_ray import prepare, sweep, train
-from cps_ray.datasets.assembly import write_shards
+from cps_ray.datasets.prepare.assembly import write_shards
 
 SWEEP = """\
 version: 1
@@ -179,7 +179,7 @@ def test_an_existing_training_folder(tmp_path: Path, shards: Path, capsys: pytes
 
 def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["resume", str(tmp_path)]) == 2
-    assert "must be a run folder of a sweep" in one_line(capsys)
+    assert "must be the folder of a sweep" in one_line(capsys)
 
 
 def test_a_test_split_without_masks(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ train:
     crop_px: [32, 48]
     labeled_batch: 4
     unlabeled_batch: 4
-    groups: {first: "*_0000[012]"}
+    slices: {first: "*_0000[012]"}
   model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16, decoder_aspp_dropout: 0.0}}
   optim: {name: adamw, lr: 3e-3}
   schedule: {steps: 20, eval_every: 5}
@@ -123,9 +123,9 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert counts["complete"] + counts["pruned"] == 4, out
     assert counts["complete"] >= 1
     assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds somebody to stop"
-    assert set(summary["final"]["groups"]) == {"best", "supervised-only"}
-    assert summary["final"]["groups"]["best"]["test/miou"]["n"] == 2
-    assert "test/first/miou" in summary["final"]["groups"]["best"]
+    assert set(summary["final"]["arms"]) == {"best", "supervised-only"}
+    assert summary["final"]["arms"]["best"]["test/miou"]["n"] == 2
+    assert "test/first/miou" in summary["final"]["arms"]["best"]
 
     trials = pq.read_table(root / "trials.parquet").to_pylist()
     assert [row["number"] for row in trials] == [0, 1, 2, 3]
@@ -140,8 +140,8 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
         assert config.optim.lr == row["params.optim.lr"]
         assert config.cps.weight == row["params.cps.weight"]
         # A trial that is stopped may record another evaluation before it is taken down: the study did not count it.
-        judged = [r["val/miou"] for r in records(folder) if r["step"] <= row["steps"]]
-        assert max(judged) == row["score_best"]
+        evaluated = [r["val/miou"] for r in records(folder) if r["step"] <= row["steps"]]
+        assert max(evaluated) == row["score_best"]
         assert (folder / "log.txt").read_text()
         assert not (folder / "error.txt").exists()
         assert (row["state"] == "pruned") == (row["steps"] < 20)

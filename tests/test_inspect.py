@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cps_ray.datasets import checks
-from cps_ray.datasets.findings import told
 from cps_ray.datasets.images import decode_mask, encode_mask
+from cps_ray.datasets.prepare import checks
+from cps_ray.datasets.prepare.findings import summary_lines
 from cps_ray.datasets.shards import open_shards, sha256
 from cps_ray.inspect import main
 
@@ -94,16 +94,16 @@ def test_healthy_shards(folder: Path, capsys: Said) -> None:
 
 
 def test_a_flipped_byte_in_an_image_is_found_and_the_rest_is_shown(folder: Path, capsys: Said) -> None:
-    places = open_shards(folder).index("train").places
-    path = Path(places.files[0])
+    locations = open_shards(folder).index("train").locations
+    path = Path(locations.files[0])
     data = bytearray(path.read_bytes())
-    data[int(places.image[3].sum()) - 20] ^= 1
+    data[int(locations.image[3].sum()) - 20] ^= 1
     path.write_bytes(data)
     assert main([str(folder)]) == 2
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if line.startswith(f"error: {path}: ")]
     assert len(lines) == 2
-    assert any(f"the image of {places.ids[3]}" in line and "checksum" in line for line in lines)
+    assert any(f"the image of {locations.ids[3]}" in line and "checksum" in line for line in lines)
     assert any("sha256" in line and "manifest" in line for line in lines)
     assert all(line.endswith("; prepare the data set again.") for line in lines)
     assert said.err.startswith("error: ")
@@ -168,9 +168,9 @@ def test_masks_and_sizes_that_contradict_the_index_are_found(folder: Path, capsy
 
 def test_mask_values_outside_the_class_table_are_found(folder: Path, capsys: Said) -> None:
     index = open_shards(folder).index("val")
-    path = Path(index.places.files[0])
-    row = int(np.argmax(index.places.mask[:, 1]))
-    first, count = map(int, index.places.mask[row])
+    path = Path(index.locations.files[0])
+    row = int(np.argmax(index.locations.mask[:, 1]))
+    first, count = map(int, index.locations.mask[row])
     data = path.read_bytes()
     mask = decode_mask(data[first : first + count])
     strange = np.zeros_like(mask)
@@ -235,7 +235,7 @@ def test_a_warning_that_preparing_noted_is_no_note_too(folder: Path, capsys: Sai
     (folder / "manifest.json").write_text(json.dumps(manifest))
     opened = open_shards(folder)
     found = checks.whole({split: opened.index(split) for split in manifest["splits"]}, opened.classes)
-    manifest["notes"] = told(found)
+    manifest["notes"] = summary_lines(found)
     assert "ghost" in manifest["notes"][0]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(folder)]) == 0
@@ -245,9 +245,9 @@ def test_a_warning_that_preparing_noted_is_no_note_too(folder: Path, capsys: Sai
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("6", "6"), ("0.5", "12"), ("mine", "2")])
-def test_the_labelled_part_is_a_count_a_share_or_a_name(folder: Path, wanted: str, count: str, capsys: Said) -> None:
-    (folder / "splits/mine").mkdir(parents=True)
-    (folder / "splits/mine/labeled.txt").write_text("train_00004\ntrain_00011\n")
+def test_the_labelled_part_is_a_count_a_fraction_or_a_name(folder: Path, wanted: str, count: str, capsys: Said) -> None:
+    (folder / "subsets/mine").mkdir(parents=True)
+    (folder / "subsets/mine/labeled.txt").write_text("train_00004\ntrain_00011\n")
     assert main([str(folder), "--labeled", wanted, "--seed", "2"]) == 0
     assert cells(capsys.readouterr().out)["masks"] == ["24", count, "6", "6"]
 
@@ -256,8 +256,8 @@ def test_the_labelled_part_is_a_count_a_share_or_a_name(folder: Path, wanted: st
     ("arguments", "said"),
     [
         (["nowhere"], "nowhere: no shards here"),
-        (["shards", "--labeled", "yours"], "no split named 'yours' here"),
-        (["shards", "--labeled", "1.5"], "--labeled must be a count of at least 1 or a share in (0, 1], but is 1.5"),
+        (["shards", "--labeled", "yours"], "no subset named 'yours' here"),
+        (["shards", "--labeled", "1.5"], "--labeled must be a count of at least 1 or a fraction in (0, 1], but is 1.5"),
         (["shards", "--labeled", "none.txt"], "none.txt"),
         (["shards", "--output", "shards/manifest.json"], "shards/manifest.json: cannot be made"),
     ],

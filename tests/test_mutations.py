@@ -46,8 +46,8 @@ BUGS = {
     "the teacher stays in evaluation mode": ("methods.py", "    network.train(mode)\n", "", STEP),
     "the softmax's Jacobian is forgotten": (
         "dense.py",
-        "2.0 * weight * share_BCHW * (apart_BCHW - mean_B1HW)",
-        "2.0 * weight * share_BCHW * apart_BCHW",
+        "2.0 * weight * prob_BCHW * (apart_BCHW - mean_B1HW)",
+        "2.0 * weight * prob_BCHW * apart_BCHW",
         DENSE,
     ),
     "ignored pixels count in the divisor": (

@@ -71,7 +71,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch.setattr(trees, "scene", partial(trees.scene, size=SIZE))
         patch.setattr(trees, "patches", partial(trees.patches, size=SIZE))
         request.param(cwd)
-    run(cwd, "splits", "import", "lists", f"data/{name}/shards")
+    run(cwd, "subsets", "import", "lists", f"data/{name}/shards")
     return name, cwd
 
 

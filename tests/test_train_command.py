@@ -108,7 +108,7 @@ def test_data_yet_to_be_drawn_are_not_drawn(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.labeled": "1_8"}, "no split named '1_8' here"),
+        ({"data.labeled": "1_8"}, "no subset named '1_8' here"),
         ({"data.labeled": "600"}, "data.labeled must be at most 24"),
         ({"model.encoder": "tu-test_eficientnet"}, "Did you mean tu-test_efficientnet?"),
         ({"data.labeled_batch": "3"}, "`data.labeled_batch % (resources.workers * compute.accumulate) == 0` must hold"),

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from cps_ray.datasets.assembly import Plan
-from cps_ray.datasets.items import FromFiles, Source
-from cps_ray.datasets.layouts import CITYSCAPES
-from cps_ray.datasets.masks import MaskReader
-from cps_ray.datasets.recipe import voc_color
+from cps_ray.datasets.prepare.assembly import DataSetPlan
+from cps_ray.datasets.prepare.items import FromFiles, Source
+from cps_ray.datasets.prepare.layouts import CITYSCAPES
+from cps_ray.datasets.prepare.masks import MaskReader
+from cps_ray.datasets.prepare.recipe import voc_color
 
 SIZE = (24, 32)
 """(height, width) in px of every image here, unless a test says otherwise."""
@@ -206,7 +206,7 @@ def pair(
     return Source(key, str(image), mask and str(mask))
 
 
-def plan(splits: Mapping[str, Iterable[Source]], **more: Any) -> Plan:
+def plan(splits: Mapping[str, Iterable[Source]], **more: Any) -> DataSetPlan:
     """Of three classes."""
     sources = {name: list(part) for name, part in splits.items()}
-    return Plan(sources, FromFiles(READER), CLASSES, COLORS, "a test", **more)
+    return DataSetPlan(sources, FromFiles(READER), CLASSES, COLORS, "a test", **more)

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     methods.add_argument("--only", nargs="+", metavar="NAME", help="variants (default: all)")
-    methods.add_argument("--split", default="test", help="that the last networks are judged on (default test)")
+    methods.add_argument("--split", default="test", help="that the last networks are evaluated on (default test)")
     methods.add_argument("--jobs", type=int, default=1, help="trainings at once, which share the cores (default 1)")
     methods.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every run there, as it ends; those in it are kept"

@@ -1,4 +1,4 @@
-"""`bench methods`: methods and switches at equal steps over seeds, by the engine alone, judged on masks that nothing was chosen by."""
+"""`bench methods`: methods and switches at equal steps over seeds, by the engine alone, evaluated on masks that nothing was chosen by."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import scalar
 from cps_ray.datasets.loader import eval_batches, hidden_batches, train_batches, train_data
-from cps_ray.datasets.synthetic import open_data
-from cps_ray.engine.cpu import tune_cpu
+from cps_ray.datasets.open import open_data
+from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.ranks import Ranks
@@ -31,17 +31,17 @@ from cps_ray.errors import ConfigError, DivergedError
 Changes = dict[str, Any]
 Figures = dict[str, Any]
 
-_CUTMIX = {"method": "cps", "cps.mix": "cutmix", "cps.on": "unlabeled"}
+_CUTMIX = {"method": "cps", "cps.mix": "cutmix", "cps.images": "unlabeled"}
 VARIANTS: dict[str, Changes] = {
     "supervised": {"method": "supervised"},
     "mean teacher": {"method": "mean_teacher", "ema.decay": 0.99},
     "fixmatch": {"method": "fixmatch"},
-    "cps": {"method": "cps", "cps.mix": "none", "cps.on": "unlabeled"},
-    "cps on all images": {"method": "cps", "cps.mix": "none", "cps.on": "all"},
+    "cps": {"method": "cps", "cps.mix": "none", "cps.images": "unlabeled"},
+    "cps on all images": {"method": "cps", "cps.mix": "none", "cps.images": "all"},
     "cps + cutmix": _CUTMIX,
     "  cutmix_partner: self": {**_CUTMIX, "cps.cutmix_partner": "self"},
     "  teacher_bn: eval": {**_CUTMIX, "cps.teacher_bn": "eval"},
-    "  on: all": {**_CUTMIX, "cps.on": "all"},
+    "  images: all": {**_CUTMIX, "cps.images": "all"},
     "  forwards: separate": {**_CUTMIX, "cps.forwards": "separate"},
     "  backbone_init: shared": {**_CUTMIX, "model.backbone_init": "shared"},
     "  all as in the paper's code": {
@@ -69,7 +69,7 @@ def variants(config: TrainConfig, names: list[str] | None) -> dict[str, TrainCon
     }
 
 
-def train_and_judge(raw: dict[str, Any], split: str, threads: int) -> Figures:
+def train_and_evaluate(raw: dict[str, Any], split: str, threads: int) -> Figures:
     """One training to its last step; every score of `split` by its last networks, and how long its steps took."""
     config = parse_train(raw, "bench")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
@@ -90,12 +90,24 @@ def train_and_judge(raw: dict[str, Any], split: str, threads: int) -> Figures:
     except DivergedError as err:
         return {"failed": str(err)}
     seconds = time.perf_counter() - begin
-    scores = summarise(
-        evaluate(config, state.judged, eval_batches(shards, split, threads=threads), len(shards.classes), ranks),
-        shards.classes,
-        split,
+    counts = evaluate(
+        config.evaluation,
+        state.evaluated,
+        eval_batches(shards, split, threads=threads),
+        len(shards.classes),
+        ranks,
+        slices=config.data.slices,
+        precision=config.compute.autocast,
     )
-    hidden = evaluate_hidden(config, state.judged, hidden_batches(data, config), len(shards.classes), ranks)
+    scores = summarise(counts, shards.classes, split)
+    hidden = evaluate_hidden(
+        config.evaluation,
+        state.evaluated,
+        hidden_batches(data, config.evaluation.hidden_images),
+        len(shards.classes),
+        ranks,
+        config.compute.autocast,
+    )
     return {"seconds": seconds, **last, **hidden, **scores}
 
 
@@ -105,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     shards = open_data(config.data)
     if not shards.index(args.split).labeled.any():
         raise ConfigError(
-            f"--split {args.split}: must have masks to be judged on, but {config.data.shards} has none there."
+            f"--split {args.split}: must have masks to be evaluated on, but {config.data.shards} has none there."
         )
     todo = variants(config, args.only)
     found: dict[str, Figures] = {}
@@ -133,7 +145,7 @@ def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
         record = json.loads(path.read_text())
         kept = parse_train(record["config"], str(path)).dump()
         runs: dict[str, Figures] = record["runs"]
-        judged = record["split"]
+        evaluated = record["split"]
     except (ValueError, KeyError, TypeError, ConfigError) as err:
         raise ConfigError(f"--json {path}: must be a record of `bench methods`, or not exist yet: {err}") from err
     wanted = config.dump()
@@ -143,8 +155,8 @@ def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
                 f"--json {path}: its runs must be of the same training, but `{section}` was {kept[section]} there and is "
                 f"{wanted[section]} here. Name another file."
             )
-    if judged != split:
-        raise ConfigError(f"--json {path}: its runs were judged on {judged}, not on {split}. Name another file.")
+    if evaluated != split:
+        raise ConfigError(f"--json {path}: its runs were evaluated on {evaluated}, not on {split}. Name another file.")
     return runs
 
 
@@ -177,7 +189,7 @@ def _runs(
                 key = f"{name.strip()} seed {seed}"
                 if key not in found:
                     raw = apply(config, {"seed": seed}, key).dump()
-                    waiting[pool.submit(train_and_judge, raw, args.split, threads)] = key
+                    waiting[pool.submit(train_and_evaluate, raw, args.split, threads)] = key
         for done in as_completed(waiting):
             yield waiting[done], done.result()
 
@@ -190,7 +202,7 @@ def _print(args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[s
         "agreement": ("pseudo/agreement", 100.0),
         "seconds": ("seconds", 1.0),
     }
-    table = Table("", *columns, "seeds", title=f"{args.file.name}, judged on {args.split}: mean and sd over seeds")
+    table = Table("", *columns, "seeds", title=f"{args.file.name}, evaluated on {args.split}: mean and sd over seeds")
     for name in todo:
         runs = [found[key] for seed in args.seeds if (key := f"{name.strip()} seed {seed}") in found]
         whole = [one for one in runs if "failed" not in one]

@@ -16,19 +16,14 @@ from rich.table import Table
 from torch import Tensor
 
 from cps_ray.bench import wide
-from cps_ray.bench.step import held, make_batch, tensors, training
+from cps_ray.bench.step import held, make_batch, training
 from cps_ray.config.space import apply
-from cps_ray.engine.batch import Batch
-from cps_ray.engine.ranks import Ranks, join
+from cps_ray.engine.ranks import join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.step import train_step
 
 Figures = dict[str, Any]
-
-
-def _share(batch: Batch, ranks: Ranks) -> Batch:
-    parts = [None if images is None else images.chunk(ranks.shares)[ranks.share] for images in tensors(batch)]
-    return Batch(*parts)  # type: ignore[arg-type]
+PLACEMENTS = ("replicated", "one_network_per_worker")
 
 
 def _bytes(values: list[Tensor]) -> int:
@@ -63,7 +58,7 @@ def _work(args: argparse.Namespace, placement: str, rank: int, port: int, line: 
     )
     ranks = join(config, rank, args.workers, torch.device("cpu"))
     state = build_state(config, args.classes, ranks)
-    batch = _share(make_batch(args), ranks)
+    batch = make_batch(args).map(lambda images: images.chunk(ranks.num_batch_shards)[ranks.batch_shard])
     losses = [train_step(config, state, batch)["loss"]]
     dist.barrier()
     carried, seconds = _on_wire(), []
@@ -108,8 +103,8 @@ def _measure(args: argparse.Namespace, placement: str) -> list[Figures]:
 
 def run(args: argparse.Namespace) -> int:
     """Measures one placement after the other, prints the table, writes the JSON."""
-    found = {placement: _measure(args, placement) for placement in ("replicated", "split")}
-    pairs = zip(found["replicated"][0]["losses"], found["split"][0]["losses"], strict=True)
+    found = {placement: _measure(args, placement) for placement in PLACEMENTS}
+    pairs = zip(found["replicated"][0]["losses"], found["one_network_per_worker"][0]["losses"], strict=True)
     apart = [abs(one - other) / abs(one) for one, other in pairs]
     columns = {
         "wire MB/step": "wire_bytes_per_step",
@@ -131,7 +126,9 @@ def run(args: argparse.Namespace) -> int:
     for placement, row in most.items():
         cells = [f"{row[key]:.2f}" if key == "step_s" else f"{row[key] / 2**20:.2f}" for key in columns.values()]
         table.add_row(placement, *cells)
-    table.add_row("ratio", *(f"{most['split'][key] / most['replicated'][key]:.3g}" for key in columns.values()))
+    table.add_row(
+        "ratio", *(f"{most['one_network_per_worker'][key] / most['replicated'][key]:.3g}" for key in columns.values())
+    )
     console.print(table)
     console.print(
         f"relative difference of the loss: {apart[0]:.1e} in the first step, up to {max(apart):.1e} in {len(apart)}: where two "

@@ -21,7 +21,7 @@ from cps_ray.bench.paper_step import PaperStep
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.cpu import tune_cpu
+from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.dense import upsample
 from cps_ray.engine.mixing import cutmix_masks
 from cps_ray.engine.networks import Segmenter, build_networks
@@ -109,8 +109,9 @@ def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], 
     if row is not None:
         config = training(args, encoder, *row)
         state = build_state(config, args.classes, Ranks(device=device))
-        pinned = [t.pin_memory() if args.device == "cuda" and t is not None else t for t in tensors(batch)]
-        return lambda: float(train_step(config, state, Batch(*pinned))["loss"])  # type: ignore[arg-type]
+        if args.device == "cuda":
+            batch = batch.map(lambda images: images.pin_memory())
+        return lambda: float(train_step(config, state, batch)["loss"])
     config = training(args, encoder, _FAITHFUL, {"channels_last": False})
     segmenters = build_networks(config, args.classes)
     mean, std = segmenters["a"].mean, segmenters["a"].std
@@ -127,13 +128,8 @@ def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], 
     return lambda: step(x, y, u0, u1, mask)
 
 
-def tensors(batch: Batch) -> list[Tensor | None]:
-    """In the order of its fields."""
-    return [batch.labeled_image, batch.labeled_mask, batch.unlabeled_image, batch.unlabeled_second]
-
-
 def _contest(args: argparse.Namespace, encoder: str, name: str, line: Connection) -> None:
-    """A process of its own for each: takes a step whenever it is told to, and says how long it took and what its loss was.
+    """A process of its own for each: takes a step whenever it is asked to, and says how long it took and what its loss was.
 
     At the end it tells its peak memory above what it held before there was a network, and the operations of a step.
     """
@@ -237,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
         for row in rows.values():
             row["memory_of_paper"] = row["peak_bytes"] / rows[PAPER]["peak_bytes"]
             if peak is not None:
-                row["share_of_bf16_peak"] = row["flops"] / row["step_s"] / peak
+                row["fraction_of_bf16_peak"] = row["flops"] / row["step_s"] / peak
         found["encoders"][encoder] = rows
         if args.json:  # an encoder takes minutes: what is measured is kept
             args.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -259,6 +255,6 @@ def run(args: argparse.Namespace) -> int:
             )
         console.print(table)
         for name, row in rows.items():
-            if "share_of_bf16_peak" in row:
-                console.print(f"{name}: {100 * row['share_of_bf16_peak']:.1f} % of the card's bf16 peak")
+            if "fraction_of_bf16_peak" in row:
+                console.print(f"{name}: {100 * row['fraction_of_bf16_peak']:.1f} % of the card's bf16 peak")
     return 0

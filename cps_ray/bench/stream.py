@@ -202,10 +202,10 @@ def _passes(work: Path, console: Console) -> Figures:
         )
         others = np.setdiff1d(np.arange(len(step_s)), near)
         extra = (step_s[near].mean() - step_s[others].mean()) * len(near) / (passes - 1)
-        costs[name] = {"extra_s_per_pass": float(extra), "share_of_pass": float(extra / (usual * per_pass))}
+        costs[name] = {"extra_s_per_pass": float(extra), "fraction_of_pass": float(extra / (usual * per_pass))}
     table = Table("boundary of", "extra per pass of 3 000", "share of the pass", title="pass boundaries")
     for name, cost in costs.items():
-        table.add_row(name, f"{1000 * cost['extra_s_per_pass']:.1f} ms", f"{100 * cost['share_of_pass']:.2f} %")
+        table.add_row(name, f"{1000 * cost['extra_s_per_pass']:.1f} ms", f"{100 * cost['fraction_of_pass']:.2f} %")
     console.print(table)
     return {"usual_step_s": usual, "images_per_s": found["images_per_s"]} | costs
 

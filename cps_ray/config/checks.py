@@ -10,12 +10,13 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from cps_ray.config.schema import did_you_mean, locate, place, settings, show, types_at
+from cps_ray.config.schema import locate, place, renamed, settings, show, types_at
 from cps_ray.config.space import active, apply, listed
 from cps_ray.config.sweep import ChoiceParam, IntParam, Param, Scalar, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
+from cps_ray.text import did_you_mean
 
 Fault = tuple[Loc, str]
 
@@ -69,7 +70,9 @@ def _name(name: str) -> str:
     types = types_at(TrainConfig, locate(TrainConfig, {}, name))
     if Path in types:
         return "cannot be searched: it is a path."
-    return "" if types else f"no such setting in train.{did_you_mean(name, settings(TrainConfig))}"
+    if types:
+        return ""
+    return renamed((name,)) or f"no such setting in train.{did_you_mean(name, settings(TrainConfig))}"
 
 
 def _refused(name: str, reasons: Mapping[str, str]) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 
 from cps_ray.config import yaml_reader
 from cps_ray.config.checks import described, faults
-from cps_ray.config.schema import M, Where, absolute, did_you_mean, locate, nearest, parse, place, put, several, show
+from cps_ray.config.schema import M, Where, absolute, locate, parse, place, put, several, show
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Document, Loc
 from cps_ray.errors import ConfigError
+from cps_ray.text import did_you_mean, nearest
 
 __all__ = ["load_sweep", "load_train", "parse", "parse_train", "presets"]
 

@@ -3,7 +3,6 @@
 Imports `errors` and `yaml_reader`.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +14,22 @@ from pydantic_core import ErrorDetails, to_json
 
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
+from cps_ray.text import did_you_mean, nearest
 
 M = TypeVar("M", bound=BaseModel)
 Where = Callable[[Loc], str]
 """Setting -> the place where a person wrote it, such as `FILE:LINE`; may be empty."""
 
 _SHOWN = 3
+
+_RENAMED = {
+    "cps.on": "is called cps.images now.",
+    "data.groups": "is called data.slices now.",
+    "data.split_seed": "is called data.subset_seed now.",
+    "objective.mode": "is gone: every metric is better when it is higher. Remove the line.",
+}
+"""Settings that files of earlier versions have. No alias: an old file says what it means by today's names, or is refused."""
+_RENAMED_VALUES = {"placement: split": "one_network_per_worker"}
 
 _MUST_BE = {
     "int_type": "a whole number",
@@ -86,17 +95,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The name that was probably meant, or nothing. `lr` means `optim.lr`: the sections may be what is lacking."""
-    names = list(known)
-    near = [other for other in names if other.endswith(f".{name}")] or difflib.get_close_matches(name, names, n=1)
-    return near[0] if near else ""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` Did you mean X?`, or nothing."""
-    near = nearest(name, known)
-    return f" Did you mean {near}?" if near else ""
+def renamed(loc: Loc) -> str:
+    """What became of a setting that had this name once, or nothing. `loc` may begin with further sections."""
+    names = ".".join(map(str, loc)).split(".")
+    return _RENAMED.get(".".join(names[-2:]), "")
 
 
 def settings(model: type[BaseModel]) -> Iterator[str]:
@@ -233,14 +235,15 @@ def _sentence(model: type[BaseModel], loc: Loc, errors: Sequence[ErrorDetails], 
 def _text(model: type[BaseModel], loc: Loc, errors: Sequence[ErrorDetails]) -> str:
     error = errors[0]
     if error["type"] == "extra_forbidden":
-        return "no such setting." + did_you_mean(str(loc[-1]), _siblings(model, loc))
+        return renamed(loc) or "no such setting." + did_you_mean(str(loc[-1]), _siblings(model, loc))
     if error["type"] in ("missing", "union_tag_not_found"):
         return "is missing."
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     found = error["ctx"]["tag"] if error["type"] == "union_tag_invalid" else error["input"]
     wanted = dict.fromkeys(_wanted(each) for each in errors)
-    return f"must be {' or '.join(wanted)}, but got {show(found)}."
+    now = _RENAMED_VALUES.get(f"{loc[-1]}: {found}") if loc else None
+    return f"must be {' or '.join(wanted)}, but got {show(found)}." + (f" It is called {now} now." if now else "")
 
 
 def _wanted(error: ErrorDetails) -> str:

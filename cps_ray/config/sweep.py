@@ -1,12 +1,14 @@
 """A sweep: one file with the training inline, the search space, the budget and what happens afterwards."""
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
-from cps_ray.config.train import Count, TrainConfig, Whole
+from cps_ray.config.train import NonNegativeInt, PositiveInt, TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -45,7 +47,7 @@ class IntParam(Section):
     low: Annotated[int, Field(strict=True)]
     high: Annotated[int, Field(strict=True)]
     log: bool = False
-    step: Count | None = None
+    step: PositiveInt | None = None
     when: dict[str, Scalar | list[Scalar]] | None = None
 
 
@@ -61,12 +63,23 @@ Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type
 
 
 class ObjectiveConfig(Section):
-    """What the search maximises, on the validation split."""
+    """What the search maximises, on the validation split: every metric there is better when it is higher."""
 
     metric: str = "val/miou"
-    mode: Literal["max", "min"] = "max"
     select: Literal["best", "last"] = "best"
-    """Of a trial's reports, the one that counts."""
+    """Which of a trial's evaluations counts."""
+
+    def step(self, curve: Mapping[int, float]) -> int | None:
+        """Step of the evaluation of `curve` (step -> value) that counts, the earlier one at a tie; None if no value is finite."""
+        finite = sorted(step for step, value in curve.items() if math.isfinite(value))
+        if not finite:
+            return None
+        return finite[-1] if self.select == "last" else max(finite, key=lambda step: curve[step])
+
+    def value(self, curve: Mapping[int, float]) -> float | None:
+        """Value of the evaluation of `curve` that counts; None if no value is finite."""
+        step = self.step(curve)
+        return None if step is None else curve[step]
 
     @field_validator("metric")
     @classmethod
@@ -82,7 +95,7 @@ class ObjectiveConfig(Section):
 class BudgetConfig(Section):
     """The first limit reached ends the search cleanly."""
 
-    trials: Count
+    trials: PositiveInt
     time: Duration | None = None
     """Wall time of the search, all its sessions together, without final runs. Trials it cuts short count as pruned."""
 
@@ -91,17 +104,17 @@ class SamplerConfig(Section):
     """How Optuna proposes the next trial."""
 
     type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
-    seed: Whole = 0
-    startup_trials: Whole = 10
+    seed: NonNegativeInt = 0
+    startup_trials: NonNegativeInt = 10
     """Random trials before the model takes over (tpe and gp)."""
 
 
 class EarlyStoppingConfig(Section):
-    """Which trials are cut short, judged on `objective.metric` at steps."""
+    """Which trials are stopped early, by `objective.metric` at steps."""
 
     type: Literal["asha", "median", "none"] = "asha"
-    grace: Count = 1
-    """Steps before a trial is judged: asha's first rung. At least as long as the longest ramp, or late bloomers are cut."""
+    grace: PositiveInt = 1
+    """Steps before a trial may be stopped: asha's first rung. At least as long as the longest ramp, or late bloomers are cut."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3
     """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction goes on."""
 
@@ -109,19 +122,19 @@ class EarlyStoppingConfig(Section):
 class FailuresConfig(Section):
     """What a sweep puts up with."""
 
-    retries: Whole = 1
+    retries: NonNegativeInt = 1
     """Restarts of one training after a crash or a lost node; each goes on from the last checkpoint."""
-    max_failed: Count = 10
+    max_failed: PositiveInt = 10
     """Failed trials that stop the sweep (exit 4)."""
-    max_consecutive: Count = 5
+    max_consecutive: PositiveInt = 5
     """Failed trials in a row that stop the sweep (exit 4)."""
 
 
 class FinalConfig(Section):
-    """After the search: the best configuration and the baselines, trained over seeds and judged on the test split."""
+    """After the search: the best configuration and the baselines, trained over seeds and evaluated on the test split."""
 
     retrain: Literal["best", "none"] = "best"
-    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 2, 3)
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings changed for these runs, such as a longer schedule."""
 
@@ -132,13 +145,13 @@ class SweepConfig(Section):
     version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: RelativePath
-    """The run folder is output/name."""
+    """The sweep folder is output/name."""
     train: TrainConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     budget: BudgetConfig
     sampler: SamplerConfig = SamplerConfig()
     early_stopping: EarlyStoppingConfig
-    concurrency: Literal["auto"] | Count = "auto"
+    concurrency: Literal["auto"] | PositiveInt = "auto"
     """Trainings at once. auto: as many as the cluster holds, leaving Ray Data a whole CPU."""
     failures: FailuresConfig = FailuresConfig()
     search_space: Annotated[dict[str, Param], Field(min_length=1)]

@@ -6,24 +6,25 @@ from pydantic import Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
 
-Count = Annotated[int, Field(gt=0, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-SplitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
+Precision = Literal["none", "bf16", "fp16"]
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 
 
 class SyntheticConfig(Section):
     """The embedded data set: procedurally drawn street scenes, the same bits for the same settings."""
 
-    train: Count = 440
-    """Training images, all drawn with a mask; how many masks are used is the labelled split's business."""
-    val: Count = 60
-    test: Count = 120
+    train: PositiveInt = 440
+    """Training images, all drawn with a mask; how many masks are used is up to `data.labeled`."""
+    val: PositiveInt = 60
+    test: PositiveInt = 120
     height_px: Annotated[int, Field(ge=32, strict=True)] = 64
     width_px: Annotated[int, Field(ge=32, strict=True)] = 96
-    seed: Whole = 0
+    seed: NonNegativeInt = 0
 
 
 class DataConfig(Section):
@@ -35,33 +36,34 @@ class DataConfig(Section):
     """If given, the shards are drawn with these settings on first use. None: they must exist."""
     prepare: str | None = None
     """How to get the shards; shown when they are missing."""
-    labeled: Count | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | SplitName | None = None
-    """Training images whose masks are used: a count, or a share in (0, 1], drawn by `split_seed` and stratified by class; or
-    the name of a split that `python -m cps_ray.splits` put beside the shards, such as 1_16."""
+    labeled: PositiveInt | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | SubsetName | None = None
+    """Training images whose masks are used: a count, or a fraction in (0, 1], drawn by `subset_seed` and stratified by class; or
+    the name of a subset that `python -m cps_ray.subsets` put beside the shards, such as 1_16."""
     labeled_list: RelativePath | None = None
     """Text file with the ids of the labelled images, instead of `labeled`."""
     unlabeled_list: RelativePath | None = None
     """Text file with the ids of the unlabelled images. None: every image that is not labelled."""
-    split_seed: Whole = 0
-    crop_px: tuple[Count, Count]
+    subset_seed: NonNegativeInt = 0
+    """Seed of the drawn labelled subset; `seed` of a training does not change who is labelled."""
+    crop_px: tuple[PositiveInt, PositiveInt]
     """(height, width) of a training crop."""
-    labeled_batch: Count
+    labeled_batch: PositiveInt
     """Labelled images per step, over all workers."""
-    unlabeled_batch: Count
+    unlabeled_batch: PositiveInt
     """Unlabelled images per step, over all workers. Not used by `method: supervised`."""
-    groups: dict[str, str] = Field(default_factory=dict)
+    slices: dict[str, str] = Field(default_factory=dict)
     """Name -> glob over image ids: parts of a split that an evaluation also reports apart."""
 
-    @field_validator("groups")
+    @field_validator("slices")
     @classmethod
-    def _groups_are_not_networks(cls, groups: dict[str, str]) -> dict[str, str]:
-        taken = sorted({*NETWORK_NAMES, "ensemble"} & set(groups))
+    def _slices_are_not_networks(cls, slices: dict[str, str]) -> dict[str, str]:
+        taken = sorted({*NETWORK_NAMES, "ensemble"} & set(slices))
         if taken:
-            raise ValueError(f"must not name a group {taken[0]!r}: networks are reported under that name.")
-        return groups
+            raise ValueError(f"must not name a slice {taken[0]!r}: networks are reported under that name.")
+        return slices
 
     @model_validator(mode="after")
-    def _one_labeled_split(self) -> Self:
+    def _one_labeled_subset(self) -> Self:
         if (self.labeled is None) == (self.labeled_list is None):
             raise ValueError("exactly one of `labeled` and `labeled_list` must be given.")
         return self
@@ -126,7 +128,7 @@ class OptimConfig(Section):
     decay: Literal["poly", "cosine", "constant"] = "poly"
     power: Annotated[float, Field(gt=0.0)] = 0.9
     """Of the poly schedule: lr * (1 - step/steps)^power."""
-    warmup_steps: Whole = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps over which the rate rises linearly from 0."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
     """Largest gradient norm of one network. None: no clipping."""
@@ -135,8 +137,8 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Progress, in optimizer steps at the fixed global batch."""
 
-    steps: Count
-    eval_every: Count
+    steps: PositiveInt
+    eval_every: PositiveInt
     """Steps between two evaluations, hence between two reports and two checkpoints."""
 
     @model_validator(mode="after")
@@ -154,7 +156,7 @@ class LossConfig(Section):
     supervised: Literal["ce", "ohem"] = "ce"
     ohem_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
     """Pixels whose true class has at most this probability are kept."""
-    ohem_min_kept: Count = 50_000
+    ohem_min_kept: PositiveInt = 50_000
     """At least so many pixels are kept, per worker and micro-batch."""
 
 
@@ -162,8 +164,8 @@ class RampedLoss(Section):
     """A loss on unlabelled images, with a weight that may rise."""
 
     weight: Annotated[float, Field(ge=0.0)]
-    ramp: Share = 0.0
-    """Share of all steps over which the weight rises from 0 to its value. 0: full weight from the start."""
+    ramp: Fraction = 0.0
+    """Fraction of all steps over which the weight rises from 0 to its value. 0: full weight from the start."""
     ramp_shape: Literal["linear", "sigmoid"] = "linear"
     """`sigmoid` is exp(-5 (1 - t)^2), Laine and Aila 2017."""
 
@@ -172,9 +174,9 @@ class MixConfig(Section):
     """CutMix (French et al., BMVC 2020) between unlabelled images."""
 
     mix: Literal["none", "cutmix"] = "cutmix"
-    cutmix_boxes: Count = 3
-    cutmix_area: tuple[Share, Share] = (0.25, 0.5)
-    """Range of the summed area of the boxes, as a share of the image, before overlaps cancel."""
+    cutmix_boxes: PositiveInt = 3
+    cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)
+    """Range of the summed area of the boxes, as a fraction of the image, before overlaps cancel."""
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> Self:
@@ -191,7 +193,7 @@ class CpsConfig(RampedLoss, MixConfig):
     """Weight of the cross pseudo loss: all directions summed, divided by the number of peers of a network."""
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
-    on: Literal["unlabeled", "all"] = "unlabeled"
+    images: Literal["unlabeled", "all"] = "unlabeled"
     """Images under the cross pseudo loss. The paper: all without CutMix, unlabelled with it."""
     cutmix_partner: Literal["other", "self"] = "other"
     """What CutMix pastes: another image of the batch, as the paper means it, or another view of the same image, as its code does."""
@@ -218,10 +220,10 @@ class FixMatchConfig(RampedLoss, MixConfig):
 
 
 class EmaConfig(Section):
-    """Averaged weights: if there are any, they are what is evaluated, judged and exported."""
+    """Averaged weights: if there are any, they are what is evaluated, evaluated and exported."""
 
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share that the average keeps in a step; min(decay, 1 - 1/(step + 1)) at first. None: no average."""
+    """Fraction that the average keeps in a step; min(decay, 1 - 1/(step + 1)) at first. None: no average."""
 
 
 class AugmentConfig(Section):
@@ -231,11 +233,11 @@ class AugmentConfig(Section):
     """Range of the random zoom before the crop."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
     """Zooms of which one is drawn, all as likely, instead of the range `scale`."""
-    flip: Share = 0.5
+    flip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    color: Share = 0.0
+    color: Fraction = 0.0
     """Strength of random brightness, contrast, saturation and hue. 0: none, as in the paper."""
-    blur: Share = 0.0
+    blur: Fraction = 0.0
     """Probability of a Gaussian blur."""
 
     @model_validator(mode="after")
@@ -249,33 +251,36 @@ class AugmentConfig(Section):
 class ComputeConfig(Section):
     """How a step is computed; none of it changes what is computed, up to rounding and batch-norm statistics."""
 
-    autocast: Literal["none", "bf16", "fp16"] = "none"
-    """`fp16` scales the loss."""
+    autocast: Precision = "none"
+    """Precision of the networks' passes; `fp16` scales the loss."""
     channels_last: bool = False
     compile: bool = False
     """`torch.compile` of the networks. On a CPU it needs a C++ compiler; the first step then takes minutes."""
-    accumulate: Count = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per step and worker."""
+    cpu_kernels: bool = True
+    """Dilated depthwise convolutions on CPUs by our own code, several times faster (docs/step.md); results agree to float tolerance.
+    false: torch's own layers, bit for bit."""
 
 
 class EvaluationConfig(Section):
-    """How images are judged. Every pixel of every image counts once, at the image's own size."""
+    """How images are evaluated. Every pixel of every image counts once, at the image's own size."""
 
     networks: Literal["all", "a"] = "all"
     """`all`: also the others, under `val/b/miou`, and the mean of all networks' probabilities, under `val/ensemble/miou`."""
-    window_px: tuple[Count, Count] | None = None
+    window_px: tuple[PositiveInt, PositiveInt] | None = None
     """(height, width) of a sliding window; smaller images are padded to it. None: whole images."""
-    stride_px: tuple[Count, Count] | None = None
+    stride_px: tuple[PositiveInt, PositiveInt] | None = None
     """(down, across) between windows. None: two thirds of the window, as in the CPS reference."""
-    window_batch: Count = 8
+    window_batch: PositiveInt = 8
     """Windows that a network sees at once."""
     sum: Literal["logits", "probabilities"] = "logits"
     """What is averaged where windows overlap, and over scales and flips."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1.0,)
-    """Zooms at which an image is judged."""
+    """Zooms at which an image is evaluated."""
     flip: bool = False
-    """Also judge each image mirrored."""
-    hidden_images: Whole = 32
+    """Whether each image is evaluated mirrored, too."""
+    hidden_images: NonNegativeInt = 32
     """Unlabelled training images with a mask, at most, on which pseudo labels are measured, as `pseudo/miou`. No loss and no search
     sees these masks. 0: they are never read."""
 
@@ -292,21 +297,21 @@ class EvaluationConfig(Section):
 class ResourcesConfig(Section):
     """What one training takes from the cluster."""
 
-    workers: Count = 1
-    """Ray Train workers; the global batch is split over them."""
+    workers: PositiveInt = 1
+    """Ray Train workers; the global batch is divided over them."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    placement: Literal["replicated", "split"] = "replicated"
-    """`replicated`: each worker trains all networks on its share of the batch. `split`: each worker trains one network, workers
-    0, 1, ... networks a, b, ... in turn, and neighbours exchange only their label maps: half the weights, optimizer
+    placement: Literal["replicated", "one_network_per_worker"] = "replicated"
+    """`replicated`: each worker trains all networks on a batch shard of its own. `one_network_per_worker`: workers
+    0, 1, ... train networks a, b, ... in turn, and neighbours exchange only their label maps: half the weights, optimizer
     state and gradient traffic per worker for a pair."""
 
 
 class TrainConfig(Section):
     """One training, complete."""
 
-    seed: Whole = 0
-    """Of initialisation, order, augmentation and mixing. The labelled split has its own (`data.split_seed`)."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation, order, augmentation and mixing. Which images are labelled has a seed of its own (`data.subset_seed`)."""
     method: Literal["supervised", "cps", "mean_teacher", "fixmatch"] = "cps"
     """`supervised` trains network a alone on the labelled images: the baseline. `mean_teacher` and `fixmatch` train network
     a alone on all images."""
@@ -335,24 +340,26 @@ class TrainConfig(Section):
         return self.method != "supervised"
 
     @property
-    def shares(self) -> int:
-        """Parts into which workers split the global batch: workers that train the same network have different ones."""
+    def num_batch_shards(self) -> int:
+        """Number of shards that the global batch is cut into: workers that train the same network have different ones."""
         resources = self.resources
-        return resources.workers // (self.networks if resources.placement == "split" else 1)
+        return resources.workers // (self.networks if resources.placement == "one_network_per_worker" else 1)
 
     @model_validator(mode="after")
     def _workers_fit_the_networks(self) -> Self:
         resources = self.resources
-        if resources.placement == "split" and (self.networks == 1 or resources.workers % self.networks):
+        if resources.placement == "one_network_per_worker" and (
+            self.networks == 1 or resources.workers % self.networks
+        ):
             raise ValueError(
-                f"`resources.placement: split` needs method cps and workers in multiples of its {self.model.networks} networks, "
+                f"`resources.placement: one_network_per_worker` needs method cps and workers in multiples of its {self.model.networks} networks, "
                 f"but got method={self.method!r}, workers={resources.workers}."
             )
         return self
 
     @model_validator(mode="after")
-    def _batches_split_evenly(self) -> Self:
-        parts = self.shares * self.compute.accumulate
+    def _batches_divide_evenly(self) -> Self:
+        parts = self.num_batch_shards * self.compute.accumulate
         batches = {"labeled_batch": self.data.labeled_batch}
         if self.semi_supervised:
             batches["unlabeled_batch"] = self.data.unlabeled_batch
@@ -361,7 +368,7 @@ class TrainConfig(Section):
             if size % parts:
                 raise ValueError(
                     f"`data.{name} % ({by} * compute.accumulate) == 0` must hold, "
-                    f"but got {size} images for {self.shares} x {self.compute.accumulate}."
+                    f"but got {size} images for {self.num_batch_shards} x {self.compute.accumulate}."
                 )
         return self
 

@@ -1,7 +1,7 @@
-"""Shards to batches in one process: a rank's labelled images, and its unlabelled ones from any stream.
+"""Shards to batches in one process: the labelled images of a batch shard, and its unlabelled ones from any stream.
 
 Decoding and augmentation run in threads beside the step (OpenCV frees the GIL), straight into the memory of the batch. What
-a batch holds is a function of (config, step, rank), so a training may start at any step.
+a batch holds is a function of (config, step, batch shard), so a training may start at any step.
 """
 
 import queue
@@ -21,9 +21,9 @@ from torch import Tensor
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.augment import TrainView
 from cps_ray.datasets.images import decode_image, decode_mask
-from cps_ray.datasets.order import LABELED, UNLABELED, Visits, image_at, positions
-from cps_ray.datasets.shards import Encoded, Index, Places, Shards
-from cps_ray.datasets.splits import LabeledSplit, split_labeled
+from cps_ray.datasets.order import LABELED, UNLABELED, ShardPositions, image_at, positions
+from cps_ray.datasets.shards import Encoded, ImageLocations, Index, Shards
+from cps_ray.datasets.subsets import LabeledSubset, labeled_subset
 from cps_ray.engine.batch import Batch, EvalBatch
 from cps_ray.errors import DataError
 
@@ -39,27 +39,27 @@ _KEPT_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TrainData:
-    """The training split and who is labelled in it."""
+    """The training split, and which of its images are labelled."""
 
     index: Index
-    split: LabeledSplit
+    subset: LabeledSubset
 
     @property
-    def labeled(self) -> Places:
-        """Where the labelled images lie, in the order of the split."""
-        return self.index.places.take(self.split.labeled)
+    def labeled(self) -> ImageLocations:
+        """Where the labelled images lie, in the order of the index."""
+        return self.index.locations.take(self.subset.labeled)
 
     @property
-    def unlabeled(self) -> Places:
-        """Where the unlabelled images lie, in the order of the split."""
-        return self.index.places.take(self.split.unlabeled)
+    def unlabeled(self) -> ImageLocations:
+        """Where the unlabelled images lie, in the order of the index."""
+        return self.index.locations.take(self.subset.unlabeled)
 
 
 def train_data(shards: Shards, config: TrainConfig) -> TrainData:
-    """Raises DataError where the split leaves nothing to learn from."""
+    """Divides the training split. Raises DataError where that leaves nothing to learn from."""
     index = shards.index("train")
-    data = TrainData(index, split_labeled(config.data, index))
-    if config.semi_supervised and not data.split.unlabeled.size:
+    data = TrainData(index, labeled_subset(config.data, index))
+    if config.semi_supervised and not data.subset.unlabeled.size:
         raise DataError(
             f"{shards.folder}: method {config.method} needs unlabelled images, but all {len(index)} training images are labelled. "
             "Lower data.labeled, or prepare images without masks."
@@ -67,38 +67,40 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
     return data
 
 
-def unlabeled_visits(config: TrainConfig, rank: int, world: int, start_step: int) -> Visits:
-    """Positions of one rank's unlabelled images, from `start_step` to the last step."""
-    return Visits(start_step, config.schedule.steps, config.data.unlabeled_batch, rank, world)
+def unlabeled_positions(
+    config: TrainConfig, batch_shard: int, num_batch_shards: int, start_step: int
+) -> ShardPositions:
+    """Positions of a batch shard's unlabelled images, from `start_step` to the last step."""
+    return ShardPositions(start_step, config.schedule.steps, config.data.unlabeled_batch, batch_shard, num_batch_shards)
 
 
-def read_unlabeled(data: TrainData, config: TrainConfig, visits: Visits) -> Iterator[Encoded]:
-    """The unlabelled stream without a cluster: reads one image at a time, in the order one rank trains on them."""
-    places = data.unlabeled
-    for position in visits:
-        yield from places.read([image_at(position, len(places), config.seed, UNLABELED)], masks=False)
+def read_unlabeled(data: TrainData, config: TrainConfig, visited: ShardPositions) -> Iterator[Encoded]:
+    """Reads unlabelled images without a cluster, one at a time, in the order in which a batch shard has them."""
+    locations = data.unlabeled
+    for position in visited:
+        yield from locations.read([image_at(position, len(locations), config.seed, UNLABELED)], masks=False)
 
 
 def train_batches(
     data: TrainData,
     config: TrainConfig,
     *,
-    rank: int = 0,
-    world: int = 1,
+    batch_shard: int = 0,
+    num_batch_shards: int = 1,
     start_step: int = 0,
     unlabeled: Iterator[Encoded] | None = None,
     threads: int = 2,
 ) -> Generator[Batch, None, None]:
-    """One rank's batches from `start_step` to the last step.
+    """Yields one shard of the global batch after the other, from `start_step` to the last step.
 
-    `rank` of `world` is a share of the global batch. `unlabeled`: its unlabelled images in the order of `unlabeled_visits`;
+    `unlabeled`: its unlabelled images in the order of `unlabeled_positions`;
     None with method supervised, else they are read here.
     """
     if config.semi_supervised and unlabeled is None:
-        unlabeled = read_unlabeled(data, config, unlabeled_visits(config, rank, world, start_step))
+        unlabeled = read_unlabeled(data, config, unlabeled_positions(config, batch_shard, num_batch_shards, start_step))
     if not config.semi_supervised:
         unlabeled = None
-    producer = _Producer(data, config, (rank, world), start_step, unlabeled, threads)
+    producer = _Producer(data, config, (batch_shard, num_batch_shards), start_step, unlabeled, threads)
     try:
         yield from producer.batches()
     finally:
@@ -108,17 +110,17 @@ def train_batches(
 class _Labeled:
     """Encoded labelled images by number; kept in memory as far as `_KEPT_BYTES` go. One object serves many threads."""
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    def __init__(self, locations: ImageLocations) -> None:
+        self._locations = locations
         self._kept: dict[int, Encoded] = {}
         self._room = _KEPT_BYTES
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __getitem__(self, number: int) -> Encoded:
         if number not in self._kept:
-            (read,) = self._places.read([number])
+            (read,) = self._locations.read([number])
             size = len(read.image) + len(read.mask or b"")
             if size > self._room:
                 return read
@@ -128,7 +130,7 @@ class _Labeled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Filling:
+class _PendingBatch:
     """A batch whose images are still being written."""
 
     batch: Batch
@@ -140,7 +142,7 @@ class _Filling:
         return self.batch
 
 
-def _do(work: list[Callable[[], None]]) -> None:
+def _run_all(work: list[Callable[[], None]]) -> None:
     for one in work:
         one()
 
@@ -152,12 +154,12 @@ class _Producer:
         self,
         data: TrainData,
         config: TrainConfig,
-        ranks: tuple[int, int],
+        shard: tuple[int, int],
         start_step: int,
         unlabeled: Iterator[Encoded] | None,
         threads: int,
     ) -> None:
-        self._config, self._ranks, self._start_step = config, ranks, start_step
+        self._config, self._shard, self._start_step = config, shard, start_step
         self._labeled = _Labeled(data.labeled)
         self._unlabeled = unlabeled
         self._strong = config.method in ("mean_teacher", "fixmatch")
@@ -167,7 +169,7 @@ class _Producer:
         self._pin = torch.cuda.is_available()
         cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._ready: queue.Queue[_Filling | BaseException | None] = queue.Queue(maxsize=_AHEAD)
+        self._ready: queue.Queue[_PendingBatch | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
@@ -196,7 +198,7 @@ class _Producer:
             if isinstance(self._unlabeled, Generator):
                 self._unlabeled.close()  # here, as nobody else may while this thread is in it
 
-    def _put(self, entry: _Filling | BaseException | None) -> None:
+    def _put(self, entry: _PendingBatch | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
                 self._ready.put(entry, timeout=0.5)
@@ -207,11 +209,11 @@ class _Producer:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
 
-    def _fill(self, step: int) -> _Filling:
+    def _fill(self, step: int) -> _PendingBatch:
         """Starts to write the batch of a step."""
         data, (height, width) = self._config.data, self._config.data.crop_px
-        labeled = positions(step, data.labeled_batch, *self._ranks)
-        unlabeled = positions(step, data.unlabeled_batch, *self._ranks) if self._unlabeled is not None else range(0)
+        labeled = positions(step, data.labeled_batch, *self._shard)
+        unlabeled = positions(step, data.unlabeled_batch, *self._shard) if self._unlabeled is not None else range(0)
         batch = Batch(
             labeled_image=self._empty(len(labeled), 3, height, width),
             labeled_mask=self._empty(len(labeled), height, width),
@@ -232,7 +234,7 @@ class _Producer:
             work.append(partial(self._write_unlabeled, position, encoded, view, second))
         # Handing over costs as much as a tenth of a small image: a few at a time.
         runs = [work[first : first + _RUN] for first in range(0, len(work), _RUN)]
-        return _Filling(batch, [self._pool.submit(_do, run) for run in runs])
+        return _PendingBatch(batch, [self._pool.submit(_run_all, run) for run in runs])
 
     def _write_labeled(self, position: int, view: Tensor, label: Tensor) -> None:
         encoded = self._labeled[image_at(position, len(self._labeled), self._config.seed, LABELED)]
@@ -248,21 +250,21 @@ class _Producer:
             self._view(image, None, (*seed, _SECOND), view=second.numpy())
 
 
-def check_data(shards: Shards, config: TrainConfig, judged: Sequence[str] = ("val", "test")) -> None:
-    """Raises DataError unless there are images to train on, and masks to judge by in the splits `judged`."""
+def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
+    """Raises DataError unless there are images to train on, and masks in the splits that are `evaluated`."""
     train_data(shards, config)
-    for split in judged:
+    for split in evaluated:
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
 
 
-def metrics_of(shards: Shards, split: str, groups: Mapping[str, str], further: Sequence[str] = ()) -> list[str]:
-    """Names of everything an evaluation of this split measures: mIoU, and IoU of the classes that it shows, each also per
-    group; and the scores `further` of the whole split.
+def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], further: Sequence[str] = ()) -> list[str]:
+    """Names of everything that an evaluation of this split measures: mIoU, and IoU of the classes that it shows, each also per
+    slice; and the scores `further` of the whole split.
     """
     index = shards.index(split)
     parts = {"": index.labeled}
-    for name, pattern in groups.items():
+    for name, pattern in slices.items():
         parts[f"{name}/"] = index.labeled & np.array([fnmatchcase(one, pattern) for one in index.ids])
     names = []
     for prefix, rows in parts.items():
@@ -274,28 +276,28 @@ def metrics_of(shards: Shards, split: str, groups: Mapping[str, str], further: S
 
 
 def eval_batches(
-    shards: Shards, split: str, *, rank: int = 0, world: int = 1, size: int = 8, threads: int = 2
+    shards: Shards, split: str, *, batch_shard: int = 0, num_batch_shards: int = 1, size: int = 8, threads: int = 2
 ) -> Iterator[EvalBatch]:
-    """This rank's images of a split, each exactly once over all ranks, in batches of one size of image."""
+    """Yields every n-th image of a split, each exactly once over all n batch shards, in batches of one size of image."""
     index = shards.index(split)
-    rows = np.flatnonzero(index.labeled)[rank::world]
-    runs = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
-    chunks = [run[at : at + size] for run in (list(group) for _, group in runs) for at in range(0, len(run), size)]
+    rows = np.flatnonzero(index.labeled)[batch_shard::num_batch_shards]
+    same_size = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
+    chunks = [run[at : at + size] for run in (list(group) for _, group in same_size) for at in range(0, len(run), size)]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         yield from _ahead(pool, index, chunks, threads)
 
 
 def hidden_batches(
-    data: TrainData, config: TrainConfig, *, rank: int = 0, world: int = 1, threads: int = 2
+    data: TrainData, hidden_images: int, *, batch_shard: int = 0, num_batch_shards: int = 1, threads: int = 2
 ) -> Iterator[EvalBatch]:
-    """This rank's part of `evaluation.hidden_images` unlabelled images whose masks exist, spread evenly over them, one by one.
+    """Yields a batch shard's part of `hidden_images` unlabelled images whose masks exist, spread evenly over them, one by one.
 
     For measuring pseudo labels; nothing learns from these masks.
     """
     index = data.index
-    rows = data.split.unlabeled[index.labeled[data.split.unlabeled]]
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), config.evaluation.hidden_images)).round().astype(int)]
-    chunks = [[int(row)] for row in some[rank::world]]
+    rows = data.subset.unlabeled[index.labeled[data.subset.unlabeled]]
+    spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), hidden_images)).round().astype(int)]
+    chunks = [[int(row)] for row in spread[batch_shard::num_batch_shards]]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         yield from _ahead(pool, index, chunks, threads)
 
@@ -313,7 +315,7 @@ def _ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], dept
 
 def eval_batch(index: Index, rows: list[int]) -> EvalBatch:
     """These rows of an index, which have masks and one size."""
-    encoded = index.places.read(rows)
+    encoded = index.locations.read(rows)
     images = [torch.from_numpy(decode_image(one.image)).permute(2, 0, 1) for one in encoded]
     masks = [torch.from_numpy(decode_mask(one.mask)) for one in encoded if one.mask is not None]
     return EvalBatch(tuple(one.id for one in encoded), torch.stack(images), torch.stack(masks))

@@ -137,7 +137,7 @@ def sha256(data: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class ImageLocations:
     """Where images lie: all that reading them takes. N images; small, and travels to any process."""
 
     files: tuple[str, ...]
@@ -157,9 +157,9 @@ class Places:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: NDArray[np.int64]) -> "Places":
+    def take(self, rows: NDArray[np.int64]) -> "ImageLocations":
         """Some of them, in the order asked."""
-        return Places(
+        return ImageLocations(
             files=self.files,
             ids=tuple(self.ids[row] for row in rows),
             file=self.file[rows],
@@ -213,7 +213,7 @@ class Places:
 class Index:
     """All that is known of the N images of one split without decoding them; C classes."""
 
-    places: Places
+    locations: ImageLocations
     height: NDArray[np.int32]
     """(N,) in px."""
     width: NDArray[np.int32]
@@ -224,17 +224,17 @@ class Index:
     """(N,) of the pixels; see `images.perceptual_hash`."""
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     @property
     def ids(self) -> tuple[str, ...]:
         """Of every image."""
-        return self.places.ids
+        return self.locations.ids
 
     @property
     def labeled(self) -> NDArray[np.bool_]:
         """(N,) whether there is a mask."""
-        return self.places.mask[:, 1] > 0
+        return self.locations.mask[:, 1] > 0
 
     @property
     def presence(self) -> NDArray[np.bool_]:
@@ -283,7 +283,7 @@ def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
         np.stack([rows[f"{name}_{part}"].fill_null(0).to_numpy() for part in ("at", "bytes")], axis=1)
         for name in ("image", "mask")
     )
-    places = Places(
+    locations = ImageLocations(
         files=files,
         ids=tuple(rows["id"].to_pylist()),
         file=rows["file"].to_numpy(),
@@ -293,7 +293,7 @@ def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
         mask_sha256=_checksums(rows["mask_sha256"]),
     )
     return Index(
-        places, rows["height"].to_numpy(), rows["width"].to_numpy(), pixels, rows["perceptual_hash"].to_numpy()
+        locations, rows["height"].to_numpy(), rows["width"].to_numpy(), pixels, rows["perceptual_hash"].to_numpy()
     )
 
 

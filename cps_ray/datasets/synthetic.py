@@ -13,12 +13,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cps_ray.config.train import DataConfig, SyntheticConfig
-from cps_ray.datasets.assembly import Plan, write_shards
+from cps_ray.config.train import SyntheticConfig
 from cps_ray.datasets.images import encode_image
-from cps_ray.datasets.items import Item, Source, item_of
-from cps_ray.datasets.shards import MANIFEST, Shards, open_shards
-from cps_ray.errors import DataError
+from cps_ray.datasets.prepare.assembly import DataSetPlan, write_shards
+from cps_ray.datasets.prepare.items import Item, Source, item_of
 
 DRAWING = 1
 """Goes up whenever `draw_scene` draws something else for the same seed; folders drawn before are then refused."""
@@ -31,7 +29,7 @@ GRAIN = np.array([[0, 0, 1], [2, 2, 2], [7, 2, 0], [3, 6, 2], [14, 16, 5], [0, 1
 """Strength of the texture per class at blobs of 1, 2 and 6 px, in grey levels."""
 
 Rng = np.random.Generator
-Color = tuple[float, float, float]
+Rgb = tuple[float, float, float]
 Point = tuple[float, float, float]
 """Lateral, up, depth. Lateral and up are in heights of the camera above the road; the picture's lower edge is at depth 1."""
 
@@ -53,7 +51,7 @@ class _Street:
     """Width of the left sidewalk."""
     right: float
     haze: float
-    """Share of the haze's colour per unit of depth."""
+    """Fraction of the haze's colour per unit of depth."""
 
 
 @dataclass
@@ -61,7 +59,7 @@ class _Canvas:
     """Image, mask and shade of one scene; later things cover earlier ones in all three."""
 
     street: _Street
-    fog: Color
+    fog: Rgb
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     shade: NDArray[np.float32]
@@ -80,18 +78,18 @@ class _Canvas:
         corners = np.array([self.pixel(point) for point in shape])
         return np.round(corners * (1 << FIXED_POINT_BITS)).astype(np.int32)
 
-    def _layers(self, label: int, color: Color, depth: float) -> tuple[tuple[NDArray[Any], Any], ...]:
+    def _layers(self, label: int, color: Rgb, depth: float) -> tuple[tuple[NDArray[Any], Any], ...]:
         haze = 1 - float(np.exp(-self.street.haze * depth))
         seen = [c + (f - c) * haze for c, f in zip(color, self.fog, strict=True)]
         return (self.image, seen), (self.mask, label), (self.shade, 1.0)
 
-    def fill(self, label: int, color: Color, *shapes: list[Point]) -> None:
+    def fill(self, label: int, color: Rgb, *shapes: list[Point]) -> None:
         """Polygons of one class; the first corner's depth sets the haze."""
         corners = [self._raster(shape) for shape in shapes]
         for layer, value in self._layers(label, color, shapes[0][0][2]):
             cv2.fillPoly(layer, corners, value, shift=FIXED_POINT_BITS)
 
-    def disc(self, label: int, color: Color, center: Point, radius: float) -> None:
+    def disc(self, label: int, color: Rgb, center: Point, radius: float) -> None:
         """A ball of one class, radius in camera heights."""
         middle = np.round(np.array(self.pixel(center)) * (1 << FIXED_POINT_BITS)).astype(int).tolist()
         size = max(1, round(radius * self.scale(center[2]) * (1 << FIXED_POINT_BITS)))
@@ -106,25 +104,25 @@ class _Canvas:
 # ------------------------------------------------------------------------------------------------------------ colours
 
 
-def _hsv(rng: Rng, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]) -> Color:
+def _hsv(rng: Rng, hue: tuple[float, float], saturation: tuple[float, float], value: tuple[float, float]) -> Rgb:
     """A random colour; hue in turns, the rest in 0..1 -> (r, g, b) in 0..255."""
     h, s, v = rng.uniform(*hue) * 6, rng.uniform(*saturation), rng.uniform(*value)
     r, g, b = (255 * v * (1 - s * max(0.0, min(k, 4 - k, 1.0))) for k in ((n + h) % 6 for n in (5, 3, 1)))
     return r, g, b
 
 
-def _times(color: Color, factor: float) -> Color:
+def _times(color: Rgb, factor: float) -> Rgb:
     return (color[0] * factor, color[1] * factor, color[2] * factor)
 
 
-def _leaves(rng: Rng) -> Color:
+def _leaves(rng: Rng) -> Rgb:
     """Mostly green; autumn and blossom take the colours of bricks and sky."""
     kind = rng.choice(["green", "autumn", "pale"], p=[0.75, 0.2, 0.05])
     hue = {"green": (0.2, 0.4), "autumn": (0.02, 0.15), "pale": (0.5, 1.0)}[kind]
     return _hsv(rng, hue, (0.3, 0.75), (0.2, 0.7))
 
 
-def _sky_colors(rng: Rng) -> tuple[Color, Color]:
+def _sky_colors(rng: Rng) -> tuple[Rgb, Rgb]:
     """Above and at the horizon."""
     kind = rng.choice(["blue", "grey", "evening", "night"], p=[0.5, 0.3, 0.15, 0.05])
     if kind == "blue":
@@ -260,7 +258,7 @@ def _car(rng: Rng, canvas: _Canvas, lateral: float, depth: float) -> None:
     canvas.fill(CAR, _times(color, 0.85), _slab(left + 0.03, right - 0.03, belt, roof, depth, taper=0.1))
     canvas.fill(CAR, glass, _slab(left + 0.11, right - 0.11, belt + 0.03, roof - 0.06, depth, taper=0.06))
     canvas.fill(CAR, color, _slab(left, right, 0.1, belt, depth, taper=0.03))
-    lamp: Color = (230, 30, 20) if rng.random() < 0.5 else (250, 245, 210)
+    lamp: Rgb = (230, 30, 20) if rng.random() < 0.5 else (250, 245, 210)
     canvas.fill(CAR, lamp, *(_slab(x, x + 0.14, 0.28, 0.36, depth) for x in (left + 0.03, right - 0.17)))
 
 
@@ -302,7 +300,7 @@ def _noise(rng: Rng, height: int, width: int, size: int) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
-def _sky(rng: Rng, canvas: _Canvas, above: Color) -> None:
+def _sky(rng: Rng, canvas: _Canvas, above: Rgb) -> None:
     """A gradient down to the haze's colour, and clouds; fills the whole picture."""
     height, width = canvas.mask.shape
     down = np.clip(np.arange(height, dtype=np.float32) / canvas.street.horizon, 0, 1)[:, None, None]
@@ -357,7 +355,8 @@ def draw_scene(rng: Rng, height: int, width: int) -> tuple[NDArray[np.uint8], ND
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def _made_by(config: SyntheticConfig) -> str:
+def made_by(config: SyntheticConfig) -> str:
+    """What the manifest of a drawn data set says of its origin: two equal texts are the same images."""
     settings = ", ".join(f"{name}={value}" for name, value in config.model_dump().items())
     return f"synthetic drawing {DRAWING}: {settings}"
 
@@ -382,29 +381,5 @@ def write_synthetic(out: Path, config: SyntheticConfig) -> None:
         split: [Source(f"{split}_{number:05d}") for number in range(count)]
         for split, count in zip(_SPLITS, counts, strict=True)
     }
-    plan = Plan(splits, Drawn(config), CLASSES, PALETTE, _made_by(config))
+    plan = DataSetPlan(splits, Drawn(config), CLASSES, PALETTE, made_by(config))
     write_shards(out, plan, wait=True)
-
-
-def open_data(data: DataConfig) -> Shards:
-    """The shards of a config; synthetic ones are drawn on first use.
-
-    Processes may do so at once: one puts its folder in place, the others take that. DataError if the shards are missing,
-    or were drawn with other settings.
-    """
-    if data.synthetic is None:
-        return open_shards(data.shards, data.prepare)
-    if not data.shards.exists():
-        try:
-            write_synthetic(data.shards, data.synthetic)
-        except DataError:
-            if not (data.shards / MANIFEST).exists():
-                raise
-    shards = open_shards(data.shards, data.prepare)
-    found, wanted = shards.manifest.made_by.format, _made_by(data.synthetic)
-    if found != wanted:
-        raise DataError(
-            f"{data.shards}: these shards are ({found}), but the config asks for ({wanted}); "
-            "remove the folder or set `data.shards` to another one."
-        )
-    return shards

@@ -1,8 +1,16 @@
-"""The contract between whoever makes batches and the engine: fields, dtypes, ranges. Imports torch only."""
+"""The contract between whoever makes batches and the engine: fields, dtypes, ranges. Imports nothing at run time.
 
+Data preparation needs IGNORE and no torch, so tensors are named here for the type checker alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = 255
 """Mask value of pixels that count in no loss and in no metric."""
@@ -10,7 +18,7 @@ IGNORE = 255
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One worker's share of one optimizer step. RGB, uint8 all the way; the network normalises on its device."""
+    """One worker's shard of the global batch of one step. RGB, uint8 all the way; the network normalises on its device."""
 
     labeled_image: Tensor
     """uint8 (L, 3, H, W) in 0..255."""
@@ -21,6 +29,19 @@ class Batch:
     unlabeled_second: Tensor | None = None
     """uint8 (U, 3, H, W): another view of each, where the method asks for one: the same place after a strong change of
     colour (mean_teacher, fixmatch), or another place (cps with `cutmix_partner: self`)."""
+
+    def map(self, change: Callable[[Tensor], Tensor], *, mask: Callable[[Tensor], Tensor] | None = None) -> Batch:
+        """Returns a batch with `change` applied to all images, and `mask` (the same if None) to the masks."""
+
+        def optional(image: Tensor | None) -> Tensor | None:
+            return None if image is None else change(image)
+
+        return Batch(
+            change(self.labeled_image),
+            (mask or change)(self.labeled_mask),
+            optional(self.unlabeled_image),
+            optional(self.unlabeled_second),
+        )
 
 
 @dataclass(frozen=True, slots=True)

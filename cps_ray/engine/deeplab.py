@@ -1,18 +1,17 @@
 """DeepLabv3+ as in the code of the CPS paper (github.com/charlesCXK/TorchSemiSeg, commit 5e0c29c), on a timm ResNet."""
 
-import difflib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cps_ray.errors import ConfigError
+from cps_ray.text import did_you_mean
 
 ARCHITECTURE = "deeplabv3plus-cps"
 
 # B images, C channels; h w cells of a feature map.
 _STAGES = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-_RATES = (6, 12, 18)
+_RATES = (6, 12, 18)  # at stride 16
 
 
 class Encoder(nn.ModuleDict):
@@ -74,6 +73,7 @@ class Decoder(nn.Module):
 
     def forward(self, fine_BChw: Tensor, coarse_BChw: Tensor) -> Tensor:
         """Features at stride 4 and at the output stride -> (B, 256, h, w) at stride 4."""
+        # align_corners, as in the released code: else every feature is shifted by up to half a cell.
         coarse_BChw = F.interpolate(self.aspp(coarse_BChw), fine_BChw.shape[-2:], mode="bilinear", align_corners=True)
         out_BChw: Tensor = self.fuse(torch.cat([coarse_BChw, self.reduce(fine_BChw)], dim=1))
         return out_BChw
@@ -104,10 +104,9 @@ def check_deeplab(encoder: str) -> None:
     known = [f"tu-{name}" for name in timm.list_models(module="resnet")]
     name = encoder.split(".")[0]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"model.encoder: {ARCHITECTURE} takes a timm ResNet such as tu-resnet50s, but got {encoder!r}.{hint}"
+            f"model.encoder: {ARCHITECTURE} takes a timm ResNet such as tu-resnet50s, but got {encoder!r}."
+            f"{did_you_mean(name, known)}"
         )
 
 
@@ -129,7 +128,7 @@ def build_deeplab(encoder: str, weights: str | None, num_classes: int, output_st
     # timm takes out the strides, those of the shortcuts included, whatever they are made of.
     resnet = timm.create_model(name, pretrained=weights is not None, output_stride=output_stride)
     channels = {info["module"]: info["num_chs"] for info in resnet.feature_info}
-    rates = tuple(rate * 16 // output_stride for rate in _RATES)
+    rates = tuple(rate * 16 // output_stride for rate in _RATES)  # on a map twice as fine they reach as far
     return DeepLab(Encoder(resnet, output_stride), Decoder(channels["layer1"], channels["layer4"], rates), num_classes)
 
 

@@ -38,10 +38,10 @@ def upsample(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _upsample_transposed(grad_BCHW: Tensor, coarse_shape: torch.Size) -> Tensor:
-    """The gradient of `upsample`."""
+    """Returns the gradient by the coarse logits from that by the result of `upsample`."""
     height, width = grad_BCHW.shape[-2:]
     full = padded((height, width))
-    if (height, width) != full:
+    if (height, width) != full:  # `upsample` has cut the padding off: no gradient comes from there
         grad_BCHW = F.pad(grad_BCHW, (0, full[1] - width, 0, full[0] - height))
     if coarse_shape[-2:] == full:
         return grad_BCHW
@@ -49,28 +49,29 @@ def _upsample_transposed(grad_BCHW: Tensor, coarse_shape: torch.Size) -> Tensor:
 
 
 def _chunks(images: int, size: tuple[int, int], device: torch.device) -> Iterator[slice]:
-    step = max(1, _CHUNK_PX.get(device.type, 2**18) // (size[0] * size[1]))
-    return (slice(first, min(first + step, images)) for first in range(0, images, step))
+    per_chunk = max(1, _CHUNK_PX.get(device.type, 2**18) // (size[0] * size[1]))
+    return (slice(first, min(first + per_chunk, images)) for first in range(0, images, per_chunk))
 
 
 def _full(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """Float32 logits of a chunk, in memory of their own, classes last in memory: sums over classes are then the fastest."""
     coarse = coarse_BChw.detach().float()
     logits = upsample(coarse.contiguous(memory_format=torch.channels_last), size)
+    # Rules overwrite what they get. Where there was nothing to convert or to upsample, it is still the network's own output.
     return logits.clone() if logits.data_ptr() == coarse_BChw.data_ptr() else logits
 
 
 class _Dense(torch.autograd.Function):
-    """The summed loss and, in the same pass, its gradient by the coarse logits; beside it the terms, without gradient."""
+    """Computes the summed loss and, in the same pass, its gradient by the coarse logits; returns the terms too, without gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, coarse_BChw: Tensor, size: tuple[int, int], rule: Rule, *targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         losses, grads, terms = [], [], []
-        for part in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
-            coarse = coarse_BChw[part]
-            loss, grad_BCHW, terms_K = rule(_full(coarse, size), *(target[part] for target in targets))
+        for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
+            coarse = coarse_BChw[chunk]
+            loss, grad_BCHW, terms_K = rule(_full(coarse, size), *(target[chunk] for target in targets))
             losses.append(loss)
             grads.append(_upsample_transposed(grad_BCHW, coarse.shape))
             terms.append(terms_K)
@@ -82,6 +83,7 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # The sum is a scalar, so the gradient by the logits, known since the forward pass, is only scaled. Terms have none.
         (grad_BChw,) = ctx.saved_tensors
         return ((grad_BChw * grads[0]).to(ctx.dtype), None, None, *[None] * ctx.targets)
 
@@ -89,7 +91,7 @@ class _Dense(torch.autograd.Function):
 def cross_entropy(
     coarse_BChw: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor | float]
 ) -> tuple[Tensor, Tensor]:
-    """Sum over K targets of weight times the cross-entropy summed over the pixels that are not IGNORE.
+    """Sums weight times cross-entropy over K targets and over the pixels that are not IGNORE.
 
     `targets`: uint8 or int64 (B, H, W) each; `weights`: scalars. Returns the sum, scalar float32 with gradient, and the K
     cross-entropies, float32 (K,), without weights and without gradient. The same as `F.cross_entropy(upsample(coarse), target, ignore_index=IGNORE, reduction="sum")`
@@ -97,27 +99,29 @@ def cross_entropy(
     """
 
     def rule(logits_BCHW: Tensor, *targets_BHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits_BCHW -= logits_BCHW.amax(dim=1, keepdim=True)
-        places, counts, own = [], [], []
+        logits_BCHW -= logits_BCHW.amax(dim=1, keepdim=True)  # exp cannot overflow
+        classes, counts, own = [], [], []
         for target in targets_BHW:
             known = target.unsqueeze(1) != IGNORE
-            place = target.unsqueeze(1).long().masked_fill_(~known, 0)
-            own.append(logits_BCHW.gather(1, place))
-            places.append(place)
+            # Class 0 stands in for IGNORE, which gather would not accept; `known` takes it out again.
+            label = target.unsqueeze(1).long().masked_fill_(~known, 0)
+            own.append(logits_BCHW.gather(1, label))
+            classes.append(label)
             counts.append(known)
-        share_BCHW = logits_BCHW.exp_()
-        total_B1HW = share_BCHW.sum(dim=1, keepdim=True)
+        prob_BCHW = logits_BCHW.exp_()  # in place: probabilities once they are divided by their total, below
+        total_B1HW = prob_BCHW.sum(dim=1, keepdim=True)
         log_total = total_B1HW.log()
         terms_K = torch.stack([((log_total - of) * known).sum() for of, known in zip(own, counts, strict=True)])
-        # d loss / d logits = softmax - one-hot, zero where the target is ignored.
-        pulls = [(known * weight).to(share_BCHW.dtype) for known, weight in zip(counts, weights, strict=True)]
-        share_BCHW *= sum(pulls[1:], pulls[0]) / total_B1HW
-        for place, pull in zip(places, pulls, strict=True):
-            share_BCHW.scatter_add_(1, place, -pull)
+        # d loss / d logits = sum over targets of weight * (softmax - one-hot), zero where a target is ignored. So the softmax is
+        # multiplied once, by the sum of the weights that apply to a pixel, and each target's class is pulled by its own.
+        pulls = [(known * weight).to(prob_BCHW.dtype) for known, weight in zip(counts, weights, strict=True)]
+        prob_BCHW *= sum(pulls[1:], pulls[0]) / total_B1HW
+        for label, pull in zip(classes, pulls, strict=True):
+            prob_BCHW.scatter_add_(1, label, -pull)
         loss = sum(
             (term * weight for term, weight in zip(terms_K.unbind(), weights, strict=True)), terms_K.new_zeros(())
         )
-        return loss, share_BCHW, terms_K
+        return loss, prob_BCHW, terms_K
 
     size = (targets[0].shape[-2], targets[0].shape[-1])
     return _Dense.apply(coarse_BChw, size, rule, *targets)  # type: ignore[no-any-return, no-untyped-call]
@@ -126,26 +130,26 @@ def cross_entropy(
 def pixel_cross_entropy(coarse_BChw: Tensor, target_BHW: Tensor) -> Tensor:
     """Cross-entropy of each pixel, 0 where the target is IGNORE: float32 (B, H, W), without gradient."""
     size = (target_BHW.shape[-2], target_BHW.shape[-1])
-    parts = []
-    for part in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
-        target = target_BHW[part].long()
-        parts.append(F.cross_entropy(_full(coarse_BChw[part], size), target, ignore_index=IGNORE, reduction="none"))
-    return torch.cat(parts)
+    losses = []
+    for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
+        target = target_BHW[chunk].long()
+        losses.append(F.cross_entropy(_full(coarse_BChw[chunk], size), target, ignore_index=IGNORE, reduction="none"))
+    return torch.cat(losses)
 
 
 def squared_difference(
     coarse_BChw: Tensor, teacher_BChw: Tensor, size: tuple[int, int], weight: float
 ) -> tuple[Tensor, Tensor]:
-    """`weight` times the squared difference of two networks' probabilities, summed over pixels and classes: scalar float32
-    with gradient for the first, none for the teacher; and, without gradient, (1,) the same without the weight."""
+    """Returns `weight` times the squared difference of two networks' probabilities, summed over pixels and classes: scalar float32
+    with gradient for the first, none for the teacher; and the same without the weight, float32 (1,) without gradient."""
 
     def rule(logits_BCHW: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        share_BCHW = logits_BCHW.softmax(dim=1)
-        apart_BCHW = share_BCHW - _full(teacher, size).softmax(dim=1)
-        term = apart_BCHW.square().sum()
-        # The softmax's Jacobian: d share_i / d logit_j = share_i (1[i = j] - share_j).
-        mean_B1HW = (share_BCHW * apart_BCHW).sum(dim=1, keepdim=True)
-        return weight * term, 2.0 * weight * share_BCHW * (apart_BCHW - mean_B1HW), term.view(1)
+        prob_BCHW = logits_BCHW.softmax(dim=1)
+        difference_BCHW = prob_BCHW - _full(teacher, size).softmax(dim=1)
+        term = difference_BCHW.square().sum()
+        # The softmax's Jacobian, d prob_i / d logit_j = prob_i (1[i = j] - prob_j), applied to d loss / d prob = 2 weight difference.
+        mean_B1HW = (prob_BCHW * difference_BCHW).sum(dim=1, keepdim=True)
+        return weight * term, 2.0 * weight * prob_BCHW * (difference_BCHW - mean_B1HW), term.view(1)
 
     return _Dense.apply(coarse_BChw, size, rule, teacher_BChw.detach())  # type: ignore[no-any-return, no-untyped-call]
 
@@ -154,25 +158,27 @@ def squared_difference(
 def hard_labels(coarse_BChw: Tensor, size: tuple[int, int], confidence: float = 0.0) -> Tensor:
     """The likeliest class of each pixel: uint8 (B, H, W); IGNORE where its probability is below `confidence`."""
     labels_BHW = torch.empty(coarse_BChw.shape[0], *size, dtype=torch.uint8, device=coarse_BChw.device)
-    for part in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
-        logits_BCHW = _full(coarse_BChw[part], size)
-        labels_BHW[part] = logits_BCHW.argmax(dim=1)
+    for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
+        logits_BCHW = _full(coarse_BChw[chunk], size)
+        labels_BHW[chunk] = logits_BCHW.argmax(dim=1)
         if confidence > 0.0:
-            labels_BHW[part].masked_fill_(_certainty(logits_BCHW) < confidence, IGNORE)
+            labels_BHW[chunk].masked_fill_(_certainty(logits_BCHW) < confidence, IGNORE)
     return labels_BHW
 
 
 def _certainty(logits_BCHW: Tensor) -> Tensor:
     """The likeliest class's probability: (B, H, W). Overwrites the logits."""
-    logits_BCHW -= logits_BCHW.amax(dim=1, keepdim=True)
+    logits_BCHW -= logits_BCHW.amax(
+        dim=1, keepdim=True
+    )  # the likeliest class's exp is now 1, the numerator of its softmax
     return logits_BCHW.exp_().sum(dim=1).reciprocal()
 
 
 @torch.no_grad()
 def mean_confidence(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """Mean probability of the likeliest class, over all pixels: scalar float32."""
-    parts = [
-        _certainty(_full(coarse_BChw[part], size)).sum()
-        for part in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device)
+    sums = [
+        _certainty(_full(coarse_BChw[chunk], size)).sum()
+        for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device)
     ]
-    return torch.stack(parts).sum() / (coarse_BChw.shape[0] * size[0] * size[1])
+    return torch.stack(sums).sum() / (coarse_BChw.shape[0] * size[0] * size[1])

@@ -1,4 +1,4 @@
-"""How images are judged: in windows, at scales, mirrored; each network, their parts of a split, and all networks together."""
+"""How images are evaluated: in windows, at scales, mirrored; each network, slices of a split, and all networks together."""
 
 import fnmatch
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cps_ray.config.train import NETWORK_NAMES, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, Precision
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.dense import upsample
 from cps_ray.engine.metrics import class_accuracy, confusion, iou, mean_iou, micro_iou, pixel_accuracy
@@ -22,28 +22,30 @@ from cps_ray.engine.telemetry import Metrics
 # N images, C classes, H W pixels, h w pixels of a window, B windows, P a pair of networks.
 ENSEMBLE = "ensemble"
 """The mean of all networks' probabilities is reported under this name."""
-_WHOLE = {"iou_micro": micro_iou, "pixel_accuracy": pixel_accuracy, "class_accuracy": class_accuracy}
-"""Further scores of network a, of a whole split only."""
+_WHOLE_SPLIT_SCORES = {"iou_micro": micro_iou, "pixel_accuracy": pixel_accuracy, "class_accuracy": class_accuracy}
+"""Further scores of network a, for the whole split only."""
 
 
 @torch.inference_mode()
-def predict(config: TrainConfig, network: Segmenter, image_N3HW: Tensor) -> Tensor:
+def predict(
+    evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tensor, *, precision: Precision = "none"
+) -> Tensor:
     """Scores of images of any one size, uint8 on the network's device -> float32 (N, C, H, W); the network is in eval mode.
 
     Logits or probabilities, as `evaluation.sum` says, averaged over windows, scales and flips. Images are resized without
     antialiasing, as training views are, to round(side * scale), not rounded to integers; their scores bilinearly back.
+    `precision`: the training's `compute.autocast`.
     """
-    settings = config.evaluation
     height, width = image_N3HW.shape[-2:]
-    views = len(settings.scales) * (2 if settings.flip else 1)
+    views = len(evaluation.scales) * (2 if evaluation.flip else 1)
     total_NCHW: Tensor | None = None
-    for scale in settings.scales:
+    for scale in evaluation.scales:
         scaled = _resized(image_N3HW, (max(1, round(height * scale)), max(1, round(width * scale))))
-        for mirrored in (False, True) if settings.flip else (False,):
-            scores = _sliding(config, network, scaled.flip(-1) if mirrored else scaled)
+        for mirrored in (False, True) if evaluation.flip else (False,):
+            scores = _sliding(evaluation, network, scaled.flip(-1) if mirrored else scaled, precision)
             scores = _resized(scores.flip(-1) if mirrored else scores, (height, width))
             if views == 1:
-                return scores
+                return scores  # the usual case needs no second tensor of this size
             total_NCHW = torch.zeros_like(scores) if total_NCHW is None else total_NCHW
             total_NCHW += scores
     assert total_NCHW is not None
@@ -56,16 +58,14 @@ def _resized(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x_NCHW.float(), size, mode="bilinear", align_corners=False)
 
 
-def _forward(config: TrainConfig, network: Segmenter, image_BCHW: Tensor) -> Tensor:
-    """The scores of whole images, or of windows: float32 (B, C, H, W), classes last in memory.
-
-    An argmax over classes is then five times as fast on a CPU, upsampling is faster too.
-    """
-    with autocast(config, image_BCHW.device):
+def _forward(evaluation: EvaluationConfig, network: Segmenter, image_BCHW: Tensor, precision: Precision) -> Tensor:
+    """Scores of whole images, or of windows: float32 (B, C, H, W), classes last in memory."""
+    with autocast(precision, image_BCHW.device):
         coarse = network(image_BCHW)
+    # An argmax over classes that lie last in memory is five times as fast on a CPU; upsampling is faster too.
     coarse = coarse.float().contiguous(memory_format=torch.channels_last)
     logits = upsample(coarse, (image_BCHW.shape[-2], image_BCHW.shape[-1]))
-    if config.evaluation.sum == "logits":
+    if evaluation.sum == "logits":
         return logits
     return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
 
@@ -76,36 +76,36 @@ def windows(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _sliding(config: TrainConfig, network: Segmenter, image_N3HW: Tensor) -> Tensor:
+def _sliding(evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tensor, precision: Precision) -> Tensor:
     """Mean of the scores over the windows that see a pixel; the image in one piece without `window_px`: (N, C, H, W)."""
-    settings = config.evaluation
-    if settings.window_px is None:
-        return _forward(config, network, image_N3HW)
-    h, w = settings.window_px
-    down, across = settings.stride_px or (-(-h * 2 // 3), -(-w * 2 // 3))
+    if evaluation.window_px is None:
+        return _forward(evaluation, network, image_N3HW, precision)
+    h, w = evaluation.window_px
+    down, across = evaluation.stride_px or (-(-h * 2 // 3), -(-w * 2 // 3))
     height, width = image_N3HW.shape[-2:]
-    image_N3HW, top, left = _centred(image_N3HW, settings.window_px, network.mean)
+    image_N3HW, top, left = _centred(image_N3HW, evaluation.window_px, network.mean)
     images, _, tall, wide = image_N3HW.shape
     rows, columns = windows(tall, h, down), windows(wide, w, across)
-    places = [(n, y, x) for n in range(images) for y in rows for x in columns]
+    corners = [(n, y, x) for n in range(images) for y in rows for x in columns]
     total_NCHW: Tensor | None = None
-    for first in range(0, len(places), settings.window_batch):
-        some = places[first : first + settings.window_batch]
-        scores_BChw = _forward(
-            config, network, torch.stack([image_N3HW[n, :, y : y + h, x : x + w] for n, y, x in some])
-        )
-        if total_NCHW is None:
+    for first in range(0, len(corners), evaluation.window_batch):
+        chunk = corners[first : first + evaluation.window_batch]
+        image_B3hw = torch.stack([image_N3HW[n, :, y : y + h, x : x + w] for n, y, x in chunk])
+        scores_BChw = _forward(evaluation, network, image_B3hw, precision)
+        if total_NCHW is None:  # the number of classes is known from here on
             total_NCHW = scores_BChw.new_zeros(images, tall, wide, scores_BChw.shape[1]).movedim(-1, 1)
-        for (n, y, x), scores_Chw in zip(some, scores_BChw, strict=True):
+        for (n, y, x), scores_Chw in zip(chunk, scores_BChw, strict=True):
             total_NCHW[n, :, y : y + h, x : x + w] += scores_Chw
     assert total_NCHW is not None
+    # Windows are a grid: how often a pixel is seen is the product of how often its row and its column are.
     seen_H, seen_W = (_times_seen(*side, total_NCHW) for side in ((tall, rows, h), (wide, columns, w)))
     total_NCHW /= seen_H[:, None] * seen_W
     return total_NCHW[..., top : top + height, left : left + width]
 
 
 def _centred(image_N3HW: Tensor, window: tuple[int, int], mean: Tensor) -> tuple[Tensor, int, int]:
-    """The image amid a field of the mean colour, which the network sees as 0, at least as large as a window; its first row, column.
+    """Places the image amid a field of the mean colour, which the network sees as 0, at least as large as a window; returns its first
+    row and column, too.
 
     As the CPS reference does with VOC; an odd pixel goes below and to the right.
     """
@@ -132,111 +132,157 @@ class Counts:
 
     whole: Tensor
     """Network a on all images."""
-    groups: dict[str, Tensor]
-    """Network a on the images of each of `data.groups`."""
+    slices: dict[str, Tensor]
+    """Network a on the images of each slice."""
     others: dict[str, Tensor]
-    """Each other network, and ENSEMBLE, on all images. Empty where only a is judged."""
+    """Each other network, and ENSEMBLE, on all images. Empty where only a is evaluated."""
     agreement: Tensor
     """int64 (2,): pixels on which networks a and b agree, and all pixels at which that was asked. Ignored ones count in neither."""
 
 
-def _judged(config: TrainConfig, networks: Iterable[str], split: int) -> list[str]:
-    if config.evaluation.networks == "a":
-        return ["a"]
-    return [*NETWORK_NAMES[:split]] if split > 1 else [*networks]
+class Tally:
+    """Integer counts by name, added image by image and then over ranks. A name that nobody adds to stays zero."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        self._totals = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
+
+    def add(self, name: str, counts: Tensor) -> None:
+        """Adds counts of the shape that `name` has."""
+        self._totals[name] += counts
+
+    def reduce(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Sums by name over all ranks, on the CPU. A collective: every rank calls it with the same names."""
+        # In one exchange: an evaluation of many slices would else wait for as many.
+        flat = ranks.sum(torch.cat([total.flatten() for total in self._totals.values()])).cpu()
+        parts = torch.split(flat, [total.numel() for total in self._totals.values()])
+        return {name: part.view(self._totals[name].shape) for name, part in zip(self._totals, parts, strict=True)}
+
+
+def evaluated_networks(evaluation: EvaluationConfig, networks: Iterable[str]) -> list[str]:
+    """Names of those of a training's networks that are evaluated."""
+    return ["a"] if evaluation.networks == "a" else [*networks]
 
 
 @torch.inference_mode()
 def evaluate(
-    config: TrainConfig, networks: Mapping[str, Segmenter], batches: Iterable[EvalBatch], num_classes: int, ranks: Ranks
+    evaluation: EvaluationConfig,
+    networks: Mapping[str, Segmenter],
+    batches: Iterable[EvalBatch],
+    num_classes: int,
+    ranks: Ranks,
+    *,
+    slices: Mapping[str, str] | None = None,
+    precision: Precision = "none",
 ) -> Counts:
-    """Every pixel of every image once, each network as `predict` sees it. A collective: every rank passes its own images.
+    """Counts every pixel of every image once, for each network as `predict` sees it. A collective: every rank passes its own images.
 
-    `networks`: by name, left in evaluation mode. Where they are split over ranks, only this rank's own; the ranks of a
-    group of peers then pass the same images, and the one with network a counts for them what all networks say together.
+    `networks`: by name, left in evaluation mode. Where each worker has one network, only this rank's own; the ranks of a
+    batch shard then pass the same images, and the one with network a counts for them what all networks predict together.
+    `slices`: name -> glob over image ids, counted for network a. `precision`: the training's `compute.autocast`.
     """
-    judged = _judged(config, networks, ranks.split)
-    mine = {name: network.eval() for name, network in networks.items() if name in judged}
-    names = [*config.data.groups, *judged[1:], *([ENSEMBLE] if len(judged) > 1 else [])]
-    sums = {
-        name: torch.zeros(num_classes, num_classes, dtype=torch.int64, device=ranks.device) for name in ["", *names]
-    }
-    agreement = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    slices = slices or {}
+    # A rank that has one network still tallies the names of all: the ranks' tallies are summed in one exchange.
+    present = NETWORK_NAMES[: ranks.ranks_per_shard] if ranks.ranks_per_shard > 1 else networks
+    names = evaluated_networks(evaluation, present)
+    tally = _tally([*names, *([ENSEMBLE] if len(names) > 1 else [])], slices, num_classes, ranks.device)
+    mine = {name: network.eval() for name, network in networks.items() if name in names}
     for batch in batches if mine else ():
         image, target_NHW = batch.image.to(ranks.device), batch.mask.to(ranks.device)
+        prob_NHWC: Tensor | None = None
         pair_PNHW = torch.zeros(2, *target_NHW.shape, dtype=torch.uint8, device=ranks.device)
-        share_NHWC: Tensor | None = None
+        # Network by network: the scores of one, C floats a pixel, are the largest tensor here.
         for name, network in mine.items():
-            scores_NCHW = predict(config, network, image)
+            scores_NCHW = predict(evaluation, network, image, precision=precision)
             labels_NHW = scores_NCHW.argmax(dim=1)
-            matrices = confusion(labels_NHW, target_NHW, num_classes)
-            sums["" if name == "a" else name] += matrices.sum(0)
+            matrices_NCC = confusion(labels_NHW, target_NHW, num_classes)
+            tally.add(_network(name), matrices_NCC.sum(0))
             if name == "a":
-                for group, pattern in config.data.groups.items():
-                    member = torch.tensor([fnmatch.fnmatchcase(one, pattern) for one in batch.ids], device=ranks.device)
-                    sums[group] += matrices[member].sum(0)
-            if len(judged) > 1:
-                own_NHWC = _probabilities(config, scores_NCHW)
-                share_NHWC = own_NHWC if share_NHWC is None else share_NHWC + own_NHWC
+                for each, pattern in slices.items():
+                    member_N = [fnmatch.fnmatchcase(image_id, pattern) for image_id in batch.ids]
+                    tally.add(_slice(each), matrices_NCC[torch.tensor(member_N, device=ranks.device)].sum(0))
+            if len(names) > 1:
+                own_NHWC = _probabilities(evaluation, scores_NCHW)
+                prob_NHWC = own_NHWC if prob_NHWC is None else prob_NHWC + own_NHWC
                 if name in "ab":
                     pair_PNHW["ab".index(name)] = labels_NHW
-        if share_NHWC is not None:
-            # The largest sum of probabilities is the largest mean.
-            together_NHW = ranks.peer_sum(share_NHWC).argmax(dim=-1)
-            a_NHW, b_NHW = ranks.peer_sum(pair_PNHW)
+        if prob_NHWC is not None:
+            # Both are collectives of the batch shard's ranks: all of them take part, one of them counts.
+            prob_NHWC, pair_PNHW = ranks.sum_over_networks(prob_NHWC), ranks.sum_over_networks(pair_PNHW)
             if "a" in mine:
-                sums[ENSEMBLE] += confusion(together_NHW, target_NHW, num_classes).sum(0)
-                counted = target_NHW != IGNORE
-                agreement += torch.stack([((a_NHW == b_NHW) & counted).sum(), counted.sum()])
-    whole, *rest = ranks.sum(torch.stack([*sums.values()])).cpu()
-    found = dict(zip(names, rest, strict=True))
-    groups = {name: found.pop(name) for name in config.data.groups}
-    return Counts(whole, groups, found, ranks.sum(agreement).cpu())
+                # The largest sum of probabilities is the largest mean.
+                tally.add(_network(ENSEMBLE), confusion(prob_NHWC.argmax(dim=-1), target_NHW, num_classes).sum(0))
+                counted_NHW = target_NHW != IGNORE
+                agree_NHW = (pair_PNHW[0] == pair_PNHW[1]) & counted_NHW
+                tally.add(_AGREEMENT, torch.stack([agree_NHW.sum(), counted_NHW.sum()]))
+    counts = tally.reduce(ranks)
+    return Counts(
+        whole=counts.pop(_network("a")),
+        slices={name: counts.pop(_slice(name)) for name in slices},
+        agreement=counts.pop(_AGREEMENT),
+        others={name.removeprefix(_network("")): matrix for name, matrix in counts.items()},
+    )
 
 
-def _probabilities(config: TrainConfig, scores_NCHW: Tensor) -> Tensor:
-    """Of averaged scores, in one block of memory as collectives want it: (N, H, W, C)."""
+_AGREEMENT = "agreement"
+
+
+def _network(name: str) -> str:
+    """Key of a network in the tally; slices have keys of another kind, as both are named freely."""
+    return f"network {name}"
+
+
+def _slice(name: str) -> str:
+    return f"slice {name}"
+
+
+def _tally(networks: Iterable[str], slices: Iterable[str], num_classes: int, device: torch.device) -> Tally:
+    matrices = [*map(_network, networks), *map(_slice, slices)]
+    return Tally({**dict.fromkeys(matrices, (num_classes, num_classes)), _AGREEMENT: (2,)}, device)
+
+
+def _probabilities(evaluation: EvaluationConfig, scores_NCHW: Tensor) -> Tensor:
+    """Probabilities of averaged scores, in one block of memory as collectives want it: (N, H, W, C)."""
     scores_NHWC = scores_NCHW.movedim(1, -1)
-    return scores_NHWC.softmax(dim=-1) if config.evaluation.sum == "logits" else scores_NHWC.contiguous()
+    return scores_NHWC.softmax(dim=-1) if evaluation.sum == "logits" else scores_NHWC.contiguous()
 
 
 def summarise(counts: Counts, classes: Iterable[str], split: str) -> dict[str, Any]:
-    """`val/miou`, `val/iou/road`, `val/iou_micro`, ..., per group `val/seq05/miou`, `val/seq05/iou/road`, and `further_scores`.
+    """Returns `val/miou`, `val/iou/road`, `val/iou_micro`, ..., per slice `val/seq05/miou`, `val/seq05/iou/road`, and `further_scores`.
 
-    Floats in 0..1. What was not shown has no entry: a class that is neither true nor predicted, a group without images.
+    Floats in 0..1. What was not there has no entry: a class that is neither true nor predicted, a slice without images.
     """
     names = list(classes)
     scores: dict[str, Any] = {}
-    for part, matrix in {"": counts.whole, **counts.groups}.items():
+    for part, matrix in {"": counts.whole, **counts.slices}.items():
         if matrix.any():
             prefix = f"{split}/{part}/" if part else f"{split}/"
             scores[f"{prefix}miou"] = mean_iou(matrix)
             per_class = zip(names, iou(matrix).tolist(), strict=True)
             scores |= {f"{prefix}iou/{name}": value for name, value in per_class if not math.isnan(value)}
     if counts.whole.any():
-        scores |= {f"{split}/{name}": score(counts.whole) for name, score in _WHOLE.items()}
+        scores |= {f"{split}/{name}": score(counts.whole) for name, score in _WHOLE_SPLIT_SCORES.items()}
     scores |= {f"{split}/{name}/miou": mean_iou(matrix) for name, matrix in counts.others.items() if matrix.any()}
     agree, asked = counts.agreement.tolist()
     return scores | ({f"{split}/agreement": agree / asked} if asked else {})
 
 
-def further_scores(config: TrainConfig) -> list[str]:
+def further_scores(evaluation: EvaluationConfig, num_networks: int) -> list[str]:
     """What `summarise` names beside the IoUs of network a: `iou_micro`, ..., and of a pair `b/miou`, `ensemble/miou`, `agreement`."""
-    judged = _judged(config, NETWORK_NAMES[: config.networks], 1)
-    if len(judged) == 1:
-        return [*_WHOLE]
-    return [*_WHOLE, *(f"{name}/miou" for name in (*judged[1:], ENSEMBLE)), "agreement"]
+    names = evaluated_networks(evaluation, NETWORK_NAMES[:num_networks])
+    if len(names) == 1:
+        return [*_WHOLE_SPLIT_SCORES]
+    return [*_WHOLE_SPLIT_SCORES, *(f"{name}/miou" for name in (*names[1:], ENSEMBLE)), "agreement"]
 
 
 def evaluate_hidden(
-    config: TrainConfig, networks: Mapping[str, Segmenter], batches: Iterable[EvalBatch], num_classes: int, ranks: Ranks
+    evaluation: EvaluationConfig,
+    networks: Mapping[str, Segmenter],
+    batches: Iterable[EvalBatch],
+    num_classes: int,
+    ranks: Ranks,
+    precision: Precision = "none",
 ) -> Metrics:
-    """`pseudo/miou`: network a's mIoU on unlabelled images whose masks are known but hidden from it; nothing without such images."""
-    plain = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"groups": {}}),
-            "evaluation": config.evaluation.model_copy(update={"networks": "a"}),
-        }
-    )
-    whole = evaluate(plain, networks, batches, num_classes, ranks).whole
+    """Returns `pseudo/miou`: network a's mIoU on unlabelled images whose masks are known but hidden from it; nothing without such images."""
+    only_a = evaluation.model_copy(update={"networks": "a"})
+    whole = evaluate(only_a, networks, batches, num_classes, ranks, precision=precision).whole
     return {"pseudo/miou": mean_iou(whole)} if whole.any() else {}

@@ -1,4 +1,4 @@
-"""The program's centre: read this first. Train, evaluate now and then, report, stop when told to."""
+"""The programme's centre: read this first. Train, evaluate now and then, report, stop when asked to."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,7 +7,7 @@ from cps_ray.engine.batch import Batch
 from cps_ray.engine.schedules import learning_rate, ramped_weight
 from cps_ray.engine.state import TrainState
 from cps_ray.engine.step import train_step
-from cps_ray.engine.telemetry import PATIENCE, Meter, Metrics, collapse, lost
+from cps_ray.engine.telemetry import PATIENCE, Meter, Metrics, collapse, is_lost
 from cps_ray.errors import DivergedError
 
 Validate = Callable[[TrainState], Metrics]
@@ -22,24 +22,26 @@ def fit(config: TrainConfig, state: TrainState, batches: Iterable[Batch], valida
     """
     meter = Meter(state.ranks)
     for batch in meter.timed(batches):
-        meter.add(state.step, train_step(config, state, batch))
+        meter.add(state.step, train_step(config, state, batch))  # advances state.step
         if state.step % config.schedule.eval_every == 0:
-            metrics = meter.read() | _settings(config, state) | validate(state)
+            metrics = meter.read() | _scheduled(config, state) | validate(state)
             why = collapse(metrics)
+            # Before the report, which saves it: a resumed training counts on.
             state.collapsed = state.collapsed + 1 if why else 0
             if not report(metrics | {"step": state.step}, state):
                 return
-            if lost(config, state.step, state.collapsed):
+            # After the report: the evaluation at which a training ends is on record.
+            if is_lost(config.schedule, state.step, state.collapsed):
                 raise DivergedError(f"{why}, at {PATIENCE} evaluations in a row, the last at step {state.step}.")
-            meter.reset()
+            meter.reset()  # here, so that the evaluation's time counts in no rate
         if state.step >= config.schedule.steps:
             return
 
 
-def _settings(config: TrainConfig, state: TrainState) -> Metrics:
-    """What schedules gave the last step."""
+def _scheduled(config: TrainConfig, state: TrainState) -> Metrics:
+    """Learning rate and loss weight of the last step."""
     step, steps = state.step - 1, config.schedule.steps
-    settings = {"optim/lr": learning_rate(config.optim, step, steps)}
+    scheduled = {"optim/lr": learning_rate(config.optim, step, steps)}
     if config.semi_supervised:
-        settings[f"{config.method}/weight"] = ramped_weight(getattr(config, config.method), step, steps)
-    return settings
+        scheduled[f"{config.method}/weight"] = ramped_weight(getattr(config, config.method), step, steps)
+    return scheduled

@@ -17,7 +17,7 @@ Term = tuple[Tensor, Tensor | float]
 
 def supervised_term(loss: LossConfig, coarse_BChw: Tensor, mask_BHW: Tensor, valid_pixels: Tensor) -> Term:
     """`ce`: every labelled pixel, divided by `valid_pixels`, the (scalar) pixels that count in the whole global batch
-    divided by the number of its parts. `ohem`: the mean over this part's hard pixels.
+    divided by the number of micro-batches in it. `ohem`: the mean over this micro-batch's hard pixels.
     """
     if loss.supervised == "ohem":
         return ohem_term(coarse_BChw, mask_BHW, loss.ohem_threshold, loss.ohem_min_kept)
@@ -34,7 +34,7 @@ def ohem_term(coarse_BChw: Tensor, mask_BHW: Tensor, threshold: float, min_kept:
     loss_BHW = pixel_cross_entropy(coarse_BChw, mask_BHW)
     valid_BHW = mask_BHW != IGNORE
     ranked = loss_BHW.masked_fill(~valid_BHW, -torch.inf).flatten()
-    if ranked.numel() < min_kept:
+    if ranked.numel() < min_kept:  # topk would refuse
         kept_BHW = valid_BHW
     else:
         hardest = ranked.topk(min_kept, sorted=True).values[-1]  # -inf, hence every pixel, if fewer are valid

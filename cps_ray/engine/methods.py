@@ -1,16 +1,17 @@
 """The methods: what each network learns from in a step. Cross pseudo supervision, and those it is compared with.
 
-A method yields its losses network by network, and the step goes back through each before the next one is computed: so where
-targets are known beforehand, one network's activations are in memory at a time.
+A method is a generator that yields the losses of one network after the other. It is suspended at each `yield` while
+`train_step` goes back through these losses and updates that network; only then does the next network go forward, where the
+method allows it. So one network's activations are in memory at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, MixConfig, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, TrainConfig
 from cps_ray.engine.batch import Batch
 from cps_ray.engine.dense import cross_entropy, hard_labels, mean_confidence, squared_difference
 from cps_ray.engine.losses import Term, supervised_term
@@ -25,109 +26,144 @@ Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Micro:
-    """A micro-batch, and what its losses need to know of the whole."""
+class MicroBatch:
+    """The part of a worker's batch that passes the networks at once, and what its losses need to know of the whole."""
 
     batch: Batch
-    part: int
+    index: int
     """Number of the micro-batch in its step."""
-    valid: Tensor
-    """Labelled pixels of the global batch, divided by the number of its parts: scalar."""
+    valid_pixels: Tensor
+    """Labelled pixels of the global batch, divided by the number of micro-batches in it: scalar."""
     observe: bool
     """Whether pseudo labels are to be measured in this step."""
     confidences: list[Tensor] = field(default_factory=list)
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    """What was measured: `confidence`, mean over pixels; `labels`, float64 (256, 256), pixels by the labels of networks a and b."""
+    measured: dict[str, Tensor] = field(default_factory=dict)
+    """`confidence`, mean over pixels; `labels`, float64 (256, 256), pixels by the labels of networks a and b."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the crops."""
+        """(height, width) of the crops in px."""
         return self.batch.labeled_mask.shape[-2], self.batch.labeled_mask.shape[-1]
 
 
-def supervised(config: TrainConfig, state: TrainState, micro: Micro) -> Iterator[Losses]:
-    """Network a alone on the labelled images."""
-    coarse = _forward(config, state, state.models["a"], micro.batch.labeled_image)
-    loss, _ = _learn(coarse, [supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid)])
+def supervised(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains network a alone on the labelled images."""
+    coarse = _forward(config.compute, state.models["a"], micro.batch.labeled_image)
+    masks = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
+    loss, _ = _sum_of_terms(coarse, [masks])
     yield {"loss": loss, "sup_a": loss.detach()}
 
 
-def cps(config: TrainConfig, state: TrainState, micro: Micro) -> Iterator[Losses]:
-    """Each network learns from the masks and from the hard labels of all others (Chen et al., CVPR 2021, eq. 1-4; more than
-    two networks: Filipiak et al. 2021).
+def cps(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains each network on the masks and on the hard labels of all others (Chen et al., CVPR 2021; more than two
+    networks: Filipiak et al. 2021).
+    """
+    return (_cps_with_cutmix if config.cps.mix == "cutmix" else _cps_plain)(config, state, micro)
 
-    With CutMix labels are predicted on the clean images by a pass of their own, then images and labels are mixed alike;
-    without it they are what the networks say in the pass in which they learn.
+
+def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains on unmixed images, as equations 1 to 3 of the paper: teacher and student are the same pass.
+
+    L_cps(unlabelled) = CE(P1, Y2) + CE(P2, Y1), where Y is the arg-max of P; `images: all` adds the same on labelled images.
     """
     settings, batch = config.cps, micro.batch
-    image, labels_U = _views(batch)[0], None
-    if settings.mix == "cutmix":
-        image, labels_U = _taught(config, state, micro)
+    image_U3HW, _ = _views(batch)
+    everywhere = settings.images == "all"
+    # Y1 and Y2 must both exist before either loss: all networks go forward first, and all activations are held at once.
+    students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
+    # One tensor for both kinds of images: labels are then computed, counted and exchanged once.
+    own = [torch.cat([coarse_U, coarse_L if everywhere else coarse_L[:0]]) for coarse_L, coarse_U in students.values()]
+    labels = state.ranks.exchange([_pseudo_labels(micro, coarse.detach(), settings.confidence) for coarse in own])
+    del own  # else these copies of the logits outlive the backward passes below
+    labels_U = [label[: len(image_U3HW)] for label in labels]
+    labels_L = [label[len(image_U3HW) :] for label in labels] if everywhere else []
+    _count_labels(micro, labels_U)
+    for name in state.models:
+        yield _cps_losses(config, state, micro, name, *students.pop(name), labels_L, labels_U)
+
+
+def _cps_with_cutmix(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains on mixed images, as equation 4 of the paper: teachers label the clean images in a pass of their own, then images and labels
+    are mixed alike.
+
+    L_cps(unlabelled) = CE(P1(mix(u, u')), mix(Y2(u), Y2(u'))) + the same with 1 and 2 exchanged.
+    """
+    settings, batch = config.cps, micro.batch
+    mixed_U3HW, labels_U = _cutmix_with_labels(config, state, micro)
     students: dict[str, tuple[Tensor, Tensor]] = {}
-    labels_L: list[Tensor] | None = None
-    if labels_U is None or settings.on == "all":  # all networks must have spoken before any can learn
-        students = {name: _student(config, state, model, batch, image) for name, model in state.models.items()}
-        unlabeled = 0 if labels_U is not None else image.shape[0]
-        spoken = [
-            (coarse_U[:unlabeled], coarse_L if settings.on == "all" else coarse_L[:0])
-            for coarse_L, coarse_U in students.values()
-        ]
-        said = state.ranks.exchange([_labels(micro, torch.cat(each).detach(), settings.confidence) for each in spoken])
-        labels_U = [label[:unlabeled] for label in said] if labels_U is None else labels_U
-        labels_L = [label[unlabeled:] for label in said] if settings.on == "all" else None
-    assert labels_U is not None
-    _count(micro, labels_U)
-
-    # The mean is over all pixels; an unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on
-    # every rank and micro-batch, and the loss does not depend on how a batch is split.
-    pixels = labels_U[0].numel() + (labels_L[0].numel() if labels_L else 0)
-    part = 1.0 / (pixels * (len(labels_U) - 1))
-    weight = ramped_weight(settings, state.step, config.schedule.steps)
+    labels_L: list[Tensor] = []
+    if settings.images == "all":
+        # Labelled images are not mixed, so no teacher has seen them: there the students' own pass gives the labels, as without CutMix.
+        students = {name: _student_logits(config, model, batch, mixed_U3HW) for name, model in state.models.items()}
+        own = [_pseudo_labels(micro, coarse_L.detach(), settings.confidence) for coarse_L, _ in students.values()]
+        labels_L = state.ranks.exchange(own)
+    _count_labels(micro, labels_U)
     for name, model in state.models.items():
-        coarse_L, coarse_U = students.pop(name) if students else _student(config, state, model, batch, image)
-        own = NETWORK_NAMES.index(name)
-        supervision = supervised_term(config.loss, coarse_L, batch.labeled_mask, micro.valid)
-        loss_L, terms_L = _learn(coarse_L, [supervision, *_peers(labels_L or [], own, weight * part)])
-        loss_U, terms_U = _learn(coarse_U, _peers(labels_U, own, weight * part))
-        cross = (terms_L[1:].sum() + terms_U.sum()) * part
-        yield {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * supervision[1], "cps": cross}
+        # All targets are known by now: a network goes forward only when the one before it has gone back and was updated.
+        logits = students.pop(name) if students else _student_logits(config, model, batch, mixed_U3HW)
+        yield _cps_losses(config, state, micro, name, *logits, labels_L, labels_U)
 
 
-def mean_teacher(config: TrainConfig, state: TrainState, micro: Micro) -> Iterator[Losses]:
-    """Network a learns to say of strong views what its averaged self says of the weak ones: the squared difference of their
-    probabilities (Tarvainen and Valpola, NeurIPS 2017)."""
+def _cps_losses(
+    config: TrainConfig,
+    state: TrainState,
+    micro: MicroBatch,
+    name: str,
+    coarse_LChw: Tensor,
+    coarse_UChw: Tensor,
+    labels_L: Sequence[Tensor],
+    labels_U: Sequence[Tensor],
+) -> Losses:
+    """Losses of one network: L_sup + weight * L_cps, its own labels left out. `labels_L` is empty with `images: unlabeled`."""
+    own = NETWORK_NAMES.index(name)
+    # The mean is over all pixels; an unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on
+    # every rank and micro-batch, and the loss does not depend on how a batch is divided.
+    pixels = labels_U[0].numel() + (labels_L[0].numel() if labels_L else 0)
+    mean = 1.0 / (pixels * (len(labels_U) - 1))
+    weight = ramped_weight(config.cps, state.step, config.schedule.steps)
+    masks = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms_L = _sum_of_terms(coarse_LChw, [masks, *_peer_terms(labels_L, own, weight * mean)])
+    loss_U, terms_U = _sum_of_terms(coarse_UChw, _peer_terms(labels_U, own, weight * mean))
+    cross = (terms_L[1:].sum() + terms_U.sum()) * mean
+    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * masks[1], "cps": cross}
+
+
+def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains network a to predict on strong views what its averaged self predicts on the weak ones: the squared difference of
+    their probabilities (Tarvainen and Valpola, NeurIPS 2017)."""
     weak, strong = _views(micro.batch)
-    teacher_U = _look(config, state, state.averages["a"], weak, batch_statistics=False)
+    teacher_U = _teacher_logits(config.compute, state.averages["a"], weak, batch_statistics=False)
     if micro.observe:
-        _count(micro, [_labels(micro, teacher_U)])
-    coarse_L, coarse_U = _student(config, state, state.models["a"], micro.batch, strong)
-    supervision = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid)
-    loss_L, terms = _learn(coarse_L, [supervision])
-    part = 1.0 / (weak.shape[0] * micro.size[0] * micro.size[1] * coarse_U.shape[1])
+        _count_labels(micro, [_pseudo_labels(micro, teacher_U)])
+    coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
+    masks = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms = _sum_of_terms(coarse_L, [masks])
+    mean = 1.0 / (weak.shape[0] * micro.size[0] * micro.size[1] * coarse_U.shape[1])
     weight = ramped_weight(config.mean_teacher, state.step, config.schedule.steps)
-    loss_U, apart = squared_difference(coarse_U, teacher_U, micro.size, weight * part)
-    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * supervision[1], "consistency": apart[0] * part}
+    loss_U, difference = squared_difference(coarse_U, teacher_U, micro.size, weight * mean)
+    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * masks[1], "consistency": difference[0] * mean}
 
 
-def fixmatch(config: TrainConfig, state: TrainState, micro: Micro) -> Iterator[Losses]:
-    """Network a learns its own sure labels of weak views on strong ones, mixed by CutMix (Sohn et al., NeurIPS 2020; for
-    segmentation as in Yang et al., CVPR 2023)."""
+def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains network a on its own sure labels of weak views, applied to strong ones that CutMix has mixed (Sohn et al., NeurIPS
+    2020; for segmentation as in Yang et al., CVPR 2023)."""
     settings, (weak, strong) = config.fixmatch, _views(micro.batch)
-    coarse = _look(config, state, state.networks["a"], weak, batch_statistics=False)
-    labels = [_labels(micro, coarse, settings.confidence)]
-    _count(micro, labels)
+    # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
+    teacher_U = _teacher_logits(config.compute, state.networks["a"], weak, batch_statistics=False)
+    labels = [_pseudo_labels(micro, teacher_U, settings.confidence)]
+    _count_labels(micro, labels)  # before mixing: coverage is of whole images
     if settings.mix == "cutmix":
-        strong, labels = _mix(settings, config, state, micro, _bundle(strong, labels))
-    coarse_L, coarse_U = _student(config, state, state.models["a"], micro.batch, strong)
-    supervision = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid)
-    loss_L, terms_L = _learn(coarse_L, [supervision])
-    part = 1.0 / labels[0].numel()
+        strong, labels = _cutmix(settings, config.seed, state, micro, _with_labels(strong, labels))
+    coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
+    masks = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms_L = _sum_of_terms(coarse_L, [masks])
+    mean = 1.0 / labels[0].numel()
     weight = ramped_weight(settings, state.step, config.schedule.steps)
-    loss_U, terms_U = _learn(coarse_U, [(labels[0], weight * part)])
-    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * supervision[1], "pseudo": terms_U[0] * part}
+    loss_U, terms_U = _sum_of_terms(coarse_U, [(labels[0], weight * mean)])
+    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * masks[1], "pseudo": terms_U[0] * mean}
 
 
-METHODS: dict[str, Callable[[TrainConfig, TrainState, Micro], Iterator[Losses]]] = {
+METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Losses]]] = {
     "supervised": supervised,
     "cps": cps,
     "mean_teacher": mean_teacher,
@@ -139,111 +175,116 @@ METHODS: dict[str, Callable[[TrainConfig, TrainState, Micro], Iterator[Losses]]]
 
 
 def _views(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The unlabelled images as they come, and their second view (U, 3, H, W) if there is one."""
+    """Returns the unlabelled images as they come, and their second view if there is one, else the same: (U, 3, H, W) each."""
     image = batch.unlabeled_image
     if image is None:
         raise ValueError("every method but `supervised` needs `unlabeled_image` in its batches.")
     return image, image if batch.unlabeled_second is None else batch.unlabeled_second
 
 
-def _forward(config: TrainConfig, state: TrainState, model: nn.Module, image_B3HW: Tensor) -> Tensor:
+def _forward(compute: ComputeConfig, model: nn.Module, image_B3HW: Tensor) -> Tensor:
     """Coarse logits (B, C, h, w), with gradient."""
-    with autocast(config, state.ranks.device):
+    with autocast(compute.autocast, image_B3HW.device):
         coarse: Tensor = model(image_B3HW)
     return coarse
 
 
-def _student(
-    config: TrainConfig, state: TrainState, model: nn.Module, batch: Batch, image_U3HW: Tensor
-) -> tuple[Tensor, Tensor]:
+def _student_logits(config: TrainConfig, model: nn.Module, batch: Batch, image_U3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Coarse logits of the labelled and of these unlabelled images: in one pass, or in the order of the paper's code."""
     labeled = batch.labeled_image.shape[0]
     if config.method != "cps" or config.cps.forwards == "joint":
-        coarse = _forward(config, state, model, torch.cat([batch.labeled_image, image_U3HW]))
+        coarse = _forward(config.compute, model, torch.cat([batch.labeled_image, image_U3HW]))
         return coarse[:labeled], coarse[labeled:]
-    # Which kind comes last weighs most in batch norm's running statistics.
+    # Two passes update batch norm's running statistics twice, and the kind that comes last weighs most in them. The
+    # paper's code has the unlabelled images first with CutMix, and last without.
     if config.cps.mix == "cutmix":
-        coarse_U = _forward(config, state, model, image_U3HW)
-        return _forward(config, state, model, batch.labeled_image), coarse_U
-    return _forward(config, state, model, batch.labeled_image), _forward(config, state, model, image_U3HW)
+        coarse_U = _forward(config.compute, model, image_U3HW)
+        return _forward(config.compute, model, batch.labeled_image), coarse_U
+    return _forward(config.compute, model, batch.labeled_image), _forward(config.compute, model, image_U3HW)
 
 
 @torch.no_grad()
-def _look(
-    config: TrainConfig, state: TrainState, network: nn.Module, image_U3HW: Tensor, *, batch_statistics: bool
+def _teacher_logits(
+    compute: ComputeConfig, network: nn.Module, image_U3HW: Tensor, *, batch_statistics: bool
 ) -> Tensor:
-    """Coarse logits (U, C, h, w) of a network that is not to learn from them."""
+    """Coarse logits (U, C, h, w) of a network that does not learn from this pass.
+
+    `batch_statistics`: whether its norms take those of the batch, and update their running ones, as in training.
+    """
     mode = network.training
     network.train(batch_statistics)
-    coarse = _forward(config, state, network, image_U3HW)
+    coarse = _forward(compute, network, image_U3HW)
     network.train(mode)
     return coarse
 
 
-def _learn(coarse_BChw: Tensor, terms: list[Term]) -> tuple[Tensor, Tensor]:
+def _sum_of_terms(coarse_BChw: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Returns the weighted sum of cross-entropies, with gradient, and each of them (K,) without weight or gradient."""
     return cross_entropy(coarse_BChw, [target for target, _ in terms], [weight for _, weight in terms])
 
 
-def _peers(labels: list[Tensor], own: int, weight: float) -> list[Term]:
+def _peer_terms(labels: Sequence[Tensor], own: int, weight: float) -> list[Term]:
     return [(label, weight) for number, label in enumerate(labels) if number != own]
 
 
-def _labels(micro: Micro, coarse_BChw: Tensor, confidence: float = 0.0) -> Tensor:
-    """Hard labels: uint8 (B, H, W). They carry no gradient."""
+def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, confidence: float = 0.0) -> Tensor:
+    """Hard labels: uint8 (B, H, W), IGNORE where the probability is below `confidence`. Bytes, so they carry no gradient."""
     if micro.observe:
         micro.confidences.append(mean_confidence(coarse_BChw, micro.size))
-        micro.seen["confidence"] = torch.stack(micro.confidences).mean()
+        micro.measured["confidence"] = torch.stack(micro.confidences).mean()
     return hard_labels(coarse_BChw, micro.size, confidence)
 
 
-def _count(micro: Micro, labels: list[Tensor]) -> None:
+def _count_labels(micro: MicroBatch, labels: Sequence[Tensor]) -> None:
+    """Records how many pixels have each pair of labels of networks a and b; with one network, b is a."""
     if micro.observe:
         pairs = labels[0].flatten().long() * 256 + labels[min(1, len(labels) - 1)].flatten()
         # Not bincount, which waits for a GPU.
         counts = torch.zeros(256 * 256, dtype=torch.float64, device=pairs.device)
-        micro.seen["labels"] = counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.float64)).view(256, 256)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.float64))
+        micro.measured["labels"] = counts.view(256, 256)
 
 
-def _taught(config: TrainConfig, state: TrainState, micro: Micro) -> tuple[Tensor, list[Tensor]]:
-    """Mixed unlabelled images (U, 3, H, W) and the labels that each network gives them, uint8 (U, H, W).
+def _cutmix_with_labels(config: TrainConfig, state: TrainState, micro: MicroBatch) -> tuple[Tensor, list[Tensor]]:
+    """Mixed unlabelled images (U, 3, H, W), and the labels that each network gives them: uint8 (U, H, W) each.
 
     The partner is another image, the successor in the global batch, or another view of the same one.
     """
     settings, (image, second) = config.cps, _views(micro.batch)
+    # A successor is labelled as an image of the batch anyhow: only another view needs labels of its own.
     views = [image] if settings.cutmix_partner == "other" else [image, second]
     passes = views if settings.forwards == "separate" else [torch.cat(views)]
+    train_mode = settings.teacher_bn == "train"
     own = []
-    for network in state.networks.values():
-        looks = [
-            _look(config, state, network, seen, batch_statistics=settings.teacher_bn == "train") for seen in passes
-        ]
-        own.append(_labels(micro, torch.cat(looks), settings.confidence))
-    bundles = [
-        _bundle(view, labels)
-        for view, *labels in zip(
-            views, *(torch.chunk(said, len(views)) for said in state.ranks.exchange(own)), strict=True
-        )
-    ]
-    return _mix(settings, config, state, micro, *bundles)
+    for network in state.networks.values():  # without DDP's wrapper, which would wait for a backward pass
+        coarse = [_teacher_logits(config.compute, network, each, batch_statistics=train_mode) for each in passes]
+        own.append(_pseudo_labels(micro, torch.cat(coarse), settings.confidence))
+    by_view = zip(*(torch.chunk(labels, len(views)) for labels in state.ranks.exchange(own)), strict=True)
+    bundles = [_with_labels(view, labels) for view, labels in zip(views, by_view, strict=True)]
+    return _cutmix(settings, config.seed, state, micro, *bundles)
 
 
-def _bundle(image_U3HW: Tensor, labels_UHW: list[Tensor]) -> Tensor:
-    """Images and what is said of them as one tensor, uint8 (U, 3 + n, H, W): mixed alike, and exchanged at once."""
+def _with_labels(image_U3HW: Tensor, labels_UHW: Sequence[Tensor]) -> Tensor:
+    """Images and their labels as one tensor, uint8 (U, 3 + n, H, W): mixed alike, and exchanged at once."""
     return torch.cat([image_U3HW, *(label.unsqueeze(1) for label in labels_UHW)], dim=1)
 
 
-def _mix(
+def _cutmix(
     settings: MixConfig,
-    config: TrainConfig,
+    seed: int,
     state: TrainState,
-    micro: Micro,
+    micro: MicroBatch,
     own: Tensor,
     partner: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Bundles mixed by CutMix -> images, label maps; the partner is the next image of the global batch if none is given."""
-    ranks, (size, _, height, width) = state.ranks, own.shape
-    # The images of all shares' micro-batch `part`, in order, are the batch that is rolled.
-    first = (micro.part * ranks.shares + ranks.share) * size
-    masks = cutmix_masks(settings, config.seed, state.step, range(first, first + size), height, width)
+    """Mixes images with labels as `_with_labels` makes them, and takes them apart again.
+
+    The partner is the next image of the global batch if none is given.
+    """
+    ranks, (images, _, height, width) = state.ranks, own.shape
+    # Masks and successors are those of the images of all batch shards' micro-batch `index`, in order: so they do not depend
+    # on the number of workers, and one exchange of a single image gives every rank its last successor.
+    first = (micro.index * ranks.num_batch_shards + ranks.batch_shard) * images
+    masks = cutmix_masks(settings, seed, state.step, range(first, first + images), height, width)
     mixed = paste(masks.to(own.device, non_blocking=True), own, ranks.roll(own) if partner is None else partner)
     return mixed[:, :3], list(mixed[:, 3:].unbind(dim=1))

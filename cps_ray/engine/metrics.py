@@ -1,4 +1,4 @@
-"""Scores from a summed confusion matrix: exact over batches and ranks, whatever their sizes. Of an empty matrix all are nan."""
+"""Scores from a summed confusion matrix: exact over batches and ranks, whatever their sizes. All are nan for an empty matrix."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def confusion(prediction_NHW: Tensor, target_NHW: Tensor, num_classes: int) -> T
     Integers of any kind: predictions in 0..C-1, also where they are left out; targets in 0..255.
     """
     images = target_NHW.shape[0]
-    # A row for each value a mask may have: counting the ignored pixels too is far cheaper than picking the others.
+    # A row for each value that a mask may have: counting the ignored pixels too is far cheaper than picking the others.
     first_N11 = torch.arange(images, dtype=torch.int32, device=target_NHW.device).view(-1, 1, 1) * _LABELS
     cell_NHW = (target_NHW + first_N11).mul_(num_classes).add_(prediction_NHW)
     counts = torch.bincount(cell_NHW.flatten(), minlength=images * _LABELS * num_classes)
@@ -48,12 +48,12 @@ def micro_iou(confusion_CC: Tensor) -> float:
 
 
 def pixel_accuracy(confusion_CC: Tensor) -> float:
-    """Share of the pixels whose class is found, in 0..1. Absent classes have no pixels, hence no say."""
+    """Fraction of the pixels whose class is found, in 0..1. Absent classes have no pixels, hence no influence."""
     matrix = confusion_CC.double()
     return float(matrix.trace() / matrix.sum())
 
 
 def class_accuracy(confusion_CC: Tensor) -> float:
-    """Mean, over the classes that are true somewhere, of the share of their pixels that is found (recall), in 0..1."""
+    """Mean, over the classes that are true somewhere, of the fraction of their pixels that is found (recall), in 0..1."""
     matrix = confusion_CC.double()
     return float((matrix.diagonal() / matrix.sum(1)).nanmean())

@@ -7,7 +7,7 @@ from torch import Tensor
 from cps_ray.config.train import MixConfig
 
 # B images, H W pixels.
-_TAG = 0xC07
+_TAG = 0xC07  # tells these random numbers from others of the same (seed, step)
 
 
 def boxes_mask(settings: MixConfig, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -17,14 +17,15 @@ def boxes_mask(settings: MixConfig, height: int, width: int, rng: np.random.Gene
     """
     area = rng.uniform(*settings.cutmix_area, size=settings.cutmix_boxes)
     tall = area ** rng.uniform(size=settings.cutmix_boxes)
-    share = 1.0 / np.sqrt(settings.cutmix_boxes)
-    box_h = np.round(tall * share * height).astype(int)
-    box_w = np.round(area / np.maximum(tall, 1e-12) * share * width).astype(int)
+    # n boxes of area a have sides of a whole box over sqrt(n), hence n times a/n in all.
+    shrink = 1.0 / np.sqrt(settings.cutmix_boxes)
+    box_h = np.round(tall * shrink * height).astype(int)
+    box_w = np.round(area / np.maximum(tall, 1e-12) * shrink * width).astype(int)
     top = np.round((height - box_h) * rng.uniform(size=settings.cutmix_boxes)).astype(int)
     left = np.round((width - box_w) * rng.uniform(size=settings.cutmix_boxes)).astype(int)
     mask = np.zeros((height, width), dtype=bool)
     for y, x, h, w in zip(top, left, box_h, box_w, strict=True):
-        mask[y : y + h, x : x + w] ^= True
+        mask[y : y + h, x : x + w] ^= True  # XOR, as in the reference: where boxes overlap, the image stays its own
     return mask
 
 

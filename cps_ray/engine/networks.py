@@ -1,6 +1,5 @@
 """The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab, check_deeplab
 from cps_ray.engine.dense import padded, upsample
 from cps_ray.engine.weights import load_encoder
 from cps_ray.errors import ConfigError
+from cps_ray.text import did_you_mean, first_line
 
 # B images, C classes, H W pixels, h w cells of coarse logits.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,7 +25,7 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(self, network: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
-        """`mean`, `std`: per RGB channel, for values in 0..1. Part of the state, so that a checkpoint is judged as it was trained.
+        """`mean`, `std`: per RGB channel, for values in 0..1. They are part of the state, so that a checkpoint is evaluated as it was trained.
 
         The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few images at a time.
         """
@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
         x = (image_B3HW.float() - self.mean) / self.std
         tall, wide = padded((height, width))
         if (tall, wide) != (height, width):
-            x = F.pad(x, (0, wide - width, 0, tall - height))
+            x = F.pad(x, (0, wide - width, 0, tall - height))  # zeros are the mean colour
         logits: Tensor = self.network(x)
         return logits
 
@@ -55,6 +55,7 @@ class Segmenter(nn.Module):
 def _without_upsampling(network: nn.Module) -> nn.Module:
     head = getattr(network, "segmentation_head", None)
     last = head[1] if isinstance(head, nn.Sequential) and len(head) > 1 else None
+    # Any other head keeps its upsampling: `dense.upsample` finds the logits at full size and leaves them.
     if isinstance(last, nn.Upsample) and last.mode == "bilinear" and last.align_corners:
         head[1] = nn.Identity()  # type: ignore[index]
     return network
@@ -65,7 +66,7 @@ def build_networks(config: TrainConfig, num_classes: int) -> dict[str, Segmenter
 
     Raises ConfigError for names or options smp refuses, CheckpointError for weights that do not fit.
     """
-    many = len(NETWORK_NAMES)
+    many = len(NETWORK_NAMES)  # not config.networks: a pair starts as the first two of three with the same seed
     networks = {
         NETWORK_NAMES[number]: build_network(config.model.of(number), num_classes, seed=many * config.seed + number)
         for number in range(config.networks)
@@ -80,20 +81,20 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
     """One network with its weights; what weights do not cover is drawn from `seed`."""
     check_names(config)
     weights = None if config.weights == "none" else config.weights
+    # On the CPU, whatever the device: initial weights are then the same everywhere. The caller's random state stays.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             network = _create(config, weights, num_classes)
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as err:
-            reason = (str(err).splitlines() or [type(err).__name__])[0]
             raise ConfigError(
                 f"model: {config.architecture} with encoder {config.encoder} and options {config.options} "
-                f"cannot be built: {reason}"
+                f"cannot be built: {first_line(err)}"
             ) from err
         except OSError as err:
             raise ConfigError(
                 f"model.weights: the {config.weights!r} weights of {config.encoder} could not be fetched from the hub "
-                f"({(str(err).splitlines() or [''])[0][:200]}). Give a local file as model.weights_file, or weights: none."
+                f"({first_line(err)[:200]}). Give a local file as model.weights_file, or weights: none."
             ) from err
     if config.weights_file is not None:
         load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
@@ -117,7 +118,7 @@ def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.
 
 
 def _normalisation(config: NetworkConfig, weights: str | None) -> tuple[Iterable[float], Iterable[float]]:
-    """What the weights were trained with; ImageNet's otherwise."""
+    """Mean and standard deviation that the weights were trained with; ImageNet's from scratch."""
     if weights is None:
         return _IMAGENET
     import segmentation_models_pytorch as smp
@@ -151,7 +152,7 @@ def check_names(config: NetworkConfig) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Builds the networks without their hub weights: finds wrong names, options and weight files before any cluster starts."""
+    """Builds the networks without their hub weights: wrong names, options and weight files are found before any cluster starts."""
     for network in (config, config.b):
         if network is not None:
             check_names(network)
@@ -159,6 +160,5 @@ def check_model(config: ModelConfig) -> None:
 
 
 def _unknown(place: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(known[:8])}, ..."
+    hint = did_you_mean(name, known) or f" Known are {', '.join(known[:8])}, ..."
     return f"{place}: segmentation-models-pytorch knows no {name!r}.{hint}"

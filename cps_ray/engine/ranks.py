@@ -12,48 +12,48 @@ from cps_ray.config.train import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among its peers. `world > 1` needs an initialised `torch.distributed` process group.
+    """This process among the others. `world > 1` needs an initialised `torch.distributed` process group.
 
-    With `placement: split`, rank r trains network r % split on share r // split of the global batch; otherwise every rank
-    trains all networks on a share of its own.
+    With `placement: replicated` every rank trains all networks on a batch shard of its own. With `one_network_per_worker` and n
+    networks, rank r trains network r % n on batch shard r // n: ranks 0..n-1 compute shard 0 together, and so on.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    split: int = 1
-    """Over how many neighbouring ranks the networks are spread; 1: each rank has all of them."""
-    alike: Any = None
-    """Process group of the ranks that train the same networks as this one. None: all ranks."""
-    peers: Any = None
-    """Process group of the ranks that train the other networks on the same images."""
+    ranks_per_shard: int = 1
+    """Neighbouring ranks that compute one batch shard together: the number of networks when each has its worker, else 1."""
+    same_network: Any = None
+    """Process group of the ranks that train the same networks as this one, on other batch shards. None: all ranks."""
+    same_shard: Any = None
+    """Process group of the ranks that train the other networks on the same batch shard."""
 
     @property
-    def share(self) -> int:
-        """Which part of the global batch is this rank's."""
-        return self.rank // self.split
+    def batch_shard(self) -> int:
+        """Number of the batch shard that this rank computes."""
+        return self.rank // self.ranks_per_shard
 
     @property
-    def shares(self) -> int:
-        """Parts that the global batch has."""
-        return self.world // self.split
+    def num_batch_shards(self) -> int:
+        """Number of shards that the global batch is cut into."""
+        return self.world // self.ranks_per_shard
 
     @property
-    def own(self) -> int:
-        """Number of this rank's network when they are split."""
-        return self.rank % self.split
+    def network_index(self) -> int:
+        """Number of this rank's network, when each worker has one."""
+        return self.rank % self.ranks_per_shard
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, same shape and dtype; without gradient."""
         return self._reduce(tensor, self.world, None)
 
-    def share_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the shares of the global batch, same shape and dtype; without gradient."""
-        return self._reduce(tensor, self.shares, self.alike)
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Sum over the batch shards, same shape and dtype; without gradient."""
+        return self._reduce(tensor, self.num_batch_shards, self.same_network)
 
-    def peer_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the networks of this rank's share where they are split, else the tensor itself; without gradient."""
-        return self._reduce(tensor, self.split, self.peers)
+    def sum_over_networks(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks of this batch shard, hence over all networks; the tensor itself where this rank has them all."""
+        return self._reduce(tensor, self.ranks_per_shard, self.same_shard)
 
     def max(self, tensor: Tensor) -> Tensor:
         """Largest over all ranks, same shape and dtype."""
@@ -62,35 +62,36 @@ class Ranks:
     def roll(self, tensor: Tensor) -> Tensor:
         """Every image's successor in the global batch: (N, ...) -> (N, ...). The last image's is the first one's."""
         first = tensor[:1].contiguous()
-        if self.shares > 1:
-            firsts = [torch.empty_like(first) for _ in range(self.shares)]
-            dist.all_gather(firsts, first, group=self.alike)
-            first = firsts[(self.share + 1) % self.shares]
+        if self.num_batch_shards > 1:
+            # Only a shard's last image has its successor elsewhere: one image crosses, not the batch.
+            firsts = [torch.empty_like(first) for _ in range(self.num_batch_shards)]
+            dist.all_gather(firsts, first, group=self.same_network)
+            first = firsts[(self.batch_shard + 1) % self.num_batch_shards]
         return torch.cat([tensor[1:], first])
 
     def exchange(self, own: list[Tensor]) -> list[Tensor]:
-        """What each network says, in the order of the networks, from what this rank's network(s) say."""
-        if self.split == 1:
+        """Returns one tensor per network, in their order, from those of this rank's network(s)."""
+        if self.ranks_per_shard == 1:
             return own
         (mine,) = own
-        said = [torch.empty_like(mine) for _ in range(self.split)]
-        dist.all_gather(said, mine.contiguous(), group=self.peers)
-        return said
+        gathered = [torch.empty_like(mine) for _ in range(self.ranks_per_shard)]
+        dist.all_gather(gathered, mine.contiguous(), group=self.same_shard)
+        return gathered
 
     def _reduce(self, tensor: Tensor, members: int, group: Any, how: Any = None) -> Tensor:
         if members == 1:
             return tensor
-        total = tensor.detach().clone()
+        total = tensor.detach().clone()  # all_reduce overwrites
         dist.all_reduce(total, op=dist.ReduceOp.SUM if how is None else how, group=group)
         return total
 
 
 def join(config: TrainConfig, rank: int, world: int, device: torch.device) -> Ranks:
-    """This process among the others, placed as `resources.placement` says. Every rank calls it at the same time."""
-    split = config.networks if config.resources.placement == "split" else 1
-    if split == 1:
+    """Places this process among the others as `resources.placement` says. A collective: every rank calls it at the same time."""
+    if config.resources.placement == "replicated":
         return Ranks(rank, world, device)
-    # Each rank takes part in making every group, also those it is not in.
-    alike = [dist.new_group(list(range(first, world, split))) for first in range(split)]
-    peers = [dist.new_group(list(range(first, first + split))) for first in range(0, world, split)]
-    return Ranks(rank, world, device, split, alike[rank % split], peers[rank // split])
+    n = config.networks
+    # torch wants every rank to make every group, in the same order, also those that it is not in.
+    same_network = [dist.new_group(list(range(network, world, n))) for network in range(n)]
+    same_shard = [dist.new_group(list(range(first, first + n))) for first in range(0, world, n)]
+    return Ranks(rank, world, device, n, same_network[rank % n], same_shard[rank // n])

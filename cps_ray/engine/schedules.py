@@ -6,10 +6,11 @@ from cps_ray.config.train import OptimConfig, RampedLoss
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Rate of the update that turns step `step` into `step + 1`."""
+    """Learning rate of the update from step `step` to `step + 1`."""
     if step < optim.warmup_steps:
+        # step + 1: the first update already moves, and the last one of the warm-up has the full rate.
         return optim.lr * (step + 1) / optim.warmup_steps
-    done = min(step / total_steps, 1.0)
+    done = min(step / total_steps, 1.0)  # of the whole training, warm-up included
     if optim.decay == "poly":
         return optim.lr * math.pow(1.0 - done, optim.power)
     if optim.decay == "cosine":
@@ -29,6 +30,6 @@ def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
 
 
 def average_decay(decay: float, step: int) -> float:
-    """Share that averaged weights keep in update number `step`, from 0: at first the average is the plain mean of what it has
+    """Fraction that averaged weights keep in update number `step`, from 0: at first the average is the plain mean of what it has
     seen (Tarvainen and Valpola, NeurIPS 2017)."""
     return min(decay, 1.0 - 1.0 / (step + 1))

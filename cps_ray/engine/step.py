@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.methods import METHODS, Micro
+from cps_ray.engine.methods import METHODS, MicroBatch
 from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, update_averages
 
@@ -17,93 +17,95 @@ mean, seldom enough to cost little."""
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
-    """Advances `state` by one step on this rank's share of the global batch.
+    """Advances `state` by one step on this rank's shard of the global batch.
 
-    Returns detached scalars on the device, each this rank's part such that the mean over ranks is the global value:
-    `loss`, `sup_a`, ... of each network, and of cps `cps` (all directions, without its weight), of mean_teacher
-    `consistency`, of fixmatch `pseudo`. Every OBSERVE_EVERY steps, and before each evaluation, also `grad_norm_a`, ..., and what `Micro.seen` lists.
+    Returns detached scalars on the device; the mean over ranks of each is the global value: `loss`, `sup_a`, ... of each
+    network, and of cps `cps` (all directions, without its weight), of mean_teacher `consistency`, of fixmatch `pseudo`.
+    Every OBSERVE_EVERY steps, and before each evaluation, also `grad_norm_a`, ..., and what `MicroBatch.measured` lists.
     """
-    _start(config, state)
-    batch = _to_device(batch, state.ranks.device, config.compute.channels_last)
+    _begin_step(config, state)
+    ranks, accumulate, clip_norm = state.ranks, config.compute.accumulate, config.optim.clip_norm
+    batch = _to_device(batch, ranks.device, channels_last=config.compute.channels_last)
     before_evaluation = (state.step + 1) % config.schedule.eval_every == 0
     observe = state.step % OBSERVE_EVERY == 0 or before_evaluation
-    parts, ranks = config.compute.accumulate, state.ranks
-    # Local loss sums are divided by the global count and multiplied by the number of shares that DDP's mean divides by again.
-    valid = ranks.share_sum((batch.labeled_mask != IGNORE).sum()) / (ranks.shares * parts)
-    names = NETWORK_NAMES[: config.networks]
-    terms = ["sup", *(["grad_norm"] if observe or config.optim.clip_norm is not None else [])]
-    totals = {f"{term}_{name}": torch.zeros((), device=ranks.device) for term in terms for name in names}
-    for part in range(parts):
-        micro, last = Micro(_part(batch, part, parts), part, valid, observe), part == parts - 1
-        with _synchronised(state, last=last):
-            for network, losses in zip(state.networks, METHODS[config.method](config, state, micro), strict=True):
-                state.scaler.scale(losses["loss"] / parts).backward()  # type: ignore[no-untyped-call]
-                # Where networks are split, a rank knows its own one's losses: times their number, the mean over ranks is the sum.
-                for name, value in losses.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach() * ranks.split / parts
+    # DDP averages gradients over the batch shards. So that the average is the gradient of the global mean, each rank divides
+    # its sum over pixels by the global count / number of shards (and of micro-batches), not by its own count.
+    valid_pixels = ranks.sum_over_shards((batch.labeled_mask != IGNORE).sum()) / (ranks.num_batch_shards * accumulate)
+    totals = _zero_totals(config, state, norms=observe or clip_norm is not None)
+    for index in range(accumulate):
+        micro = MicroBatch(_cut(batch, index, accumulate), index, valid_pixels, observe)
+        last = index == accumulate - 1
+        with _exchange_gradients(state, only_if=last):
+            # The method is suspended between networks: when the next one goes forward inside `METHODS[...]`, this one has gone
+            # back, was updated and has dropped its gradients. Targets that must be older than the update were computed before.
+            for name, losses in zip(state.networks, METHODS[config.method](config, state, micro), strict=True):
+                state.scaler.scale(losses["loss"] / accumulate).backward()  # type: ignore[no-untyped-call]
+                # With one network per worker a rank knows its own network's losses only: times the number of networks, the
+                # mean over ranks is their sum, as it is where each rank has all networks.
+                for term, value in losses.items():
+                    totals[term] = totals.get(term, 0.0) + value.detach() * ranks.ranks_per_shard / accumulate
                 if last:
-                    totals |= _update(config, state, network, observe)
-        for name, value in micro.seen.items():
-            totals[name] = totals.get(name, 0.0) + value / parts
-    state.scaler.update()
+                    optimizer = state.optimizers[name]
+                    if observe or clip_norm is not None:
+                        norm = _clip(state.scaler, optimizer, clip_norm)
+                        totals[f"grad_norm_{name}"] = norm * ranks.ranks_per_shard
+                    state.scaler.step(optimizer)
+                    optimizer.zero_grad(set_to_none=True)
+        for term, value in micro.measured.items():
+            totals[term] = totals.get(term, 0.0) + value / accumulate
+    state.scaler.update()  # once per step, for all networks: they share one scale
     if state.averages:
-        update_averages(config, state)
+        update_averages(config.ema, state)
     state.step += 1
     return totals
 
 
-def _start(config: TrainConfig, state: TrainState) -> None:
+def _begin_step(config: TrainConfig, state: TrainState) -> None:
     # Dropout and its like draw from (seed, step, rank): a resumed training needs no random state (as in EDM2).
     torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + state.ranks.rank)
     rate = learning_rate(config.optim, state.step, config.schedule.steps)
     for name, optimizer in state.optimizers.items():
         for group in optimizer.param_groups:
             group["lr"] = rate
-        state.networks[name].train()
+        state.networks[name].train()  # an evaluation has left them in evaluation mode
 
 
-def _update(config: TrainConfig, state: TrainState, name: str, observe: bool) -> dict[str, Tensor]:
-    """Moves a network's weights and drops its gradients before the next one has any; returns their norm, before clipping, where it
-    is computed."""
-    norms, limit, optimizer = {}, config.optim.clip_norm, state.optimizers[name]
-    if observe or limit is not None:
-        state.scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        norms[f"grad_norm_{name}"] = norm * state.ranks.split
-    state.scaler.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return norms
+def _zero_totals(config: TrainConfig, state: TrainState, *, norms: bool) -> dict[str, Tensor]:
+    """Zeros for the terms of every network, also those of other ranks: ranks must report the same names to be averaged."""
+    terms = ["sup", "grad_norm"] if norms else ["sup"]
+    names = [f"{term}_{name}" for term in terms for name in NETWORK_NAMES[: config.networks]]
+    return {name: torch.zeros((), device=state.ranks.device) for name in names}
 
 
-def _synchronised(state: TrainState, *, last: bool) -> contextlib.ExitStack:
-    """DDP exchanges gradients once per step, with the last micro-batch."""
+def _clip(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:
+    """Clips the gradients of one network to `clip_norm` if it is given; returns their norm before that."""
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def _exchange_gradients(state: TrainState, *, only_if: bool) -> contextlib.ExitStack:
+    """The context of a micro-batch: DDP exchanges gradients once per step, with the last one."""
     stack = contextlib.ExitStack()
     for name, model in state.models.items():
-        if not last and model is not state.networks[name]:
+        if not only_if and model is not state.networks[name]:
             stack.enter_context(model.no_sync())  # type: ignore[operator, arg-type]
     return stack
 
 
-def _to_device(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
+def _to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
-    def moved(image: Tensor | None) -> Tensor | None:
-        return None if image is None else image.to(device, non_blocking=True, memory_format=layout)
+    def moved(image: Tensor) -> Tensor:
+        # Does not wait: the loader has pinned the memory, and what follows is queued behind the copy.
+        return image.to(device, non_blocking=True, memory_format=layout)
 
-    labeled = batch.labeled_image.to(device, non_blocking=True, memory_format=layout)
-    mask = batch.labeled_mask.to(device, non_blocking=True)
-    return Batch(labeled, mask, moved(batch.unlabeled_image), moved(batch.unlabeled_second))
+    return batch.map(moved, mask=lambda mask: mask.to(device, non_blocking=True))
 
 
-def _part(batch: Batch, part: int, parts: int) -> Batch:
-    if parts == 1:
-        return batch
-
-    def cut(images: Tensor | None) -> Tensor | None:
-        return None if images is None else torch.chunk(images, parts)[part]
-
-    labeled, mask = torch.chunk(batch.labeled_image, parts)[part], torch.chunk(batch.labeled_mask, parts)[part]
-    return Batch(labeled, mask, cut(batch.unlabeled_image), cut(batch.unlabeled_second))
+def _cut(batch: Batch, index: int, count: int) -> Batch:
+    """Micro-batch `index` of `count`."""
+    return batch if count == 1 else batch.map(lambda images: torch.chunk(images, count)[index])

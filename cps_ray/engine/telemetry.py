@@ -1,4 +1,4 @@
-"""What a training tells about itself between two evaluations, and when it is lost."""
+"""What is measured of a training between two evaluations, and when it has failed for good."""
 
 import resource
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ScheduleConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
 from cps_ray.errors import DivergedError
@@ -17,10 +17,10 @@ Metrics = dict[str, Any]
 
 PATIENCE = 3
 """Evaluations in a row, in the second half of a training, at which a collapse must show before it ends it."""
-_ALL = 0.999
-"""Share of the pseudo labels from which one class is said to take all."""
-_MOST = 0.9
-"""Share of the commonest label from which kappa no longer tells anything."""
+_ONE_CLASS = 0.999
+"""Fraction of the pseudo labels from which on one class counts as taking all."""
+_KAPPA_BLIND = 0.9
+"""Fraction of the commonest label from which on kappa says nothing: chance alone then agrees nearly everywhere."""
 _CHANCE = 0.02
 """Cohen's kappa up to which two networks agree by chance alone."""
 
@@ -44,7 +44,7 @@ class Meter:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self._ranks.device)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for them is counted."""
+        """Yields the same batches; the time spent waiting for them is counted."""
         source = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -57,7 +57,7 @@ class Meter:
             yield batch
 
     def add(self, step: int, measured: dict[str, Tensor]) -> None:
-        """What `train_step` returned of the update from `step` to `step + 1`."""
+        """Takes what `train_step` returned for the update from `step` to `step + 1`."""
         for name, value in measured.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -68,10 +68,10 @@ class Meter:
             self._check()
 
     def read(self) -> Metrics:
-        """Means over steps and ranks since the last reset. A collective: every rank calls it.
+        """Returns means over steps and ranks since the last reset. A collective: every rank calls it.
 
         `train/loss` and its terms, `train/grad_norm_a` ...; `pseudo/confidence` and what `_pseudo` lists; `time/images_per_s`
-        (all ranks), `time/data_wait` (share 0..1 of the time) and `time/data_wait_s` (seconds, mean over ranks);
+        (all ranks), `time/data_wait` (fraction 0..1 of the time) and `time/data_wait_s` (seconds, mean over ranks);
         `memory/peak_bytes`, the most that a rank has held (on a GPU its tensors, on a CPU the process).
         """
         self._check()
@@ -79,8 +79,11 @@ class Meter:
         labels = self._sums.pop("labels", None)
         names = sorted(self._sums)
         values = [self._sums[name].double() / self._counts[name] for name in names]
-        clock = torch.tensor([self._images / ranks.split / elapsed, self._wait_s, elapsed], dtype=torch.float64)
-        rows = torch.stack([*values, *clock.to(ranks.device)])
+        # Ranks of one batch shard see the same images: each counts its part of them, so that the sum over ranks is right.
+        clock = torch.tensor(
+            [self._images / ranks.ranks_per_shard / elapsed, self._wait_s, elapsed], dtype=torch.float64
+        )
+        rows = torch.stack([*values, *clock.to(ranks.device)])  # in one exchange
         *means, images, wait, lasted = ranks.sum(rows).tolist()
         metrics: Metrics = {f"train/{name}": mean / ranks.world for name, mean in zip(names, means, strict=True)}
         if "train/confidence" in metrics:
@@ -106,43 +109,46 @@ class Meter:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _pseudo(labels: Tensor) -> Metrics:
-    """Of pixels (256, 256) by the labels of networks a and b, all 0..1: `pseudo/coverage`, the share of a's labels that is sure
-    enough to count; `pseudo/top_share`, the commonest label's share of them; `pseudo/agreement`, the share of equal labels where
-    both count; `pseudo/kappa`, the same beyond chance (Cohen 1960; 1 is full, 0 is chance). With one network, b is a.
+    """Scores of pseudo labels, all 0..1, from the pixels (256, 256) that have each pair of labels of networks a and b.
+
+    `pseudo/coverage`: fraction of a's labels that are sure enough to count; `pseudo/top_fraction`: that of the commonest label among
+    them; `pseudo/agreement`: fraction of equal labels where both count; `pseudo/kappa`: the same beyond chance (Cohen 1960; 1 is full,
+    0 is chance). With one network, b is a.
     """
     of_a = labels.sum(dim=1)
-    sure = labels[:IGNORE, :IGNORE]
+    sure = labels[:IGNORE, :IGNORE]  # the last row and column are the unsure ones
     metrics = {"pseudo/coverage": float(of_a[:IGNORE].sum() / of_a.sum())}
     if sure.sum() > 0:
-        share_a, share_b = sure.sum(dim=1) / sure.sum(), sure.sum(dim=0) / sure.sum()
-        agreement, chance = float(sure.diagonal().sum() / sure.sum()), float((share_a * share_b).sum())
-        metrics |= {"pseudo/top_share": float(share_a.max()), "pseudo/agreement": agreement}
-        if chance < 1.0 - 1e-9:  # else both always say the same class, and there is no chance to compare with
+        fraction_a, fraction_b = sure.sum(dim=1) / sure.sum(), sure.sum(dim=0) / sure.sum()
+        agreement, chance = float(sure.diagonal().sum() / sure.sum()), float((fraction_a * fraction_b).sum())
+        metrics |= {"pseudo/top_fraction": float(fraction_a.max()), "pseudo/agreement": agreement}
+        if chance < 1.0 - 1e-9:  # else both always predict the same class, and chance agrees as often as they do
             metrics["pseudo/kappa"] = (agreement - chance) / (1.0 - chance)
     return metrics
 
 
 def collapse(metrics: Metrics) -> str | None:
-    """What is wrong with networks that do not tell classes apart; None if nothing is."""
+    """Returns what is wrong with networks that do not tell classes apart; None if nothing is."""
     ious = {name.removeprefix("val/iou/"): value for name, value in metrics.items() if name.startswith("val/iou/")}
     found = [name for name, value in ious.items() if value > 0.0]
-    everywhere = metrics.get("pseudo/top_share", 1.0) >= _ALL
-    if len(ious) > 1 and len(found) <= 1 and everywhere:
+    takes_all = metrics.get("pseudo/top_fraction", 1.0) >= _ONE_CLASS
+    if len(ious) > 1 and len(found) <= 1 and takes_all:
         return f"one class takes all: of {len(ious)} classes in val only {found[0] if found else 'none'} is found"
     # Where nearly all labels are of one class, kappa is near 0 although the networks agree.
-    if metrics.get("pseudo/kappa", 1.0) <= _CHANCE and metrics.get("pseudo/top_share", 0.0) < _MOST:
+    if metrics.get("pseudo/kappa", 1.0) <= _CHANCE and metrics.get("pseudo/top_fraction", 0.0) < _KAPPA_BLIND:
         return f"the networks agree no more than by chance (kappa {metrics['pseudo/kappa']:.3f})"
     return None
 
 
-def lost(config: TrainConfig, step: int, collapsed: int) -> bool:
+def is_lost(schedule: ScheduleConfig, step: int, collapsed: int) -> bool:
     """Whether a collapse that has shown at `collapsed` evaluations in a row is beyond recovery.
 
     Only those of the second half count: at first the commonest class takes all, and running statistics lag.
     """
-    every, steps = config.schedule.eval_every, config.schedule.steps
+    every, steps = schedule.eval_every, schedule.steps
+    # The second operand is the number of evaluations since half-way.
     return min(collapsed, step // every - steps // 2 // every) >= PATIENCE

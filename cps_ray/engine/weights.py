@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cps_ray.errors import CheckpointError
+from cps_ray.text import first_line
 
 _COUNTER = "num_batches_tracked"  # of BatchNorm; files from before torch 0.4.1 lack it, and only momentum=None reads it
 
@@ -27,13 +28,13 @@ def load_encoder(encoder: nn.Module, name: str, path: Path) -> None:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # the readers raise a zoo of types for a damaged file
-        reason = (str(err).splitlines() or [type(err).__name__])[0][:200]
-        raise CheckpointError(f"{path}: cannot be read as weights: {reason}") from err
+    except Exception as err:  # a damaged file raises one of many types
+        raise CheckpointError(f"{path}: cannot be read as weights: {first_line(err)[:200]}") from err
     try:
         state = _unwrapped(content)
         encoder.load_state_dict(_of_timm(encoder, name, state) if name.startswith("tu-") else state)
     except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as err:
+        # torch's first line only names the class; the two after it say which keys are missing or have other shapes.
         lines = [line.strip() for line in str(err).splitlines()] or [""]
         detail = " ".join(lines[1:3] if len(lines) > 1 else lines)[:300]
         raise CheckpointError(
@@ -56,9 +57,9 @@ def _unwrapped(content: Any) -> dict[str, Tensor]:
 
 
 def _of_timm(encoder: nn.Module, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a timm model's file by the encoder's keys. Raises ValueError for what fits nowhere."""
+    """Returns the tensors of a timm model's file by the encoder's keys. Raises ValueError for what fits nowhere."""
     own: dict[str, Tensor] = encoder.state_dict()
-    found = {key: value for key, value in own.items() if key.endswith(_COUNTER)}
+    found = {key: value for key, value in own.items() if key.endswith(_COUNTER)}  # the file's own, if any, replace them
     taken: set[str] = set()
     left: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -71,7 +72,7 @@ def _of_timm(encoder: nn.Module, name: str, state: dict[str, Tensor]) -> dict[st
             taken.add(target)
             found[target] = value
     if lacking := [key for key in own if key not in found]:
-        raise ValueError(f"the file lacks {_some(lacking)}.")
+        raise ValueError(f"the file lacks {_first_and_rest(lacking)}.")
     if left:
         _check_left_out(left, name)
     _check_shapes(found, own)
@@ -79,10 +80,9 @@ def _of_timm(encoder: nn.Module, name: str, state: dict[str, Tensor]) -> dict[st
 
 
 def _keys_in_encoder(key: str) -> list[str]:
-    """What a key of the whole timm model may be called in the encoder, where smp and timm's feature extractors wrap it."""
-    flat = key.replace(
-        ".", "_", 1
-    )  # timm's FeatureListNet makes the children of a Sequential its own: stages.0 -> stages_0
+    """Names that a key of the whole timm model may have in the encoder, where smp and timm's feature extractors wrap it."""
+    # timm's FeatureListNet makes the children of a Sequential its own: stages.0 -> stages_0
+    flat = key.replace(".", "_", 1)
     return [key, f"model.{key}", f"model.{flat}", f"model.model.{key}", f"model.body.{key}"]
 
 
@@ -90,11 +90,11 @@ def _check_left_out(left: dict[str, Tensor], name: str) -> None:
     """Raises ValueError unless these are parts of the whole timm model; a classifier may be one for other classes."""
     import timm
 
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         model = timm.create_model(name.removeprefix("tu-"))
     whole: dict[str, Tensor] = model.state_dict()
     if unknown := [key for key in left if key not in whole]:
-        raise ValueError(f"the file has the unknown {_some(unknown)}.")
+        raise ValueError(f"the file has the unknown {_first_and_rest(unknown)}.")
     heads = model.default_cfg["classifier"] or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     _check_shapes({key: value for key, value in left.items() if not key.startswith(prefixes)}, whole)
@@ -107,8 +107,8 @@ def _check_shapes(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         if value.shape != own[key].shape
     ]
     if wrong:
-        raise ValueError(f"the file has {_some(wrong)}.")
+        raise ValueError(f"the file has {_first_and_rest(wrong)}.")
 
 
-def _some(words: list[str]) -> str:
+def _first_and_rest(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{words[0]} and {len(words) - 1} more"

@@ -16,6 +16,7 @@ from typing import Any
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
+from cps_ray.text import first_line
 
 WORKER_ENV = {
     # The dashboard's Train tab is empty without it.
@@ -28,7 +29,7 @@ WORKER_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # The display is ours; with the new output Tune prints boxes even when told to be quiet.
+    # The display is ours; with the new output Tune prints boxes even when asked to be quiet.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _DATA_CPUS = 1.0
@@ -58,6 +59,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
     Raises ResourceError if the address does not answer.
     """
+    # Here for the driver, below for workers: each process reads them by itself.
     for name, value in WORKER_ENV.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
@@ -82,19 +84,19 @@ def connected(address: str | None) -> Iterator[Cluster]:
 def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:
     import ray
 
-    in_main = threading.current_thread() is threading.main_thread()
+    in_main = threading.current_thread() is threading.main_thread()  # only there handlers can be set
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as err:
-        reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise ResourceError(
-            f"--address {address or 'local'}: no Ray cluster can be joined there ({reason}). "
+            f"--address {address or 'local'}: no Ray cluster can be joined there ({first_line(err)}). "
             "If it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there."
         ) from err
     finally:
         if in_main:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own handler, which leaves at once
+            # ray.init installs a handler that exits at once; a sweep has to save and to take down its trainings first.
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield Cluster(f"http://{context.dashboard_url}", local=address is None)
     finally:
@@ -102,10 +104,10 @@ def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:
 
 
 def _check_answers(address: str | None) -> None:
-    """Ray itself tries for minutes before it gives up."""
+    """Raises ResourceError if nothing listens at the address: Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return  # none, or `auto`
+        return  # no address, or `auto`
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as err:
@@ -130,6 +132,7 @@ def _dashboard_port() -> Iterator[int]:
 def _free_port(*wanted: int) -> int:
     for port in wanted:
         with socket.socket() as probe:
+            # As the dashboard binds it: a port whose last owner has just ended counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
@@ -149,16 +152,17 @@ def nodes() -> list[dict[str, float]]:
 def trainings_at_once(
     resources: ResourcesConfig, concurrency: str | int, on: Sequence[Mapping[str, float]], *, streams: bool = True
 ) -> int:
-    """How many trainings may run at once on these nodes, leaving Ray Data a whole CPU: the preflight.
+    """Number of trainings that may run at once on these nodes, leaving Ray Data a whole CPU: the preflight.
 
     `streams`: whether they read unlabelled images, hence need Ray Data at all.
 
-    Raises ResourceError for a plan that could never be scheduled.
+    Raises ResourceError for a plan that could never be scheduled: Ray itself would wait for ever without a word.
     """
     need = f"{resources.workers} workers x ({resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs)"
     have = (
         f"{sum(n.get('CPU', 0.0) for n in on):g} CPUs, {sum(n.get('GPU', 0.0) for n in on):g} GPUs on {len(on)} node(s)"
     )
+    # Ray Data takes its CPU from one node: of all nodes the one where that costs the fewest workers.
     spares = range(len(on)) if streams else [None]
     fit = max((_bundles(resources, on, spare) for spare in spares), default=0) // resources.workers
     if fit < 1:
@@ -184,7 +188,8 @@ def _bundles(resources: ResourcesConfig, on: Sequence[Mapping[str, float]], spar
     for number, node in enumerate(on):
         cpus = node.get("CPU", 0.0) - (_DATA_CPUS if number == spare else 0.0)
         if cpus < 0:
-            return 0
+            return 0  # this node has no CPU to spare, so Ray Data cannot have it here
+        # Workers are not cut over nodes, so whole ones are counted node by node. 0.3 / 0.1 is 2.999...: hence the epsilon.
         fit = math.floor(cpus / resources.cpus_per_worker + 1e-9)
         if resources.gpus_per_worker > 0:
             fit = min(fit, math.floor(node.get("GPU", 0.0) / resources.gpus_per_worker + 1e-9))

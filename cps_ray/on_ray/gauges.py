@@ -4,7 +4,7 @@ from typing import Any
 
 
 class TrainGauges:
-    """Of one training, set by rank 0 at each evaluation."""
+    """Gauges of one training, set by rank 0 at each evaluation."""
 
     def __init__(self, sweep: str, run: str) -> None:
         from ray.util.metrics import Counter, Gauge
@@ -15,8 +15,10 @@ class TrainGauges:
         self._step = Gauge("cps_step", "Optimizer steps done.", keys)
         self._loss = Gauge("cps_loss", "Mean of a loss term since the last evaluation.", (*keys, "term"))
         self._rate = Gauge("cps_images_per_s", "Training images per second, all workers.", keys)
-        self._wait = Gauge("cps_data_wait", "Share of the time a worker waits for data, 0 to 1.", keys)
-        self._pseudo = Gauge("cps_pseudo", "Of the pseudo labels, 0 to 1: agreement, confidence, ...", (*keys, "kind"))
+        self._wait = Gauge("cps_data_wait", "Fraction of the time a worker waits for data, 0 to 1.", keys)
+        self._pseudo = Gauge(
+            "cps_pseudo", "Scores of the pseudo labels, 0 to 1: agreement, confidence, ...", (*keys, "kind")
+        )
         self._images = Counter("cps_images_total", "Training images seen.", keys)
         self._norm = Gauge("cps_grad_norm", "Gradient norm before clipping.", (*keys, "network"))
         self._memory = Gauge("cps_peak_bytes", "Most memory that a worker has held.", keys)
@@ -25,7 +27,7 @@ class TrainGauges:
             metric.set_default_tags(tags)
 
     def set(self, metrics: dict[str, Any], images: int) -> None:
-        """`metrics` of an evaluation; `images` seen since the last one."""
+        """Takes the `metrics` of an evaluation, and the number of `images` seen since the last one."""
         self._miou.set(metrics["val/miou"])
         self._step.set(metrics["step"])
         self._rate.set(metrics["time/images_per_s"])
@@ -33,6 +35,7 @@ class TrainGauges:
         self._memory.set(metrics["memory/peak_bytes"])
         for name, value in metrics.items():
             kind, _, rest = name.partition("/")
+            # Names of metrics are open (a method has its own terms), those of gauges are fixed: the rest becomes a tag.
             if kind == "pseudo":
                 self._pseudo.set(value, {"kind": rest})
             elif rest.startswith("grad_norm_"):
@@ -43,7 +46,7 @@ class TrainGauges:
 
 
 class SweepGauges:
-    """Of a sweep, set by the driver: trials by state."""
+    """Gauges of a sweep, set by the driver: trials by state, and the best value."""
 
     def __init__(self, sweep: str) -> None:
         from ray.util.metrics import Gauge
@@ -54,6 +57,7 @@ class SweepGauges:
         self._best.set_default_tags({"sweep": sweep})
 
     def set(self, counts: dict[str, int], best: float | None) -> None:
+        """Takes the number of trials by state, and the best value if there is one."""
         for state, count in counts.items():
             self._trials.set(count, {"state": state})
         if best is not None:

@@ -37,7 +37,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any]:
     config = parse_train(settings["train"], "train")
     begin = time.perf_counter()
     data = train_data(open_shards(config.data.shards), config)
-    unlabeled = stream(make_plan(data, config, 0, 1, 0))
+    unlabeled = stream(make_plan(data, config, batch_shard=0, num_batch_shards=1, start_step=0))
     batches = train_batches(data, config, unlabeled=unlabeled, threads=decode_threads())
     next(batches)
     first = time.perf_counter() - begin
@@ -51,11 +51,11 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any]:
         if now > warm:
             step_s.append(now - last)
         last = now
-        if len(step_s) % 16 == 0:
+        if len(step_s) % 16 == 0:  # reading /proc at every step would show in the step's time
             anonymous.append(_anonymous())
         if now > end:
             break
-    shared = os.statvfs("/dev/shm")
+    shared = os.statvfs("/dev/shm")  # where Ray's object store lies
     return {
         "first_s": first,
         "step_s": step_s,
@@ -66,7 +66,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anonymous() -> int:
-    """Bytes of memory of this process that no file backs."""
+    """Bytes of this process's memory that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

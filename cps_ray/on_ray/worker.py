@@ -7,35 +7,41 @@ import shutil
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
+from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
-from cps_ray.datasets.synthetic import open_data
-from cps_ray.engine.cpu import tune_cpu
+from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
-from cps_ray.engine.ranks import Ranks, join
-from cps_ray.engine.state import TrainState, build_state, write_checkpoint
+from cps_ray.engine.ranks import join
+from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse
 from cps_ray.errors import DivergedError
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
-from cps_ray.on_ray.trainer import METRICS_FILE, WorkerSettings, read_metrics
+from cps_ray.runs import LOG_FILE, METRICS_FILE, read_checkpoint, read_metrics, write_checkpoint
 
-LOG_FILE = "log.txt"
 _MOST_THREADS = 8
 """Beyond, threads wait for the interpreter lock: an image holds it for a tenth of its time."""
 
 
-def work(job: WorkerSettings) -> dict[str, str]:
-    """What `trainer.train_loop` does in each worker."""
-    config = parse_train(job.train, "train")
-    log = _log(Path(job.run_dir))
+def work(train: dict[str, Any], run_dir: str, sweep: str) -> dict[str, str]:
+    """Trains as `trainer.train_loop` says, in each worker.
+
+    `train`: as `TrainConfig.dump` gives it, paths absolute. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
+    `sweep`: the tag of the training's metrics.
+    """
+    config = parse_train(train, "train")
+    folder = Path(run_dir)
+    log = _log(folder)
     try:
-        _train(config, job, log)
+        _train(config, folder, sweep, log)
     except DivergedError as err:
+        # Returned, not raised: Ray Train would take it for a crash and try again.
         log.error("%s", err)
         return {"diverged": str(err)}
     except Exception:
@@ -44,7 +50,7 @@ def work(job: WorkerSettings) -> dict[str, str]:
     return {}
 
 
-def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> None:
+def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -> None:
     from ray import train
     from ray.train.torch import get_device
 
@@ -55,56 +61,65 @@ def _train(config: TrainConfig, job: WorkerSettings, log: logging.Logger) -> Non
     shards = open_data(config.data)
     data = train_data(shards, config)
     state = build_state(config, len(shards.classes), ranks)
-    checkpoint = train.get_checkpoint()
+    checkpoint = train.get_checkpoint()  # the run's latest, also after a restart by Ray Train
     if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state.load(Path(folder))
-    log.info(
-        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, networks %s",
-        *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
-        *(len(data.split.labeled), len(data.split.unlabeled)),
-        ", ".join(
-            f"{name} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for name, net in state.networks.items()
-        ),
-    )
+        with checkpoint.as_directory() as path:
+            state.load(read_checkpoint(Path(path)), source=path)
+    _log_start(log, config, data, state)
     unlabeled = None
     if config.semi_supervised:
-        unlabeled = stream(make_plan(data, config, ranks.share, ranks.shares, state.step))
+        unlabeled = stream(make_plan(data, config, ranks.batch_shard, ranks.num_batch_shards, state.step))
     batches = train_batches(
         data,
         config,
-        rank=ranks.share,
-        world=ranks.shares,
+        batch_shard=ranks.batch_shard,
+        num_batch_shards=ranks.num_batch_shards,
         start_step=state.step,
         unlabeled=unlabeled,
         threads=decode_threads(context.get_local_world_size()),
     )
-    reporter = Reporter(config, job, ranks, state.step, log)
-    fit(config, state, batches, lambda state: validate(config, shards, data, state), reporter)
+    report = WorkerReport(config, folder, sweep, state, log)
+    fit(config, state, batches, lambda state: validate(config, shards, data, state), report)
 
 
 def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
-    """Every image of `val`, each once over all ranks; and, if there are hidden masks, `pseudo/miou` on some of them."""
-    ranks, classes, threads = state.ranks, shards.classes, decode_threads()
-    batches = eval_batches(shards, "val", rank=ranks.share, world=ranks.shares, threads=threads)
-    found = summarise(evaluate(config, state.judged, batches, len(classes), ranks), classes, "val")
-    hidden = hidden_batches(data, config, rank=ranks.share, world=ranks.shares, threads=threads)
-    return found | evaluate_hidden(config, state.judged, hidden, len(classes), ranks)
+    """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, `pseudo/miou` on some of them."""
+    ranks, classes, settings = state.ranks, shards.classes, config.evaluation
+    # Ranks of one batch shard pass the same images: their networks are evaluated together.
+    mine: dict[str, int] = {
+        "batch_shard": ranks.batch_shard,
+        "num_batch_shards": ranks.num_batch_shards,
+        "threads": decode_threads(),
+    }
+    precision = config.compute.autocast
+    counts = evaluate(
+        settings,
+        state.evaluated,
+        eval_batches(shards, "val", **mine),
+        len(classes),
+        ranks,
+        slices=config.data.slices,
+        precision=precision,
+    )
+    hidden = hidden_batches(data, settings.hidden_images, **mine)
+    pseudo = evaluate_hidden(settings, state.evaluated, hidden, len(classes), ranks, precision)
+    return summarise(counts, classes, "val") | pseudo
 
 
-class Reporter:
-    """Takes an evaluation to disk, to Ray's metrics and, with a checkpoint, to Ray Train."""
+class WorkerReport:
+    """The loop's `Report` in a worker: takes an evaluation to the run's records, to Ray's metrics and, with a checkpoint, to Ray Train."""
 
-    def __init__(self, config: TrainConfig, job: WorkerSettings, ranks: Ranks, step: int, log: logging.Logger) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, sweep: str, state: TrainState, log: logging.Logger) -> None:
+        """`state` is at the step from which the training starts or continues."""
         self._log = log
-        self._file = Path(job.run_dir) / METRICS_FILE
+        self._file = folder / METRICS_FILE
         data = config.data
         per_step = data.labeled_batch + (data.unlabeled_batch if config.semi_supervised else 0)
         self._images = per_step * config.schedule.eval_every
-        if ranks.rank == 0:
-            self._gauges = TrainGauges(job.sweep, Path(job.run_dir).name)
-            # A crash may have come between the record and the checkpoint: those steps are trained again.
-            keep = [line for line in read_metrics(self._file) if line["step"] <= step]
+        if state.ranks.rank == 0:
+            self._gauges = TrainGauges(sweep, folder.name)
+            # A crash may have come between the record and the checkpoint: those steps are trained, and recorded, again.
+            keep = [line for line in read_metrics(folder) if line["step"] <= state.step]
             self._file.write_text("".join(json.dumps(line) + "\n" for line in keep))
 
     def __call__(self, metrics: Metrics, state: TrainState) -> bool:
@@ -112,9 +127,23 @@ class Reporter:
 
         snapshot = state.snapshot()
         if snapshot is None:
-            train.report(metrics)
+            train.report(metrics)  # every rank has to report, or Ray Train waits for it
             return True
         self._gauges.set(metrics, self._images)
+        self._log_evaluation(metrics)
+        # The record comes before the checkpoint: what is missing after a crash is trained again, what is double is cut (above).
+        with self._file.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
+        try:
+            write_checkpoint(folder, snapshot, metrics)
+            # Returns when the folder is copied to the run's storage, so it can go.
+            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return True
+
+    def _log_evaluation(self, metrics: Metrics) -> None:
         self._log.info(
             "step %d: val/miou %.4f, train/loss %.4f, %.1f images/s, waiting for data %.0f %%",
             *(metrics["step"], metrics["val/miou"], metrics["train/loss"]),
@@ -126,27 +155,30 @@ class Reporter:
         why = collapse(metrics)
         if why:
             self._log.warning("step %d: %s", metrics["step"], why)
-        with self._file.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
-        try:
-            write_checkpoint(folder, snapshot, metrics)
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return True
 
 
 def decode_threads(workers_here: int = 1) -> int:
-    """Decode threads: they work ahead by two steps and then rest, so many do no harm."""
+    """Number of decode threads: they work ahead by two steps and then rest, so many do no harm."""
     return max(2, min(_MOST_THREADS, (os.cpu_count() or 1) // workers_here))
 
 
+def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state: TrainState) -> None:
+    ranks = state.ranks
+    sizes = (
+        f"{name} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for name, net in state.networks.items()
+    )
+    log.info(
+        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, networks %s",
+        *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
+        *(len(data.subset.labeled), len(data.subset.unlabeled), ", ".join(sizes)),
+    )
+
+
 def _log(run_dir: Path) -> logging.Logger:
-    """Rank-independent: every rank appends to the run's log."""
+    """The run's log, to which every rank appends."""
     log = logging.getLogger(f"cps_ray.run.{run_dir.name}")
     log.setLevel(logging.INFO)
-    log.propagate = False
+    log.propagate = False  # the root's handlers are Ray's, and would print every line once more
     if not log.handlers:
         handler = logging.FileHandler(run_dir / LOG_FILE)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -16,26 +16,23 @@ _FINISHED_SHOWN = 8
 
 
 class Display(Protocol):
-    """Hears events, and is ticked a few times a second."""
+    """Shows events as they come."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def listen(self, event: Event) -> None:
-        """Called for every event."""
-
-    def tick(self) -> None:
-        """Called now and then."""
+    def on_event(self, event: Event) -> None:
+        """Takes every event."""
 
 
 def make_display(name: str, console: Console) -> Display:
-    """Live on a terminal, lines elsewhere."""
+    """Returns a live table on a terminal, lines elsewhere."""
     return LiveTable(name, console) if console.is_terminal else Lines(console)
 
 
 def show_params(params: Mapping[str, Any]) -> str:
-    """`optim.lr 0.0021  cps.weight 1.3`."""
+    """Parameters in one line: `optim.lr 0.0021  cps.weight 1.3`."""
     return "  ".join(f"{name} {_short(value)}" for name, value in params.items())
 
 
@@ -62,10 +59,7 @@ class Lines:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def tick(self) -> None:
-        return None
-
-    def listen(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         text = _sentence(event)
         if text:
             clock = _clock(time.monotonic() - self._start)
@@ -93,7 +87,7 @@ def _sentence(event: Event) -> str:
 
 
 class LiveTable:
-    """A table that is redrawn in place."""
+    """A table that rich redraws in place, from a thread of its own."""
 
     def __init__(self, name: str, console: Console) -> None:
         self._name = name
@@ -110,10 +104,7 @@ class LiveTable:
     def __exit__(self, *details: Any) -> None:
         self._live.__exit__(*details)
 
-    def tick(self) -> None:
-        return None  # rich redraws from its own thread
-
-    def listen(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         kind = event["event"]
         if kind == "phase":
             self._phase = str(event["text"])
@@ -162,7 +153,7 @@ class LiveTable:
         ):
             table.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("settings", overflow="fold")
-        rows = list(self._rows.items())
+        rows = list(self._rows.items())  # a copy: events come in another thread
         running = [entry for entry in rows if entry[1]["state"] in ("starting", "running")]
         done = [entry for entry in rows if entry not in running]
         styles = {"finished": "green", "pruned": "yellow", "failed": "red", "running": "cyan", "starting": "dim"}

@@ -13,19 +13,20 @@ from safetensors.torch import save_file
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.picture import painted
 from cps_ray.datasets.shards import Manifest
+from cps_ray.datasets.show.picture import painted
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.state import load_networks
-from cps_ray.on_ray.judge import Verdict
-from cps_ray.search.records import write_json, write_text
+from cps_ray.files import write_json, write_text
+from cps_ray.on_ray.evaluate_runs import CheckpointScores
+from cps_ray.runs import read_checkpoint
 
 BEST_FILE = "best.yaml"
 MODEL_FOLDER = "best"
 
 
 def write_best(root: Path, config: TrainConfig, header: str) -> Path:
-    """The whole config; its paths hold from the run folder."""
+    """Writes best.yaml, the whole config; its paths hold from the sweep folder."""
     path = root / BEST_FILE
     write_text(path, dump_yaml(config.dump(str(root)), header))
     return path
@@ -34,12 +35,13 @@ def write_best(root: Path, config: TrainConfig, header: str) -> Path:
 def export_model(
     root: Path, config: TrainConfig, checkpoint: Path, manifest: Manifest, metrics: dict[str, Any]
 ) -> Path:
-    """best/: network a as safetensors, what is needed to build and use it, its config and its scores."""
+    """Writes best/: network a as safetensors, what is needed to build and use it, its config and its scores."""
     folder = root / MODEL_FOLDER
     unfinished = root / f".{MODEL_FOLDER}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    network = load_networks(config, checkpoint, len(manifest.classes))["a"]
+    network = load_networks(config, read_checkpoint(checkpoint), len(manifest.classes), source=checkpoint)["a"]
+    # safetensors stores memory as it lies and would refuse channels_last.
     weights = {name: value.contiguous() for name, value in network.network.state_dict().items()}
     save_file(weights, unfinished / "model.safetensors")
     model = config.model
@@ -64,28 +66,29 @@ def export_model(
     (unfinished / "model.json").write_text(json.dumps(describe, indent=2) + "\n")
     (unfinished / "config.yaml").write_text(dump_yaml(config.dump(str(folder)), "The training that made this model."))
     write_json(unfinished / "metrics.json", metrics)
+    # A folder cannot replace a full one at once; between these two lines there is none, but never half of one.
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
 
 
 def write_seeds(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line per final run."""
+    """Writes seeds.csv, one line per final run."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_picture(path: Path, verdicts: dict[str, Verdict], manifest: Manifest, height_px: int = 192) -> None:
-    """A sheet: a row per example image, with the image, the truth and each model's answer."""
-    first = next(iter(verdicts.values()))
-    titles = ["image", "truth", *verdicts]
+def write_picture(path: Path, scores: dict[str, CheckpointScores], manifest: Manifest, height_px: int = 192) -> None:
+    """Writes a sheet with a row per example image: the image, the truth and each model's prediction."""
+    first = next(iter(scores.values()))
+    titles = ["image", "truth", *scores]
     rows = []
     for number, (_, image, truth, _) in enumerate(first.examples):
-        answers = [verdict.examples[number][3] for verdict in verdicts.values()]
-        # Pixels that count nowhere are hatched in the truth, and in the answers so that eyes compare like with like.
-        masks = [np.where(truth == IGNORE, IGNORE, mask).astype(np.uint8) for mask in (truth, *answers)]
+        predictions = [each.examples[number][3] for each in scores.values()]
+        # Pixels that count nowhere are hatched in the truth, and in the predictions so that eyes compare like with like.
+        masks = [np.where(truth == IGNORE, IGNORE, mask).astype(np.uint8) for mask in (truth, *predictions)]
         tiles = [_tile(picture, height_px) for picture in (image, *(painted(mask, manifest.palette) for mask in masks))]
         rows.append(np.hstack(tiles))
     width = max(row.shape[1] for row in rows)

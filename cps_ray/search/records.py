@@ -3,10 +3,9 @@
 import json
 import os
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,53 +13,48 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig
-from cps_ray.on_ray.trainer import METRICS_FILE, read_metrics
-from cps_ray.search.study import Search
+from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SweepConfig
+from cps_ray.files import read_json, write_json, write_whole
+from cps_ray.runs import read_metrics
+from cps_ray.search.study import SweepStudy, state_name
 
 EVENTS_FILE = "events.jsonl"
 SUMMARY_FILE = "summary.json"
 TRIALS_FOLDER = "trials"
 FINAL_FOLDER = "final"
-_STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 Event = dict[str, Any]
 
 
 class Events:
-    """What happens, as it happens: a line in events.jsonl, and a call to whoever listens."""
+    """What happens, as it happens: a line in events.jsonl, and a call to each subscriber."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / EVENTS_FILE
-        self.listeners: list[Callable[[Event], None]] = []
+        self.subscribers: list[Callable[[Event], None]] = []
 
     def __call__(self, kind: str, **facts: Any) -> None:
         event = {"time": round(time.time(), 3), "event": kind, **facts}
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")
-        for listen in self.listeners:
-            listen(event)
+        for notify in self.subscribers:
+            notify(event)
 
 
 def trial_folder(root: Path, number: int) -> Path:
-    """`trials/0007`: numbered as in the study."""
+    """Folder of a trial: `trials/0007`, numbered as in the study."""
     return root / TRIALS_FOLDER / f"{number:04d}"
 
 
-def state_name(trial: FrozenTrial) -> str:
-    """complete, pruned, failed or running."""
-    return _STATES.get(trial.state, "running")
-
-
-def trial_rows(search: Search, config: SweepConfig) -> list[dict[str, Any]]:
-    """One plain dict per trial: number, state, reason, best and last score, steps, seconds, params."""
+def trial_rows(study: SweepStudy, config: SweepConfig) -> list[dict[str, Any]]:
+    """Returns one plain dict per trial: number, state, failure, best and last score, steps, seconds, params."""
     rows = []
-    for trial in search.trials:
+    for trial in study.trials:
         curve = trial.intermediate_values
-        sign = 1.0 if config.objective.mode == "max" else -1.0
-        best_step = max(curve, key=lambda step: sign * curve[step]) if curve else None
+        # The best evaluation whatever `objective.select` says: for people; `score` is what the search compares.
+        best_step = ObjectiveConfig(select="best").step(curve)
         started, ended = trial.user_attrs.get("started"), trial.user_attrs.get("ended")
         rows.append(
             {
@@ -83,71 +77,50 @@ def trial_rows(search: Search, config: SweepConfig) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any, param: Param) -> Any:
-    """A column has one type: the values of a mixed choice, such as [true, batchnorm], are written as text."""
+    """Returns a value as its column holds it: of a mixed choice, such as [true, batchnorm], as text, since a column has one type."""
     mixed = isinstance(param, ChoiceParam) and len({type(one) for one in param.values}) > 1
     return str(value) if mixed and value is not None else value
 
 
-def write_tables(root: Path, search: Search, config: SweepConfig) -> None:
-    """trials.parquet, trials.csv, history.parquet: whole and new each time."""
-    rows = trial_rows(search, config)
+def write_tables(root: Path, study: SweepStudy, config: SweepConfig) -> None:
+    """Writes trials.parquet, trials.csv and history.parquet, whole and new each time: derived, they cannot drift from the study."""
+    rows = trial_rows(study, config)
     if rows:
         table = pa.Table.from_pylist(rows)
-        _replace(root / "trials.parquet", lambda path: pq.write_table(table, path))
-        _replace(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))
+        write_whole(root / "trials.parquet", lambda path: pq.write_table(table, path))
+        write_whole(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))
     history: list[dict[str, Any]] = []
     for folder in sorted([*root.glob(f"{TRIALS_FOLDER}/*"), *root.glob(f"{FINAL_FOLDER}/*")]):
-        history += [{"run": folder.name, **record} for record in read_metrics(folder / METRICS_FILE)]
+        history += [{"run": folder.name, **record} for record in read_metrics(folder)]
     if history:
+        # Runs of several methods measure different things: a column for each name, empty where a run has none.
         names = list(dict.fromkeys(name for record in history for name in record))
         columns = {name: [record.get(name) for record in history] for name in names}
-        _replace(root / "history.parquet", lambda path: pq.write_table(pa.table(columns), path))
+        write_whole(root / "history.parquet", lambda path: pq.write_table(pa.table(columns), path))
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    _replace(path, lambda temporary: temporary.write_text(text))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented, all of it or nothing."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values), "values": list(values)}
-
-
-def write_summary(root: Path, search: Search, config: SweepConfig, status: str, **facts: Any) -> dict[str, Any]:
-    """summary.json: how it stands, for scripts. `facts` are added; earlier final results are kept."""
+def write_summary(root: Path, study: SweepStudy, config: SweepConfig, status: str, **facts: Any) -> dict[str, Any]:
+    """Writes summary.json, how a sweep stands, for scripts; returns it. `facts` are added; earlier final results are kept."""
     earlier = read_json(root / SUMMARY_FILE) or {}
-    best = search.best()
+    best = study.best()
     summary: dict[str, Any] = {
         "name": config.name,
         "status": status,
-        "trials": {"budget": config.budget.trials, **search.counts()},
+        "trials": {"budget": config.budget.trials, **study.counts()},
         "objective": config.objective.metric,
         "best": None
         if best is None
         else {
             "trial": best.number,
             "value": best.value,
-            "step": max(best.intermediate_values, key=lambda s: (best.intermediate_values[s] == best.value, -s)),
+            "step": config.objective.step(best.intermediate_values),
             "params": best.params,
         },
-        # Of another best trial, it would say nothing about this one.
+        # Final results of another best trial would say nothing about this one.
         "final": earlier.get("final") if best and (earlier.get("best") or {}).get("trial") == best.number else None,
         "seeds": {
             "train": config.train.seed,
-            "labeled_split": config.train.data.split_seed,
+            "subset": config.train.data.subset_seed,
             "sampler": config.sampler.seed,
             "final": list(config.final.seeds),
         },
@@ -158,16 +131,8 @@ def write_summary(root: Path, search: Search, config: SweepConfig, status: str, 
     return summary
 
 
-def read_json(path: Path) -> Any:
-    """None if there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
 def environment() -> Mapping[str, Any]:
-    """Versions, machine and commit."""
+    """Returns versions, machine and commit."""
     packages = ("cps-ray", "torch", "ray", "optuna", "segmentation-models-pytorch", "albumentations", "numpy")
     return {
         "python": platform.python_version(),
@@ -178,7 +143,7 @@ def environment() -> Mapping[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the source tree this package is run from, if it is one."""
+    """Commit of the source tree that this package is run from, if it is one."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

@@ -1,4 +1,4 @@
-"""The search itself: an Optuna study on disk, which is the truth of a sweep. Knows nothing of Ray.
+"""A sweep's study: an Optuna study on disk, which is the truth of a sweep. Knows nothing of Ray.
 
 Whatever else is lost, the study says which points were tried, what they reported and how they ended. A trial cut short
 is PRUNED with its curve, one that crashed or diverged is FAIL, a finished one is COMPLETE with the value that
@@ -20,6 +20,13 @@ from cps_ray.config.sweep import EarlyStoppingConfig, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 
 STUDY_FILE = "study.db"
+_STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+RUNNING = "running"
+
+
+def state_name(trial: FrozenTrial) -> str:
+    """Name of a trial's state: complete, pruned, failed or running."""
+    return _STATE_NAMES.get(trial.state, RUNNING)
 
 
 def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseSampler:
@@ -28,6 +35,7 @@ def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseS
     if config.type == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if config.type == "qmc":
+        # Not `seed`: the sequence goes on where the study's trials end, and another scrambling would be another sequence.
         return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
     if config.type == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
@@ -42,8 +50,9 @@ def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-class Search:
-    """A sweep's study: asks for points, hears curves, says when to stop, and keeps the verdicts.
+class SweepStudy:
+    """Proposes trials, takes their curves, says which to stop, and keeps how they ended; `ask`, `report`, `should_prune` and `tell`
+    mean what they mean in Optuna.
 
     A trial's intermediate values are what `objective.select` makes of its curve so far: the best, or the last.
     """
@@ -52,25 +61,28 @@ class Search:
         """Opens the study in `folder`, or begins it with the enqueued points."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = f"sqlite:///{folder / STUDY_FILE}"
-        direction = "maximize" if config.objective.mode == "max" else "minimize"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study = optuna.create_study(
-                storage=storage, study_name=config.name, direction=direction, load_if_exists=True
+                storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
             )
             self.study.sampler = _sampler(config.sampler, len(self.study.trials))
             self.study.pruner = _pruner(config.early_stopping)
         self._config = config
+        self._objective = config.objective
         if not self.study.trials:
             for point in config.enqueue:
                 self.study.enqueue_trial(dict(point))
+        # Taken now: what this session begins is RUNNING, too, and must not be begun twice.
         self._unfinished = self._running()
         self._live: dict[int, Trial] = {}
         self._curves: dict[int, dict[int, float]] = {}
+        self._repeats: set[int] = set()
+        """Trials whose last report the study had already."""
 
     @property
     def live(self) -> list[int]:
-        """Numbers of the trials begun or taken up here that have no verdict yet."""
+        """Numbers of the trials begun or continued here that have not ended yet."""
         return list(self._live)
 
     @property
@@ -79,35 +91,35 @@ class Search:
         return float(self.study.user_attrs.get("seconds", 0.0))
 
     def add_seconds(self, seconds: float) -> None:
-        """Of a session that has ended."""
+        """Adds the wall time of a session that has ended."""
         self.study.set_user_attr("seconds", self.seconds_before + seconds)
 
     @property
     def trials(self) -> list[FrozenTrial]:
         """Every trial that was begun, in order of its number."""
+        # WAITING are enqueued points, which have a number before anybody asks for them.
         return [t for t in self.study.trials if t.state != TrialState.WAITING]
 
     def counts(self) -> dict[str, int]:
-        """Trials by state: complete, pruned, failed, running."""
-        names = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-        counts = dict.fromkeys((*names.values(), "running"), 0)
+        """Number of trials by state: complete, pruned, failed, running."""
+        counts = dict.fromkeys((*_STATE_NAMES.values(), RUNNING), 0)
         for trial in self.trials:
-            counts[names.get(trial.state, "running")] += 1
+            counts[state_name(trial)] += 1
         return counts
 
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
         done = [t for t in self.trials if t.state == TrialState.COMPLETE and t.value is not None]
-        sign = 1.0 if self._config.objective.mode == "max" else -1.0
-        return max(done, key=lambda t: sign * (t.value or 0.0), default=None)
+        return max(done, key=lambda t: t.value or 0.0, default=None)
 
-    def next(self) -> tuple[int, TrainConfig] | None:
-        """Number and config of the next trial; None when the budget of trials is used up.
+    def ask(self) -> tuple[int, TrainConfig] | None:
+        """Returns number and config of the next trial; None when the budget of trials is used up.
 
         Trials that an earlier session left unfinished come first, with the numbers and points they had.
         """
         unfinished = next(self._unfinished, None)
         if unfinished is not None:
+            # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
             trial = Trial(self.study, unfinished._trial_id)
         elif len(self.trials) < self._config.budget.trials:
             trial = self.study.ask()
@@ -119,24 +131,32 @@ class Search:
         self._live[trial.number] = trial
         return trial.number, apply(self._config.train, changes, f"trial {trial.number}")
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Takes one point of a trial's curve; False if the trial is to be stopped. A step heard before is not news."""
-        trial = self._live[number]
+    def report(self, number: int, step: int, value: float) -> None:
+        """Takes one evaluation of a trial. A resumed trial may repeat steps that the study has: they change nothing."""
         curve = self._curves.setdefault(number, {})
         curve[step] = value
         if step in self._frozen(number).intermediate_values:
-            return True
+            self._repeats.add(number)
+            return
+        self._repeats.discard(number)
         # Trials are compared at a step by what `objective.select` makes of them there: with `best`, one noisy evaluation
         # at a rung does not end a trial that was better before.
-        trial.report(self.value(curve) if math.isfinite(value) else value, step)
-        return step >= self._config.train.schedule.steps or not trial.should_prune()
+        self._live[number].report(self._objective.value(curve) if math.isfinite(value) else value, step)
 
-    def finish(self, number: int, *, failure: str | None, **facts: Any) -> TrialState:
-        """The verdict on a trial that has ended; `facts` are kept with it. `failure` in one line, None if there was none."""
+    def should_prune(self, number: int) -> bool:
+        """Whether a trial is to be stopped after what it reported last."""
+        if number in self._repeats:
+            return False  # at this step it was not stopped when it came here first
+        if max(self._curves[number]) >= self._config.train.schedule.steps:
+            return False  # it ends by itself, and complete
+        return bool(self._live[number].should_prune())
+
+    def tell(self, number: int, *, failure: str | None, **facts: Any) -> TrialState:
+        """Ends a trial and returns its state; `facts` are kept with it. `failure` in one line, None if there was none."""
         curve = self._frozen(number).intermediate_values
         trial = self._live.pop(number)
-        heard = self._curves.pop(number, {})
-        last = heard[max(heard)] if heard else None
+        reported = self._curves.pop(number, {})
+        last = reported[max(reported)] if reported else None
         for name, value in {"failure": failure, "ended": time.time(), "score_last": last, **facts}.items():
             if value is not None:
                 trial.set_user_attr(name, value)
@@ -144,21 +164,16 @@ class Search:
         if failure is not None or not finite:
             self.study.tell(number, state=TrialState.FAIL)
         elif max(finite) < self._config.train.schedule.steps:
+            # Optuna takes the last intermediate value as a pruned trial's own.
             self.study.tell(number, state=TrialState.PRUNED)
         else:
-            self.study.tell(number, self.value(finite))
+            self.study.tell(number, self._objective.value(finite))
         return self._frozen(number).state
 
-    def value(self, curve: dict[int, float]) -> float:
-        """The one number of a curve (step -> value), as `objective.select` says; values that are not finite do not count."""
-        curve = {step: value for step, value in curve.items() if math.isfinite(value)}
-        if self._config.objective.select == "last":
-            return curve[max(curve)]
-        return max(curve.values()) if self._config.objective.mode == "max" else min(curve.values())
-
     def failures(self) -> tuple[int, int]:
-        """Failed trials in all, and in a row at the end of the finished ones."""
+        """Number of failed trials in all, and in a row at the end of the finished ones."""
         ended = [t for t in self.trials if t.state.is_finished()]
+        # By time, not by number: trials that run at once do not end in the order in which they began.
         ended.sort(key=lambda t: t.user_attrs.get("ended", 0.0))
         failed = [t.state == TrialState.FAIL for t in ended]
         in_a_row = next((n for n, one in enumerate(reversed(failed)) if not one), len(failed))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cps_ray.bench.__main__ import main
-from cps_ray.bench.methods import VARIANTS, train_and_judge, variants
+from cps_ray.bench.methods import VARIANTS, train_and_evaluate, variants
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError
@@ -20,7 +20,7 @@ def test_every_variant_is_a_training_and_changes_something(tiny: TrainConfig) ->
 
 
 def test_a_variant_is_trained_and_judged_on_the_split(tiny: TrainConfig) -> None:
-    figures = train_and_judge(variants(tiny, ["cps + cutmix"])["cps + cutmix"].dump(), "test", threads=1)
+    figures = train_and_evaluate(variants(tiny, ["cps + cutmix"])["cps + cutmix"].dump(), "test", threads=1)
     assert figures["step"] == 6
     assert figures["seconds"] > 0.0
     assert {"test/miou", "test/b/miou", "test/ensemble/miou", "pseudo/miou", "pseudo/agreement"} <= {*figures}
@@ -38,10 +38,10 @@ def test_runs_on_record_are_kept_and_those_of_another_training_refused(
     (tmp_path / "methods.json").write_text(json.dumps(record))
     capsys.readouterr()
     assert main([*words, "--seeds", "1", "2"]) == 0
-    assert "seed" not in capsys.readouterr().out.split("judged on test")[0], "nothing was left to train"
+    assert "seed" not in capsys.readouterr().out.split("evaluated on test")[0], "nothing was left to train"
     for change, said in [
         (["--set", "optim.lr=0.5"], "`optim` was {'name': 'sgd', 'lr': 0.01"),
-        (["--split", "val"], "judged on test, not on val"),
+        (["--split", "val"], "evaluated on test, not on val"),
     ]:
         assert main([*words, *change]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

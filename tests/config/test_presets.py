@@ -75,7 +75,7 @@ def recipe(name: str) -> dict[str, Any]:
         "cps.weight": script["weight"]["-cutmix" if cutmix else ""],
         "cps.ramp": 0.0,
         "cps.confidence": 0.0,
-        "cps.on": "unlabeled" if cutmix else "all",
+        "cps.images": "unlabeled" if cutmix else "all",
         "cps.mix": "cutmix" if cutmix else "none",
         "cps.cutmix_boxes": 3,
         "cps.cutmix_area": [0.25, 0.5],
@@ -153,7 +153,7 @@ def test_what_stands_beside_a_preset_changes_it(train_file: Callable[[str], Path
     config = load_train(
         train_file(
             "preset: reference/voc-cutmix\n"
-            "data: {shards: here, labeled: 1_4, prepare: null, groups: {mine: x*}}\n"
+            "data: {shards: here, labeled: 1_4, prepare: null, slices: {mine: x*}}\n"
             "model: {options: {a: 1}}\n"
             "augment: {scales: [0.5, 1.25]}\n"
             "schedule: {steps: 11570}\n"
@@ -161,7 +161,7 @@ def test_what_stands_beside_a_preset_changes_it(train_file: Callable[[str], Path
     )
     assert config.data.labeled == "1_4"
     assert config.data.crop_px == (512, 512)
-    assert config.data.groups == {"mine": "x*"}
+    assert config.data.slices == {"mine": "x*"}
     assert config.model.options == {"a": 1}
     assert config.model.encoder == "tu-resnet50s"
     assert config.augment.scales == (0.5, 1.25)
@@ -173,7 +173,7 @@ def test_what_stands_beside_a_preset_changes_it(train_file: Callable[[str], Path
 def test_overrides_change_what_the_preset_and_the_file_say(train_file: Callable[[str], Path]) -> None:
     path = train_file("preset: reference/voc\ndata: {shards: here}\ncps: {weight: 3}\n")
     config = load_train(path, ["cps.weight=2", "cps={ramp: 0.5}", "schedule.steps=2314"])
-    assert (config.cps.weight, config.cps.ramp, config.cps.on) == (2.0, 0.5, "all")
+    assert (config.cps.weight, config.cps.ramp, config.cps.images) == (2.0, 0.5, "all")
     assert config.schedule.steps == 2314
 
 
@@ -270,7 +270,7 @@ def test_a_sweep_on_a_preset(sweep_file: Callable[..., Path], tmp_path: Path) ->
             "5: train.preset: there is no preset 'reference/citycsapes'. Did you mean ",
         ),
         ("eval_every: 25", "eval_evry: 25", "8: train.schedule.eval_evry: no such setting. Did you mean eval_every?"),
-        ("    shards: ../data/tiny", "    split_seed: 1", "6: train.data.shards: is missing."),
+        ("    shards: ../data/tiny", "    subset_seed: 1", "6: train.data.shards: is missing."),
     ],
 )
 def test_faults_in_a_sweep_on_a_preset(sweep_file: Callable[..., Path], old: str, new: str, message: str) -> None:

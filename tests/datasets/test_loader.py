@@ -12,7 +12,7 @@ from cps_ray.datasets.loader import (
     read_unlabeled,
     train_batches,
     train_data,
-    unlabeled_visits,
+    unlabeled_positions,
 )
 from cps_ray.datasets.shards import Encoded, open_shards
 from cps_ray.engine.batch import Batch
@@ -44,7 +44,7 @@ def test_batches_keep_the_contract(tiny: TrainConfig) -> None:
 def test_two_ranks_make_the_batches_of_one(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
     whole = list(train_batches(data, tiny))
-    halves = [list(train_batches(data, tiny, rank=rank, world=2, threads=1)) for rank in range(2)]
+    halves = [list(train_batches(data, tiny, batch_shard=rank, num_batch_shards=2, threads=1)) for rank in range(2)]
     for one, a, b in zip(whole, *halves, strict=True):
         assert a.unlabeled_image is not None
         assert b.unlabeled_image is not None
@@ -78,20 +78,22 @@ def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, ch
         for view, second in zip(batch.unlabeled_image, batch.unlabeled_second, strict=True):
             differing += not torch.equal(view, second)
     assert differing > 20  # of 24
-    again = list(train_batches(data, config, rank=1, world=2, start_step=3))
+    again = list(train_batches(data, config, batch_shard=1, num_batch_shards=2, start_step=3))
     assert torch.equal(again[0].unlabeled_second, found[3].unlabeled_second[2:])
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
     ids = lambda config, **ranks: [  # noqa: E731
-        name for batch in hidden_batches(data, config, **ranks) for name in batch.ids
+        name for batch in hidden_batches(data, config.evaluation.hidden_images, **ranks) for name in batch.ids
     ]
-    unlabeled = {data.index.ids[row] for row in data.split.unlabeled}
+    unlabeled = {data.index.ids[row] for row in data.subset.unlabeled}
     assert set(ids(tiny)) == unlabeled
     few = changed(tiny, evaluation__hidden_images=5)
     assert len(set(ids(few))) == 5
-    assert sorted([*ids(few, rank=0, world=2), *ids(few, rank=1, world=2)]) == sorted(ids(few))
+    assert sorted(
+        [*ids(few, batch_shard=0, num_batch_shards=2), *ids(few, batch_shard=1, num_batch_shards=2)]
+    ) == sorted(ids(few))
     assert ids(changed(tiny, evaluation__hidden_images=0)) == []
 
 
@@ -104,16 +106,16 @@ def test_starting_late_gives_the_later_batches(tiny: TrainConfig) -> None:
 
 def test_labelled_images_never_come_unlabelled(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    seen = {one.id for one in read_unlabeled(data, tiny, unlabeled_visits(tiny, 0, 1, 0))}
+    seen = {one.id for one in read_unlabeled(data, tiny, unlabeled_positions(tiny, 0, 1, 0))}
     assert len(seen) == 18  # 24 positions, a pass of 18 images and more
-    assert not seen & {data.index.ids[row] for row in data.split.labeled}
+    assert not seen & {data.index.ids[row] for row in data.subset.labeled}
 
 
 def test_an_error_of_the_stream_reaches_the_training(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
 
     def broken():
-        yield from list(read_unlabeled(data, tiny, unlabeled_visits(tiny, 0, 1, 0)))[:8]
+        yield from list(read_unlabeled(data, tiny, unlabeled_positions(tiny, 0, 1, 0)))[:8]
         raise DataError("row 9 is damaged")
 
     with pytest.raises(DataError, match="row 9 is damaged"):
@@ -144,7 +146,7 @@ def test_evaluation_sees_every_image_once(shards: Path, world: int) -> None:
     ids = [
         name
         for rank in range(world)
-        for b in eval_batches(open_shards(shards), "val", rank=rank, world=world, size=2)
+        for b in eval_batches(open_shards(shards), "val", batch_shard=rank, num_batch_shards=world, size=2)
         for name in b.ids
     ]
     assert sorted(ids) == [f"val_{n:05d}" for n in range(6)]

@@ -1,4 +1,4 @@
-from cps_ray.datasets.order import LABELED, UNLABELED, Visits, image_at, positions
+from cps_ray.datasets.order import LABELED, UNLABELED, ShardPositions, image_at, positions
 
 
 def test_every_pass_visits_every_image_once_in_another_order() -> None:
@@ -22,14 +22,14 @@ def test_ranks_share_a_step_without_overlap() -> None:
 
 
 def test_starting_late_is_skipping() -> None:
-    whole = list(Visits(0, 6, 8, 1, 2))
+    whole = list(ShardPositions(0, 6, 8, 1, 2))
     assert whole == [p for step in range(6) for p in positions(step, 8, 1, 2)]
-    assert list(Visits(4, 6, 8, 1, 2)) == whole[4 * 4 :]
-    assert len(Visits(4, 6, 8, 1, 2)) == 8
-    assert list(Visits(6, 6, 8, 1, 2)) == []
+    assert list(ShardPositions(4, 6, 8, 1, 2)) == whole[4 * 4 :]
+    assert len(ShardPositions(4, 6, 8, 1, 2)) == 8
+    assert list(ShardPositions(6, 6, 8, 1, 2)) == []
 
 
 def test_visits_take_no_memory_however_many_they_are() -> None:
-    visits = Visits(0, 10**12, 16, 3, 4)
+    visits = ShardPositions(0, 10**12, 16, 3, 4)
     assert len(visits) == 4 * 10**12
     assert visits[len(visits) - 1] == 16 * 10**12 - 1

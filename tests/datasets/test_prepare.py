@@ -13,9 +13,9 @@ import trees
 from PIL import Image
 from trees import POINTER, save, scene
 
-from cps_ray.datasets import layouts
-from cps_ray.datasets.assembly import Plan, write_shards
-from cps_ray.datasets.items import FromFiles
+from cps_ray.datasets.prepare import layouts
+from cps_ray.datasets.prepare.assembly import DataSetPlan, write_shards
+from cps_ray.datasets.prepare.items import FromFiles
 from cps_ray.datasets.shards import open_shards
 from cps_ray.prepare import main
 
@@ -220,7 +220,7 @@ def test_killed_and_finished_through_ray_the_shards_are_those_of_threads(tmp_pat
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = layouts.camvid(raw)
-    data = Plan(
+    data = DataSetPlan(
         found.splits, FromFiles(found.reader), found.classes, found.palette, "camvid", found.findings, found.notes
     )
     write_shards(tmp_path / "undisturbed", data)

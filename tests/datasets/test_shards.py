@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, any image alone, and a byte that flips is told."""
+"""Shards: what goes in comes out, any image alone, and a flipped byte is found."""
 
 import json
 import pickle
@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from trees import CLASSES, COLORS, pair, patches, plan
 
-from cps_ray.datasets import writing
-from cps_ray.datasets.assembly import write_shards
 from cps_ray.datasets.images import decode_mask
+from cps_ray.datasets.prepare import writing
+from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.shards import Encoded, open_shards
 from cps_ray.errors import DataError
 
@@ -41,15 +41,15 @@ def everything(folder: Path) -> tuple[object, list[Encoded]]:
         shards.manifest,
         *((one.height.tolist(), one.width.tolist(), one.pixels.tolist()) for one in indexes.values()),
     ]
-    return facts, [encoded for one in indexes.values() for encoded in one.places.read(range(len(one)))]
+    return facts, [encoded for one in indexes.values() for encoded in one.locations.read(range(len(one)))]
 
 
 def test_the_index_describes_every_image(folder: Path) -> None:
     index = open_shards(folder).index("train")
     assert len(index) == 5
     assert index.ids == ("a", "b", "c", "d", "e")
-    assert [Path(file).name for file in index.places.files] == [f"train-0000{number}.parquet" for number in range(3)]
-    assert index.places.file.tolist() == [0, 0, 1, 1, 2]
+    assert [Path(file).name for file in index.locations.files] == [f"train-0000{number}.parquet" for number in range(3)]
+    assert index.locations.file.tolist() == [0, 0, 1, 1, 2]
     assert index.height.tolist() == [24, 24, 24, 8, 24]
     assert index.width.tolist() == [32, 32, 32, 16, 32]
     assert index.labeled.tolist() == [True, False, True, True, True]
@@ -58,8 +58,8 @@ def test_the_index_describes_every_image(folder: Path) -> None:
 
 
 def test_images_come_in_the_order_asked_bytes_as_they_were(folder: Path) -> None:
-    places = open_shards(folder).index("train").places
-    found = places.read([4, 1, 3, 0, 4])
+    locations = open_shards(folder).index("train").locations
+    found = locations.read([4, 1, 3, 0, 4])
     assert [encoded.id for encoded in found] == ["e", "b", "d", "a", "e"]
     for encoded in found:
         assert encoded.image == (folder.parent / f"raw/{encoded.id}.png").read_bytes()
@@ -69,14 +69,14 @@ def test_images_come_in_the_order_asked_bytes_as_they_were(folder: Path) -> None
 
 
 def test_places_are_taken_and_travel(folder: Path) -> None:
-    places = open_shards(folder).index("train").places
-    some = pickle.loads(pickle.dumps(places.take(np.array([3, 0]))))
+    locations = open_shards(folder).index("train").locations
+    some = pickle.loads(pickle.dumps(locations.take(np.array([3, 0]))))
     assert some.ids == ("d", "a")
-    assert some.read([0, 1]) == places.read([3, 0])
+    assert some.read([0, 1]) == locations.read([3, 0])
 
 
 def test_masks_are_left_out_on_demand(folder: Path) -> None:
-    assert open_shards(folder).index("train").places.read([0], masks=False)[0].mask is None
+    assert open_shards(folder).index("train").locations.read([0], masks=False)[0].mask is None
 
 
 def test_the_manifest_counts(folder: Path) -> None:
@@ -137,10 +137,10 @@ def test_a_manifest_is_edited_on_purpose_or_not_at_all(folder: Path) -> None:
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "train-00001.parquet").unlink()
-    places = open_shards(folder).index("train").places
-    assert places.read([0])[0].id == "a"
+    locations = open_shards(folder).index("train").locations
+    assert locations.read([0])[0].id == "a"
     with pytest.raises(DataError, match=r"train-00001.parquet: cannot be read \(No such file"):
-        places.read([0, 2])
+        locations.read([0, 2])
     (folder / "train.index.parquet").unlink()
     with pytest.raises(DataError, match=r"train.index.parquet: cannot be read \(No such file"):
         open_shards(folder).index("train")
@@ -149,23 +149,23 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["image", "mask"])
 def test_a_flipped_byte_names_the_shard_and_the_image(folder: Path, kind: str) -> None:
     path = folder / "train-00001.parquet"
-    places = open_shards(folder).index("train").places
-    place = places.image if kind == "image" else places.mask
+    locations = open_shards(folder).index("train").locations
+    place = locations.image if kind == "image" else locations.mask
     data = bytearray(path.read_bytes())
     data[int(place[3, 0] + place[3, 1] // 2)] ^= 1
     path.write_bytes(data)
-    assert [encoded.id for encoded in places.read([0, 1, 2, 4])] == ["a", "b", "c", "e"]
+    assert [encoded.id for encoded in locations.read([0, 1, 2, 4])] == ["a", "b", "c", "e"]
     with pytest.raises(
         DataError, match=rf"train-00001.parquet: the {kind} of d \(bytes \d+ to \d+\) does not match its"
     ):
-        places.read([3])
+        locations.read([3])
 
 
 def test_a_shard_that_was_cut_short_is_found(folder: Path) -> None:
     path = folder / "train-00000.parquet"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"train-00000.parquet: the image of a .* does not match its checksum"):
-        open_shards(folder).index("train").places.read([0])
+        open_shards(folder).index("train").locations.read([0])
 
 
 def test_any_flipped_byte_is_an_error_or_changes_nothing(folder: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from cps_ray.config.train import DataConfig, SyntheticConfig
 from cps_ray.datasets import synthetic
-from cps_ray.datasets.assembly import Plan, write_shards
 from cps_ray.datasets.images import decode_image, decode_mask
-from cps_ray.datasets.items import Source
-from cps_ray.datasets.synthetic import CLASSES, draw_scene, open_data, write_synthetic
+from cps_ray.datasets.open import open_data
+from cps_ray.datasets.prepare.assembly import DataSetPlan, write_shards
+from cps_ray.datasets.prepare.items import Source
+from cps_ray.datasets.synthetic import CLASSES, draw_scene, write_synthetic
 from cps_ray.errors import DataError
 
 SMALL = SyntheticConfig(train=5, val=2, test=2, height_px=32, width_px=48)
@@ -62,14 +63,14 @@ def test_a_scene_depends_on_seed_split_and_index_only(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "other", SMALL.model_copy(update={"seed": 1}))
     rows = {}
     for name in ("a", "longer", "other"):
-        rows[name] = open_data(data(tmp_path / name, None)).index("train").places.read(range(5))
+        rows[name] = open_data(data(tmp_path / name, None)).index("train").locations.read(range(5))
     assert rows["a"] == rows["longer"]
     assert all(x.image != y.image for x, y in zip(rows["a"], rows["other"], strict=True))
     assert [entry.id for entry in rows["a"][:2]] == ["train_00000", "train_00001"]
 
 
 def test_what_is_stored_is_what_was_drawn(tmp_path: Path) -> None:
-    (found,) = open_data(data(tmp_path / "shards")).index("val").places.read([1])
+    (found,) = open_data(data(tmp_path / "shards")).index("val").locations.read([1])
     image, mask = draw_scene(np.random.default_rng((SMALL.seed, 1, 1)), 32, 48)
     assert np.array_equal(decode_image(found.image), image)
     assert found.mask is not None
@@ -91,7 +92,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_data_set_in_the_folder_is_refused(tmp_path: Path) -> None:
-    plan = Plan({"train": [Source("train_00000")]}, synthetic.Drawn(SMALL), CLASSES, synthetic.PALETTE, "camvid")
+    plan = DataSetPlan({"train": [Source("train_00000")]}, synthetic.Drawn(SMALL), CLASSES, synthetic.PALETTE, "camvid")
     write_shards(tmp_path / "shards", plan)
     with pytest.raises(DataError, match=r"these shards are \(camvid\)"):
         open_data(data(tmp_path / "shards"))

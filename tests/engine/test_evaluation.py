@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import changed
+from support import changed, evaluate, predict
 from torch import Tensor, nn
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.evaluation import ENSEMBLE, Counts, evaluate, further_scores, predict, summarise, windows
+from cps_ray.engine.evaluation import ENSEMBLE, Counts, further_scores, summarise, windows
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 
@@ -169,11 +169,11 @@ def test_the_two_sums_differ_and_probabilities_sum_to_one(tiny: TrainConfig) -> 
     segmenter, _ = tiny_segmenter()
     image = random_images(2, 30, 50)
     views = {"evaluation__scales": (0.75, 1.0), "evaluation__flip": True, "evaluation__window_px": (16, 16)}
-    logits, share = (predict(changed(tiny, **views, evaluation__sum=how), segmenter, image) for how in SUMS)
-    torch.testing.assert_close(share.sum(1), torch.ones(2, 30, 50))
-    assert not torch.equal(logits.argmax(1), share.argmax(1))
-    once_logits, once_share = (predict(changed(tiny, evaluation__sum=how), segmenter, image) for how in SUMS)
-    torch.testing.assert_close(once_logits.softmax(1), once_share)  # one term: nothing to average
+    logits, prob = (predict(changed(tiny, **views, evaluation__sum=how), segmenter, image) for how in SUMS)
+    torch.testing.assert_close(prob.sum(1), torch.ones(2, 30, 50))
+    assert not torch.equal(logits.argmax(1), prob.argmax(1))
+    once_logits, once_prob = (predict(changed(tiny, evaluation__sum=how), segmenter, image) for how in SUMS)
+    torch.testing.assert_close(once_logits.softmax(1), once_prob)  # one term: nothing to average
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -307,17 +307,17 @@ def best_mean(*logits: Tensor) -> Callable[[int], int]:
 
 def test_every_pixel_counts_once_for_each_network_and_group(tiny: TrainConfig) -> None:
     tables = {name: random_logits(seed) for seed, name in enumerate("abc")}
-    config = changed(tiny, model__networks=3, data__groups={"odd": "val_*[135]", "last": "val_05", "none": "test*"})
+    config = changed(tiny, model__networks=3, data__slices={"odd": "val_*[135]", "last": "val_05", "none": "test*"})
     networks = {name: table(logits).train() for name, logits in tables.items()}
     counts = evaluate(config, networks, iter(batches()), 5, Ranks())
     whole, pixels = by_hand(best(tables["a"]), 5)
     assert torch.equal(counts.whole, whole)
     assert pixels == sum(int((batch.mask != IGNORE).sum()) for batch in batches())
-    assert set(counts.groups) == {"odd", "last", "none"}
+    assert set(counts.slices) == {"odd", "last", "none"}
     odd = by_hand(best(tables["a"]), 5, lambda name: int(name[-2:]) % 2 == 1)[0]
-    assert torch.equal(counts.groups["odd"], odd)
-    assert torch.equal(counts.groups["last"], by_hand(best(tables["a"]), 5, lambda name: name == "val_05")[0])
-    assert not counts.groups["none"].any()
+    assert torch.equal(counts.slices["odd"], odd)
+    assert torch.equal(counts.slices["last"], by_hand(best(tables["a"]), 5, lambda name: name == "val_05")[0])
+    assert not counts.slices["none"].any()
     assert list(counts.others) == ["b", "c", ENSEMBLE]
     assert torch.equal(counts.others["b"], by_hand(best(tables["b"]), 5)[0])
     assert torch.equal(counts.others["c"], by_hand(best(tables["c"]), 5)[0])
@@ -362,12 +362,12 @@ class Threads:
     """Ranks that are threads: each hands in its tensor, all read the sum."""
 
     ranks: int
-    split: int
+    spread: int
     slots: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.all = threading.Barrier(self.ranks)
-        self.groups = [threading.Barrier(self.split) for _ in range(self.ranks // self.split)]
+        self.shards = [threading.Barrier(self.spread) for _ in range(self.ranks // self.spread)]
 
     def total(self, barrier: threading.Barrier, kind: str, rank: int, members: range, tensor: Tensor) -> Tensor:
         assert tensor.is_contiguous()
@@ -390,45 +390,45 @@ class ThreadRank:
     device: torch.device
 
     @property
-    def split(self) -> int:
-        return self.threads.split
+    def ranks_per_shard(self) -> int:
+        return self.threads.spread
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self.threads.total(self.threads.all, "all", self.rank, range(self.threads.ranks), tensor)
 
-    def peer_sum(self, tensor: Tensor) -> Tensor:
-        if self.split == 1:
+    def sum_over_networks(self, tensor: Tensor) -> Tensor:
+        if self.ranks_per_shard == 1:
             return tensor
-        group = self.rank // self.split
-        members = range(group * self.split, (group + 1) * self.split)
-        return self.threads.total(self.threads.groups[group], "peers", self.rank, members, tensor)
+        shard = self.rank // self.ranks_per_shard
+        members = range(shard * self.ranks_per_shard, (shard + 1) * self.ranks_per_shard)
+        return self.threads.total(self.threads.shards[shard], "same shard", self.rank, members, tensor)
 
 
-@pytest.mark.parametrize("judged", ["all", "a"])
+@pytest.mark.parametrize("evaluated", ["all", "a"])
 @pytest.mark.parametrize("how", SUMS)
-@pytest.mark.parametrize(("ranks", "split", "names"), [(2, 1, "ab"), (2, 2, "ab"), (4, 2, "ab"), (6, 3, "abc")])
+@pytest.mark.parametrize(("ranks", "spread", "names"), [(2, 1, "ab"), (2, 2, "ab"), (4, 2, "ab"), (6, 3, "abc")])
 def test_any_number_of_ranks_counts_the_same(
-    tiny: TrainConfig, judged: str, how: str, ranks: int, split: int, names: str
+    tiny: TrainConfig, evaluated: str, how: str, ranks: int, spread: int, names: str
 ) -> None:
-    changes: dict[str, Any] = {"model__networks": len(names), "data__groups": {"odd": "val_*[135]"}}
-    views = {"evaluation__window_px": (8, 8), "evaluation__sum": how, "evaluation__networks": judged}
+    changes: dict[str, Any] = {"model__networks": len(names), "data__slices": {"odd": "val_*[135]"}}
+    views = {"evaluation__window_px": (8, 8), "evaluation__sum": how, "evaluation__networks": evaluated}
     config = changed(tiny, **changes, **views)
 
     def networks() -> dict[str, Segmenter]:
         return {name: table(random_logits(seed)) for seed, name in enumerate(names)}
 
     alone = evaluate(config, networks(), batches(), 5, Ranks())
-    threads = Threads(ranks, split)
+    threads = Threads(ranks, spread)
 
     def on(rank: int) -> Counts:
-        own = {names[rank % split]: networks()[names[rank % split]]} if split > 1 else networks()
-        share = batches()[rank // split :: ranks // split]
-        return evaluate(config, own, share, 5, ThreadRank(threads, rank, torch.device("cpu")))  # type: ignore[arg-type]
+        own = {names[rank % spread]: networks()[names[rank % spread]]} if spread > 1 else networks()
+        shard = batches()[rank // spread :: ranks // spread]
+        return evaluate(config, own, shard, 5, ThreadRank(threads, rank, torch.device("cpu")))  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(ranks) as pool:
         for counts in pool.map(on, range(ranks)):
             assert torch.equal(counts.whole, alone.whole)
-            assert torch.equal(counts.groups["odd"], alone.groups["odd"])
+            assert torch.equal(counts.slices["odd"], alone.slices["odd"])
             assert list(counts.others) == list(alone.others)
             assert all(torch.equal(counts.others[name], alone.others[name]) for name in alone.others)
             assert torch.equal(counts.agreement, alone.agreement)
@@ -440,8 +440,8 @@ def test_any_number_of_ranks_counts_the_same(
 def test_names_and_values_of_scores() -> None:
     matrix = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
     other = torch.tensor([[10, 0, 0], [0, 5, 5], [0, 0, 0]])
-    groups = {"day": other, "night": torch.zeros(3, 3)}
-    counts = Counts(matrix, groups, {"b": other, ENSEMBLE: matrix}, torch.tensor([15, 20]))
+    slices = {"day": other, "night": torch.zeros(3, 3)}
+    counts = Counts(matrix, slices, {"b": other, ENSEMBLE: matrix}, torch.tensor([15, 20]))
     found = summarise(counts, iter(["sky", "road", "car"]), "val")
     assert found == pytest.approx(
         {
@@ -471,9 +471,9 @@ def test_nothing_seen_gives_no_scores(tiny: TrainConfig) -> None:
     "changes", [{}, {"method": "supervised"}, {"evaluation__networks": "a"}, {"model__networks": 3}]
 )
 def test_an_objective_may_be_whatever_is_measured(tiny: TrainConfig, changes: dict[str, Any]) -> None:
-    config = changed(tiny, **changes, data__groups={"first": "val_00000"})
+    config = changed(tiny, **changes, data__slices={"first": "val_00000"})
     shards = open_shards(config.data.shards)
-    known = metrics_of(shards, "val", config.data.groups, further_scores(config))
+    known = metrics_of(shards, "val", config.data.slices, further_scores(config.evaluation, config.networks))
     logits = torch.randn(256, len(shards.classes), generator=torch.Generator().manual_seed(0))
     networks = {name: table(logits) for name in "abc"[: config.networks]}
 

@@ -14,7 +14,8 @@ from support import changed
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state, read_checkpoint
+from cps_ray.engine.state import build_state
+from cps_ray.runs import read_checkpoint
 
 SCRIPT = """
 import json, sys
@@ -24,9 +25,10 @@ from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.evaluation import evaluate
 from cps_ray.engine.ranks import join
-from cps_ray.engine.state import build_state, write_checkpoint
+from cps_ray.engine.state import build_state
 from cps_ray.engine.step import train_step
 from cps_ray.engine.telemetry import Meter
+from cps_ray.runs import write_checkpoint
 from pathlib import Path
 
 jobs, rank, world, folder = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -43,12 +45,12 @@ for name, raw in jobs.items():
     state = build_state(config, 7, ranks)
     losses = []
     meter = Meter(ranks)
-    for batch in train_batches(train_data(shards, config), config, rank=ranks.share, world=ranks.shares):
+    mine = {"batch_shard": ranks.batch_shard, "num_batch_shards": ranks.num_batch_shards}
+    for batch in train_batches(train_data(shards, config), config, **mine):
         measured = train_step(config, state, batch)
         meter.add(state.step - 1, measured)
         losses.append(float(ranks.sum(measured["loss"])) / world)
-    images = eval_batches(shards, "test", rank=ranks.share, world=ranks.shares)
-    counts = evaluate(config, state.judged, images, 7, ranks)
+    counts = evaluate(config.evaluation, state.evaluated, eval_batches(shards, "test", **mine), 7, ranks)
     read = meter.read()
     snapshot = state.snapshot()
     if rank == 0:
@@ -85,16 +87,16 @@ def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("ranks")
     averaged = changed(tiny, schedule__steps=20, optim__clip_norm=10.0, ema__decay=0.9)
     # As the paper's code has it: both kinds of image under the loss, in passes of their own.
-    papers = changed(tiny, schedule__steps=4, cps__on="all", cps__forwards="separate", cps__cutmix_partner="self")
+    papers = changed(tiny, schedule__steps=4, cps__images="all", cps__forwards="separate", cps__cutmix_partner="self")
     three = changed(tiny, schedule__steps=2, model__networks=3, cps__mix="none")
 
-    def split(config: TrainConfig, workers: int) -> TrainConfig:
-        return changed(config, resources={"placement": "split", "workers": workers})
+    def spread(config: TrainConfig, workers: int) -> TrainConfig:
+        return changed(config, resources={"placement": "one_network_per_worker", "workers": workers})
 
     train({"averaged": averaged, "papers": papers, "three": three}, 1, folder)
-    train({"averaged-two": averaged, "averaged-split": split(averaged, 2), "three-two": three}, 2, folder)
-    train({"three-split": split(three, 3)}, 3, folder)
-    train({"papers-split": split(papers, 4)}, 4, folder)
+    train({"averaged-two": averaged, "averaged-spread": spread(averaged, 2), "three-two": three}, 2, folder)
+    train({"three-spread": spread(three, 3)}, 3, folder)
+    train({"papers-spread": spread(papers, 4)}, 4, folder)
     return folder
 
 
@@ -107,11 +109,11 @@ def found(folder: Path, name: str) -> dict[str, Any]:
     ("one", "several"),
     [
         ("averaged", "averaged-two"),
-        ("averaged", "averaged-split"),
-        # Two shares of two networks: labels cross between neighbours, gradients and statistics between shares.
-        ("papers", "papers-split"),
+        ("averaged", "averaged-spread"),
+        # Two batch shards of two networks: labels cross between neighbours, gradients and statistics between batch shards.
+        ("papers", "papers-spread"),
         ("three", "three-two"),
-        ("three", "three-split"),
+        ("three", "three-spread"),
     ],
 )
 def test_several_workers_have_the_curve_of_one(trained: Path, one: str, several: str) -> None:
@@ -127,12 +129,12 @@ def test_several_workers_have_the_curve_of_one(trained: Path, one: str, several:
 
 
 def test_checkpoints_of_both_placements_are_the_same_and_load_into_either(trained: Path, tiny: TrainConfig) -> None:
-    alone, parts = (read_checkpoint(trained / name) for name in ("averaged", "averaged-split"))
+    alone, parts = (read_checkpoint(trained / name) for name in ("averaged", "averaged-spread"))
     assert [*parts["networks"]] == ["a", "b"]
     for name, kept in alone["networks"].items():
         for kind in ("network", "average"):
             for key, value in kept[kind].items():
                 assert torch.allclose(value, parts["networks"][name][kind][key], rtol=1e-6, atol=1e-9), (name, key)
     state = build_state(changed(tiny, ema__decay=0.9), 7, Ranks())
-    state.load(trained / "averaged-split")
+    state.load(read_checkpoint(trained / "averaged-spread"), source="averaged-spread")
     assert state.step == 20

@@ -15,8 +15,9 @@ from cps_ray.engine.methods import METHODS
 from cps_ray.engine.mixing import cutmix_masks
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import TrainState, build_state, write_checkpoint
+from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.step import OBSERVE_EVERY, train_step
+from cps_ray.runs import read_checkpoint, write_checkpoint
 
 CLASSES = 3
 SIZE = (32, 48)
@@ -90,12 +91,12 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
         outs = [(net(x), net(image)) for net in nets]
     if cps.mix == "none":
         labels = [out_u.argmax(1) for _, out_u in outs]
-    if cps.on == "all":
+    if cps.images == "all":
         labels = [torch.cat([out_x.argmax(1), label]) for (out_x, _), label in zip(outs, labels, strict=True)]
     loss = torch.zeros(())
     for me, (out_x, out_u) in enumerate(outs):
         loss = loss + ce(out_x, y, ignore_index=IGNORE)
-        out = torch.cat([out_x, out_u]) if cps.on == "all" else out_u
+        out = torch.cat([out_x, out_u]) if cps.images == "all" else out_u
         peers = [label for other, label in enumerate(labels) if other != me]
         loss = loss + cps.weight * sum(ce(out, label) for label in peers) / len(peers)
     return loss
@@ -115,12 +116,12 @@ def gradients(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
 
 FORMS = {
     "plain": {"mix": "none"},
-    "plain, as the paper's code": {"mix": "none", "on": "all", "forwards": "separate"},
+    "plain, as the paper's code": {"mix": "none", "images": "all", "forwards": "separate"},
     "cutmix": {"mix": "cutmix"},
     "cutmix, as the paper's code": {"mix": "cutmix", "forwards": "separate", "cutmix_partner": "self"},
     "cutmix, own view, joint": {"mix": "cutmix", "cutmix_partner": "self"},
     "cutmix, eval": {"mix": "cutmix", "teacher_bn": "eval"},
-    "cutmix, all": {"mix": "cutmix", "on": "all"},
+    "cutmix, all": {"mix": "cutmix", "images": "all"},
 }
 
 
@@ -282,7 +283,7 @@ def test_averages_are_plain_means_at_first_then_exponential(tiny: TrainConfig, b
     ]
     assert moved
     assert all(float(statistics[name].abs().sum()) > 0 for name in moved)
-    assert state.judged is state.averages
+    assert state.evaluated is state.averages
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -372,7 +373,7 @@ def test_pseudo_labels_are_measured_now_and_then(full: TrainConfig, batch: Batch
         assert [step for step, names in enumerate(later, start=1) if measured in names] == [
             10,
             14,
-        ]  # 14 is judged at 15
+        ]  # 14 is evaluated at 15
 
 
 @pytest.mark.parametrize("autocast", ["bf16"])
@@ -396,7 +397,7 @@ def test_a_checkpoint_holds_every_network_and_average(tiny: TrainConfig, batch: 
     train_step(config, state, batch)
     write_checkpoint(tmp_path, state.snapshot(), {})
     other = state_of(changed(config, seed=1))
-    other.load(tmp_path)
+    other.load(read_checkpoint(tmp_path), source=tmp_path)
     assert other.step == 1
     for own, loaded in ((state.networks, other.networks), (state.averages, other.averages)):
         assert [*own] == [*loaded] == ["a", "b", "c"]

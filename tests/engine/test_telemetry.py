@@ -1,4 +1,4 @@
-"""What is measured between evaluations, and how a collapse is told."""
+"""What is measured between evaluations, and how a collapse is detected."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from support import changed
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.telemetry import Meter, collapse, lost
+from cps_ray.engine.telemetry import Meter, collapse, is_lost
 from cps_ray.errors import DivergedError
 
 
@@ -33,7 +33,7 @@ def test_pseudo_labels_are_summed_up() -> None:
     read = meter.read()
     assert read["pseudo/coverage"] == pytest.approx(0.9)
     assert read["pseudo/agreement"] == pytest.approx(50 / 80)
-    assert read["pseudo/top_share"] == pytest.approx(50 / 80)
+    assert read["pseudo/top_fraction"] == pytest.approx(50 / 80)
     chance = (50 * 40 + 30 * 40) / 80**2
     assert read["pseudo/kappa"] == pytest.approx((50 / 80 - chance) / (1 - chance))
     assert read["pseudo/confidence"] == pytest.approx(0.7)
@@ -65,14 +65,14 @@ def test_a_loss_that_is_not_finite_is_named_by_its_first_step() -> None:
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [
-        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_share": 0.9995}, "one class takes all"),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_fraction": 0.9995}, "one class takes all"),
         ({"val/iou/road": 0.4, "val/iou/car": 0.0}, "one class takes all"),
-        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_share": 0.9}, None),
-        ({"val/iou/road": 0.4, "val/iou/car": 0.01, "pseudo/top_share": 1.0}, None),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.0, "pseudo/top_fraction": 0.9}, None),
+        ({"val/iou/road": 0.4, "val/iou/car": 0.01, "pseudo/top_fraction": 1.0}, None),
         ({"val/iou/road": 0.4}, None),
         ({"pseudo/kappa": 0.01}, "no more than by chance"),
         ({"pseudo/kappa": 0.1}, None),
-        ({"pseudo/kappa": 0.0, "pseudo/top_share": 0.95}, None),
+        ({"pseudo/kappa": 0.0, "pseudo/top_fraction": 0.95}, None),
         ({}, None),
     ],
 )
@@ -83,5 +83,11 @@ def test_collapses_are_told_from_late_learning(metrics: dict[str, float], reason
 
 def test_a_collapse_is_final_after_three_evaluations_of_the_second_half(tiny: TrainConfig) -> None:
     config = changed(tiny, schedule__steps=20, schedule__eval_every=2)
-    assert [lost(config, step, step // 2) for step in (10, 12, 14, 16, 20)] == [False, False, False, True, True]
-    assert [lost(config, 20, collapsed) for collapsed in (0, 2, 3)] == [False, False, True]
+    assert [is_lost(config.schedule, step, step // 2) for step in (10, 12, 14, 16, 20)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [is_lost(config.schedule, 20, collapsed) for collapsed in (0, 2, 3)] == [False, False, True]

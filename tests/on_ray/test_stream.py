@@ -1,4 +1,4 @@
-"""The unlabelled stream: the order of the plan, whoever reads; damage is told; nothing is left running."""
+"""The unlabelled stream: the order of the plan, whoever reads; damage is reported; nothing is left running."""
 
 import threading
 import time
@@ -11,11 +11,11 @@ import pytest
 from support import changed
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import TrainData, read_unlabeled, train_batches, train_data, unlabeled_visits
+from cps_ray.datasets.loader import TrainData, read_unlabeled, train_batches, train_data, unlabeled_positions
 from cps_ray.datasets.shards import open_shards
 from cps_ray.errors import DataError
 from cps_ray.on_ray.cluster import connected
-from cps_ray.on_ray.stream import Plan, _Arrivals, _execution, make_plan, stream
+from cps_ray.on_ray.stream import StreamPlan, _execution, _PrefetchedChunks, make_plan, stream
 
 STEPS = 40
 
@@ -49,7 +49,7 @@ def cluster() -> Iterator[None]:
         wait_until_none_runs(time.monotonic() + 60)
 
 
-def small(plan: Plan) -> Plan:
+def small(plan: StreamPlan) -> StreamPlan:
     return replace(plan, chunk=3)
 
 
@@ -59,7 +59,7 @@ def test_a_plan_reads_what_its_rank_trains_on_in_order(
 ) -> None:
     plan = small(make_plan(data, config, rank, world, start))
     found = [one.id for number in range(len(plan)) for one in plan.read(number)]
-    assert found == [one.id for one in read_unlabeled(data, config, unlabeled_visits(config, rank, world, start))]
+    assert found == [one.id for one in read_unlabeled(data, config, unlabeled_positions(config, rank, world, start))]
     assert len(found) == (STEPS - start) * 4 // world
 
 
@@ -69,7 +69,7 @@ def test_a_pass_over_all_ranks_visits_every_image_once(config: TrainConfig, data
     steps = [zip(*[iter([one.id for n in range(len(p)) for one in p.read(n)])] * 2, strict=True) for p in plans]
     order = [one for a, b in zip(*steps, strict=True) for one in (*a, *b)]
     assert len(order) == whole
-    count = len(data.split.unlabeled)
+    count = len(data.subset.unlabeled)
     for first in range(0, whole - count, count):
         assert len(set(order[first : first + count])) == count
 
@@ -97,20 +97,20 @@ def test_the_stream_is_the_plan_whether_a_chunk_has_come_or_is_read_here(
 ) -> None:
     plan = small(make_plan(data, config, 0, 1, 0))
     came: list[bool] = []
-    take = _Arrivals.take
+    take = _PrefetchedChunks.take
 
-    def watched(self: _Arrivals, number: int) -> object:
+    def watched(self: _PrefetchedChunks, number: int) -> object:
         chunk = take(self, number)
         came.append(chunk is not None)
         return chunk
 
-    monkeypatch.setattr(_Arrivals, "take", watched)
+    monkeypatch.setattr(_PrefetchedChunks, "take", watched)
     found = []
     for one in stream(plan):
         found.append(one.id)
         if waits and not any(came):
             time.sleep(0.05)  # until the execution is up
-    assert found == [one.id for one in read_unlabeled(data, config, unlabeled_visits(config, 0, 1, 0))]
+    assert found == [one.id for one in read_unlabeled(data, config, unlabeled_positions(config, 0, 1, 0))]
     assert any(came) or not waits
 
 

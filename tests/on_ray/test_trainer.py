@@ -1,6 +1,5 @@
-"""Two workers as one; checkpoints of a run, whole and broken; errors in one line."""
+"""Two workers as one; errors in one line."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,55 +9,12 @@ import torch
 from support import changed, without_a_cluster
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.state import build_state, load_networks, write_checkpoint
+from cps_ray.engine.state import load_networks
 from cps_ray.errors import DataError
 from cps_ray.on_ray import trainer
 from cps_ray.on_ray.cluster import connected
-from cps_ray.on_ray.trainer import (
-    METRICS_FILE,
-    Objective,
-    best_checkpoint,
-    checkpoints,
-    drop_checkpoints,
-    make_trainer,
-    read_metrics,
-    reason,
-)
-
-
-def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
-    state = build_state(config, 7, Ranks())
-    state.step = step
-    folder = run / f"checkpoint_{step}"
-    folder.mkdir(parents=True)
-    write_checkpoint(folder, state.snapshot(), {"val/miou": miou})
-    return folder
-
-
-def test_the_best_is_the_first_of_the_best(tiny: TrainConfig, tmp_path: Path) -> None:
-    for step, miou in ((2, 0.1), (4, 0.3), (6, 0.3), (8, 0.2)):
-        save(tiny, tmp_path, step, miou)
-    assert [meta["step"] for _, meta in checkpoints(tmp_path)] == [2, 4, 6, 8]
-    assert best_checkpoint(tmp_path, Objective())[1]["step"] == 4
-    assert best_checkpoint(tmp_path, Objective(mode="min"))[1]["step"] == 2
-    drop_checkpoints(tmp_path)
-    assert best_checkpoint(tmp_path, Objective()) is None
-
-
-def test_an_upload_cut_short_is_no_checkpoint(tiny: TrainConfig, tmp_path: Path) -> None:
-    save(tiny, tmp_path, 2, 0.1)
-    cut = save(tiny, tmp_path, 4, 0.9) / "state.pt"
-    cut.write_bytes(cut.read_bytes()[:-10])
-    (save(tiny, tmp_path, 6, 0.9) / "meta.json").write_text('{"step": 6, "met')
-    assert [meta["step"] for _, meta in checkpoints(tmp_path)] == [2]
-
-
-def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "val')
-    assert read_metrics(path) == [{"step": 1}]
+from cps_ray.on_ray.trainer import make_trainer, reason
+from cps_ray.runs import best_checkpoint, read_checkpoint, read_metrics
 
 
 def test_reason_is_the_workers_own_line() -> None:
@@ -102,11 +58,11 @@ def test_two_workers_train_as_one_in_either_placement(tiny: TrainConfig, tmp_pat
     expected = without_a_cluster(config)
     assert len(expected) == 20
     with connected(None):
-        for placement in ("replicated", "split"):
+        for placement in ("replicated", "one_network_per_worker"):
             resources = {"workers": 2, "cpus_per_worker": 0.5, "placement": placement}
             folder = tmp_path / placement
             assert make_trainer(changed(config, resources=resources), folder).fit().return_value == {}
-            found = read_metrics(folder / METRICS_FILE)
+            found = read_metrics(folder)
             assert [one["train/loss"] for one in found] == pytest.approx(
                 [one["train/loss"] for one in expected], rel=1e-9
             )
@@ -114,5 +70,5 @@ def test_two_workers_train_as_one_in_either_placement(tiny: TrainConfig, tmp_pat
                 assert [one[name] for one in found] == pytest.approx([one[name] for one in expected], rel=1e-9), name
             assert found[-1]["pseudo/miou"] > 0.0
             # Whoever trained them: the checkpoint holds both, and loads anywhere.
-            checkpoint, _ = best_checkpoint(folder, Objective())
-            assert [*load_networks(config, checkpoint, 7)] == ["a", "b"]
+            checkpoint, _ = best_checkpoint(folder, "val/miou")
+            assert [*load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)] == ["a", "b"]

@@ -12,13 +12,14 @@ from rich.console import Console
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
-from cps_ray.on_ray.judge import Verdict
+from cps_ray.on_ray.evaluate_runs import CheckpointScores
 from cps_ray.search.display import LiveTable, make_display
 from cps_ray.search.export import write_picture
-from cps_ray.search.finals import FinalRun, Judged, compare, drop_stale, plan_finals
-from cps_ray.search.records import Events, spread, write_summary, write_tables
-from cps_ray.search.session import Job
-from cps_ray.search.study import Search
+from cps_ray.search.final_phase import EvaluatedRun, FinalRun, drop_stale, plan_final_runs
+from cps_ray.search.records import Events, write_summary, write_tables
+from cps_ray.search.study import SweepStudy
+from cps_ray.search.tune_session import TrainingJob
+from cps_ray.search.verdict import compare, spread
 
 
 @pytest.fixture
@@ -41,24 +42,24 @@ def config(tiny: TrainConfig, tmp_path: Path) -> SweepConfig:
     )
 
 
-def fill(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill(study: SweepStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cps_ray.search.study.apply", lambda train, changes, where: train)
     for number, curve in enumerate(({2: 0.1, 4: 0.4, 6: 0.3}, {2: 0.2}, {})):
-        search.next()
+        study.ask()
         for step, value in curve.items():
-            search.report(number, step, value)
-        search.finish(number, failure=None if curve else "boom")
+            study.report(number, step, value)
+        study.tell(number, failure=None if curve else "boom")
 
 
 def test_tables_and_summary_say_what_happened(
     config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = Search(config, tmp_path)
-    fill(search, monkeypatch)
+    study = SweepStudy(config, tmp_path)
+    fill(study, monkeypatch)
     folder = tmp_path / "trials" / "0000"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 2, "val/miou": 0.1}\n{"step": 4, "val/miou": 0.4, "new": 1}\n')
-    write_tables(tmp_path, search, config)
+    write_tables(tmp_path, study, config)
     rows = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     assert [row["state"] for row in rows] == ["complete", "pruned", "failed"]
     assert [row["score"] for row in rows] == [0.4, None, None]
@@ -67,24 +68,24 @@ def test_tables_and_summary_say_what_happened(
     assert {row["params.model.options.decoder_atrous_rates"] for row in rows} <= {"1", "a"}, "a mixed choice is text"
     history = pq.read_table(tmp_path / "history.parquet").to_pylist()
     assert [(row["run"], row["step"], row["new"]) for row in history] == [("0000", 2, None), ("0000", 4, 1)]
-    summary = write_summary(tmp_path, search, config, "finished", final={"x": 1})
+    summary = write_summary(tmp_path, study, config, "finished", final={"x": 1})
     assert summary["trials"] == {"budget": 3, "complete": 1, "pruned": 1, "failed": 1, "running": 0}
     assert (summary["best"]["trial"], summary["best"]["value"], summary["best"]["step"]) == (0, 0.4, 4)
-    assert write_summary(tmp_path, search, config, "running")["final"] == {"x": 1}, "it is of this best trial"
+    assert write_summary(tmp_path, study, config, "running")["final"] == {"x": 1}, "it is of this best trial"
 
 
 def test_final_results_of_another_best_are_forgotten(
     config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = Search(config, tmp_path)
-    fill(search, monkeypatch)
+    study = SweepStudy(config, tmp_path)
+    fill(study, monkeypatch)
     earlier = {"best": {"trial": 7}, "final": {"x": 1}}
     (tmp_path / "summary.json").write_text(json.dumps(earlier))
-    assert write_summary(tmp_path, search, config, "running")["final"] is None
+    assert write_summary(tmp_path, study, config, "running")["final"] is None
 
 
 def test_final_runs_differ_in_seed_and_change_only(config: SweepConfig, tmp_path: Path) -> None:
-    runs = plan_finals(tmp_path, config, config.train)
+    runs = plan_final_runs(tmp_path, config, config.train)
     assert [run.job.name for run in runs] == [
         "best-seed5",
         "best-seed6",
@@ -99,7 +100,7 @@ def test_final_runs_differ_in_seed_and_change_only(config: SweepConfig, tmp_path
 def test_runs_of_an_earlier_best_are_removed(config: SweepConfig, tmp_path: Path) -> None:
     from cps_ray.config.yaml_reader import dump_yaml
 
-    first, second, *_ = plan_finals(tmp_path, config, config.train)
+    first, second, *_ = plan_final_runs(tmp_path, config, config.train)
     for run, trained in ((first, first.job.config), (second, config.train)):
         run.job.folder.mkdir(parents=True)
         (run.job.folder / "config.yaml").write_text(dump_yaml(trained.dump(str(run.job.folder))))
@@ -108,16 +109,16 @@ def test_runs_of_an_earlier_best_are_removed(config: SweepConfig, tmp_path: Path
     assert not second.job.folder.exists()
 
 
-def judged(group: str, seed: int, miou: float, config: TrainConfig) -> Judged:
-    run = FinalRun(group, seed, Job(f"{group}-{seed}", Path(), config))
-    return Judged(run, Path(), 6, 0.5, Verdict({"test/miou": miou, "test/iou/road": miou / 2}, []))
+def evaluated(arm: str, seed: int, miou: float, config: TrainConfig) -> EvaluatedRun:
+    run = FinalRun(arm, seed, TrainingJob(f"{arm}-{seed}", Path(), config))
+    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({"test/miou": miou, "test/iou/road": miou / 2}, []))
 
 
 def test_gain_is_in_points_of_the_means(tiny: TrainConfig) -> None:
     pairs = (("best", (0.5, 0.6)), ("plain", (0.4, 0.5)))
-    table = compare([judged(group, n, v, tiny) for group, values in pairs for n, v in enumerate(values)])
+    table = compare([evaluated(arm, n, v, tiny) for arm, values in pairs for n, v in enumerate(values)])
     assert table["gain"] == {"plain": pytest.approx(10.0)}
-    own = table["groups"]["best"]["test/miou"]
+    own = table["arms"]["best"]["test/miou"]
     assert (own["mean"], own["sd"], own["n"]) == (pytest.approx(0.55), pytest.approx(0.0707107, rel=1e-5), 2)
     assert spread([0.3])["sd"] is None
 
@@ -128,7 +129,9 @@ def test_pictures_of_any_shape_fit_on_one_sheet(shards: Path, tmp_path: Path) ->
     for height, width in ((32, 48), (40, 20)):
         mask = np.zeros((height, width), np.uint8)
         examples.append(("x", np.zeros((height, width, 3), np.uint8), mask, mask + 1))
-    write_picture(tmp_path / "p.png", {"a": Verdict({}, examples), "b": Verdict({}, examples)}, manifest)
+    write_picture(
+        tmp_path / "p.png", {"a": CheckpointScores({}, examples), "b": CheckpointScores({}, examples)}, manifest
+    )
     sheet = cv2.imread(str(tmp_path / "p.png"))
     assert sheet.shape[0] > 2 * 192
     truth, answer = sheet[34 + 60, int(1.5 * 294)], sheet[34 + 60, int(2.5 * 294)]
@@ -156,12 +159,11 @@ def test_both_displays_tell_the_story(terminal: bool, tmp_path: Path) -> None:
     display = make_display("s", console)
     assert isinstance(display, LiveTable) == terminal
     events = Events(tmp_path)
-    events.listeners.append(display.listen)
+    events.subscribers.append(display.on_event)
     with display:
         for event in EVENTS:
             facts = {name: value for name, value in event.items() if name != "event"}
             events(str(event["event"]), **facts)
-            display.tick()
         if terminal:
             console.print(display._render())
     text = console.export_text()

@@ -1,4 +1,4 @@
-"""The study: verdicts, early stopping, resume. No cluster."""
+"""The study: how trials end, early stopping, resume. No cluster."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from support import changed
 
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.search.study import Search
+from cps_ray.search.study import SweepStudy
 
 
 @pytest.fixture
@@ -34,147 +34,153 @@ def config(tiny: TrainConfig, tmp_path: Path) -> SweepConfig:
     )
 
 
-def train_to(search: Search, number: int, values: list[float]) -> bool:
+def report(study: SweepStudy, number: int, step: int, value: float) -> bool:
+    """Reports an evaluation; False if the trial is to be stopped."""
+    study.report(number, step, value)
+    return not study.should_prune(number)
+
+
+def train_to(study: SweepStudy, number: int, values: list[float]) -> bool:
     """Reports every 2 steps; False if the trial was stopped."""
-    return all(search.report(number, 2 * n, value) for n, value in enumerate(values, start=1))
+    return all(report(study, number, 2 * n, value) for n, value in enumerate(values, start=1))
 
 
 def test_the_drawn_value_is_the_trainings_value(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
+    study = SweepStudy(config, tmp_path)
     for _ in range(6):
-        found = search.next()
+        found = study.ask()
         assert found is not None
         number, train = found
-        params = search.study.trials[number].params
+        params = study.study.trials[number].params
         assert train.cps.weight == params["cps.weight"]
         assert train.cps.mix == params["cps.mix"]
         assert train.cps.cutmix_boxes == params.get("cps.cutmix_boxes", config.train.cps.cutmix_boxes)
-    assert search.next() is None, "the budget of trials is used up"
+    assert study.ask() is None, "the budget of trials is used up"
 
 
 def test_enqueued_points_come_first(config: SweepConfig, tmp_path: Path) -> None:
-    found = Search(config, tmp_path).next()
+    found = SweepStudy(config, tmp_path).ask()
     assert found is not None
     assert (found[1].cps.weight, found[1].cps.mix) == (3.0, "none")
 
 
-def test_a_finished_trial_is_told_its_best_value(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
-    search.next()
-    assert train_to(search, 0, [0.2, 0.5, 0.4, 0.3])
-    assert search.finish(0, failure=None) == TrialState.COMPLETE
-    assert search.study.trials[0].value == 0.5
-    assert search.best().number == 0
+def test_a_finished_trial_has_its_best_value(config: SweepConfig, tmp_path: Path) -> None:
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    assert train_to(study, 0, [0.2, 0.5, 0.4, 0.3])
+    assert study.tell(0, failure=None) == TrialState.COMPLETE
+    assert study.study.trials[0].value == 0.5
+    assert study.best().number == 0
 
 
 def test_the_last_value_if_asked_for(config: SweepConfig, tmp_path: Path) -> None:
     last = config.model_copy(update={"objective": config.objective.model_copy(update={"select": "last"})})
-    search = Search(last, tmp_path)
-    search.next()
-    train_to(search, 0, [0.2, 0.5, 0.4, 0.3])
-    search.finish(0, failure=None)
-    assert search.study.trials[0].value == 0.3
+    study = SweepStudy(last, tmp_path)
+    study.ask()
+    train_to(study, 0, [0.2, 0.5, 0.4, 0.3])
+    study.tell(0, failure=None)
+    assert study.study.trials[0].value == 0.3
 
 
 def test_asha_prunes_the_worse_half_and_keeps_its_curve(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
+    study = SweepStudy(config, tmp_path)
     for _ in range(3):
-        search.next()
-    assert train_to(search, 0, [0.5])
-    assert train_to(search, 1, [0.6])
-    assert not train_to(search, 2, [0.1])
-    assert search.finish(2, failure=None) == TrialState.PRUNED
-    assert search.study.trials[2].intermediate_values == {2: 0.1}
+        study.ask()
+    assert train_to(study, 0, [0.5])
+    assert train_to(study, 1, [0.6])
+    assert not train_to(study, 2, [0.1])
+    assert study.tell(2, failure=None) == TrialState.PRUNED
+    assert study.study.trials[2].intermediate_values == {2: 0.1}
 
 
 def test_one_noisy_evaluation_at_a_rung_does_not_end_a_good_trial(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
+    study = SweepStudy(config, tmp_path)
     for _ in range(2):
-        search.next()
-    assert train_to(search, 0, [0.5, 0.55])
-    assert train_to(search, 1, [0.7, 0.1]), "its best, 0.7, is the better one at the rung of step 4"
-    assert search.study.trials[1].intermediate_values == {2: 0.7, 4: 0.7}
-    search.report(1, 8, 0.2)
-    search.finish(1, failure=None)
-    assert search.study.trials[1].user_attrs["score_last"] == 0.2
+        study.ask()
+    assert train_to(study, 0, [0.5, 0.55])
+    assert train_to(study, 1, [0.7, 0.1]), "its best, 0.7, is the better one at the rung of step 4"
+    assert study.study.trials[1].intermediate_values == {2: 0.7, 4: 0.7}
+    study.report(1, 8, 0.2)
+    study.tell(1, failure=None)
+    assert study.study.trials[1].user_attrs["score_last"] == 0.2
 
 
 def test_a_trial_is_never_pruned_at_its_last_step(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
+    study = SweepStudy(config, tmp_path)
     for _ in range(2):
-        search.next()
-    train_to(search, 0, [0.5, 0.6, 0.7, 0.9])
-    search.finish(0, failure=None)
-    assert search.report(1, 8, 0.1)
+        study.ask()
+    train_to(study, 0, [0.5, 0.6, 0.7, 0.9])
+    study.tell(0, failure=None)
+    assert report(study, 1, 8, 0.1)
 
 
 @pytest.mark.parametrize(("values", "failure"), [([0.5, 0.6], "boom"), ([], None), ([float("nan")], None)])
 def test_crashes_and_nan_are_failures(
     config: SweepConfig, tmp_path: Path, values: list[float], failure: str | None
 ) -> None:
-    search = Search(config, tmp_path)
-    search.next()
-    train_to(search, 0, values)
-    assert search.finish(0, failure=failure) == TrialState.FAIL
-    assert search.best() is None
-    assert search.failures() == (1, 1)
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    train_to(study, 0, values)
+    assert study.tell(0, failure=failure) == TrialState.FAIL
+    assert study.best() is None
+    assert study.failures() == (1, 1)
 
 
 def test_failures_in_a_row_end_with_a_success(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
+    study = SweepStudy(config, tmp_path)
     for number, failure in enumerate(["x", "x", None, "x"]):
-        search.next()
+        study.ask()
         if failure is None:
-            train_to(search, number, [0.1, 0.2, 0.3, 0.4])
-        search.finish(number, failure=failure)
-    assert search.failures() == (3, 1)
+            train_to(study, number, [0.1, 0.2, 0.3, 0.4])
+        study.tell(number, failure=failure)
+    assert study.failures() == (3, 1)
 
 
 def test_a_new_session_goes_on_where_the_old_one_stopped(config: SweepConfig, tmp_path: Path) -> None:
-    first = Search(config, tmp_path)
+    first = SweepStudy(config, tmp_path)
     points = []
     for _ in range(3):
-        number, train = first.next()
+        number, train = first.ask()
         points.append((number, train))
     train_to(first, 0, [0.5, 0.6, 0.7, 0.8])
-    first.finish(0, failure=None)
+    first.tell(0, failure=None)
     train_to(first, 1, [0.6])
 
-    second = Search(config, tmp_path)
+    second = SweepStudy(config, tmp_path)
     assert second.counts() == {"complete": 1, "pruned": 0, "failed": 0, "running": 2}
     # The unfinished ones come back with their numbers and points, then new ones.
-    assert [second.next() for _ in range(2)] == points[1:]
-    assert second.report(1, 2, 0.6), "a step heard before is not news"
+    assert [second.ask() for _ in range(2)] == points[1:]
+    assert report(second, 1, 2, 0.6), "a step heard before is not news"
     # ASHA remembers its rungs: two values at step 2 are on disk, this one is the worst of three.
-    assert not second.report(2, 2, 0.1)
-    assert second.next()[0] == 3
+    assert not report(second, 2, 2, 0.1)
+    assert second.ask()[0] == 3
 
 
 def test_a_resumed_sampler_does_not_repeat_itself(config: SweepConfig, tmp_path: Path) -> None:
     random = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": "random"})})
     for _ in range(2):
-        search = Search(random, tmp_path)
+        study = SweepStudy(random, tmp_path)
         for _ in range(3):
-            number, _ = search.next()
-            search.finish(number, failure="x")
-    weights = [t.params["cps.weight"] for t in search.trials]
+            number, _ = study.ask()
+            study.tell(number, failure="x")
+    weights = [t.params["cps.weight"] for t in study.trials]
     assert len(set(weights)) == 6
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
 def test_every_sampler_draws(config: SweepConfig, tmp_path: Path, name: str) -> None:
     changed_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
-    search = Search(changed_config, tmp_path)
+    study = SweepStudy(changed_config, tmp_path)
     for number in range(5):
-        search.next()
-        train_to(search, number, [0.1 * number] * 4)
-        search.finish(number, failure=None)
+        study.ask()
+        train_to(study, number, [0.1 * number] * 4)
+        study.tell(number, failure=None)
 
 
 def test_the_study_opens_with_optuna_alone(config: SweepConfig, tmp_path: Path) -> None:
-    search = Search(config, tmp_path)
-    search.next()
-    train_to(search, 0, [0.2, 0.5, 0.4, 0.3])
-    search.finish(0, failure=None)
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.best_value == 0.5
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    train_to(study, 0, [0.2, 0.5, 0.4, 0.3])
+    study.tell(0, failure=None)
+    opened = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert opened.best_value == 0.5

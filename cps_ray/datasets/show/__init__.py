@@ -1,0 +1,1 @@
+"""What prepared shards hold, for people: statistics, contact sheets, a page."""

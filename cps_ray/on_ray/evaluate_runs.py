@@ -1,0 +1,101 @@
+"""Checkpoints evaluated on a split, as tasks on the cluster."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cps_ray.config.reader import parse_train
+from cps_ray.config.train import EvaluationConfig, Precision, TrainConfig
+from cps_ray.datasets.loader import eval_batch, eval_batches
+from cps_ray.datasets.open import open_data
+from cps_ray.datasets.shards import Index
+from cps_ray.engine.cpu.threads import tune_cpu
+from cps_ray.engine.evaluation import evaluate, predict, summarise
+from cps_ray.engine.networks import Segmenter
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import load_networks
+from cps_ray.engine.telemetry import Metrics
+from cps_ray.errors import CpsRayError
+from cps_ray.on_ray.trainer import reason
+from cps_ray.runs import read_checkpoint
+
+Example = tuple[str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
+"""(id, image (H, W, 3), true mask (H, W), predicted mask (H, W)), uint8 each."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointScores:
+    """Scores of a checkpoint's networks on a split."""
+
+    metrics: Metrics
+    """What `summarise` gives: `test/miou`, `test/iou/<class>`, per slice `test/<slice>/miou`, ...: 0..1."""
+    examples: list[Example]
+
+
+def evaluate_checkpoint(train: dict[str, Any], checkpoint: str, split: str, num_examples: int = 0) -> CheckpointScores:
+    """Evaluates a checkpoint's networks on every image of a split, and predicts a's masks of a few images spread over it."""
+    config = parse_train(train, "train")
+    # Ray sets CUDA_VISIBLE_DEVICES to what the task asked for, so the first visible GPU is this task's.
+    device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        tune_cpu(max(1, round(config.resources.cpus_per_worker)))
+    shards = open_data(config.data)
+    networks = load_networks(config, read_checkpoint(Path(checkpoint)), len(shards.classes), source=checkpoint)
+    for network in networks.values():
+        network.to(device)
+    precision = config.compute.autocast
+    counts = evaluate(
+        config.evaluation,
+        networks,
+        eval_batches(shards, split),
+        len(shards.classes),
+        Ranks(device=device),
+        slices=config.data.slices,
+        precision=precision,
+    )
+    examples = _examples(config.evaluation, networks["a"], shards.index(split), num_examples, device, precision)
+    return CheckpointScores(summarise(counts, shards.classes, split), examples)
+
+
+def _examples(
+    evaluation: EvaluationConfig,
+    network: Segmenter,
+    index: Index,
+    count: int,
+    device: torch.device,
+    precision: Precision,
+) -> list[Example]:
+    rows = np.flatnonzero(index.labeled)
+    examples = []
+    # The same images for every checkpoint, so that pictures can stand side by side.
+    for row in rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else ():
+        batch = eval_batch(index, [int(row)])
+        scores = predict(evaluation, network, batch.image.to(device), precision=precision)
+        predicted = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        image = batch.image[0].permute(1, 2, 0).numpy()
+        examples.append((batch.ids[0], np.ascontiguousarray(image), batch.mask[0].numpy(), predicted))
+    return examples
+
+
+def evaluate_checkpoints(
+    runs: list[tuple[TrainConfig, Path]], split: str, num_examples: int = 0
+) -> list[CheckpointScores]:
+    """Evaluates each (config, checkpoint), spread over the connected cluster; scores in the same order."""
+    import ray
+
+    task = ray.remote(evaluate_checkpoint)
+    waiting = []
+    for config, checkpoint in runs:
+        resources = config.resources
+        # Never more CPUs than a training had, and at most the one that Ray Data had: it is idle now.
+        placed = task.options(num_cpus=min(1.0, resources.cpus_per_worker), num_gpus=resources.gpus_per_worker)
+        waiting.append(placed.remote(config.dump(), str(checkpoint), split, num_examples))
+    try:
+        scores: list[CheckpointScores] = ray.get(waiting)
+    except ray.exceptions.RayTaskError as err:
+        raise CpsRayError(f"evaluating on {split!r} failed: {reason(err)}") from err
+    return scores

@@ -1,0 +1,89 @@
+"""The folder of one training: names of its files, its records, its checkpoints. Knows neither Ray nor Optuna.
+
+    config.yaml           the training, complete
+    metrics.jsonl         one line per evaluation
+    log.txt, error.txt    what the workers logged; why the training failed, if it did
+    checkpoint_*/         state.pt (weights, optimizers, step) and meta.json (step, metrics, size of state.pt)
+
+Ray Train puts the checkpoints there, the best one and the latest, and drops the others. torch is imported only where weights are
+read or written: what lists runs and reads their records starts in milliseconds.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cps_ray.errors import CheckpointError
+from cps_ray.files import write_whole
+from cps_ray.text import on_one_line
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+ERROR_FILE = "error.txt"
+STATE_FILE = "state.pt"
+META_FILE = "meta.json"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run so far, one per evaluation; a line cut short by a crash is left out."""
+    try:
+        lines = (run_dir / METRICS_FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # only the last line can be cut, and nothing follows it
+    return records
+
+
+def write_checkpoint(folder: Path, snapshot: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Writes a snapshot of the training's state and its metrics into an existing folder."""
+    import torch
+
+    torch.save(snapshot, folder / STATE_FILE)
+    # Ray copies the folder file by file: the size tells a whole copy from one that a crash has cut short.
+    meta = {"step": snapshot["step"], "metrics": metrics, "bytes": (folder / STATE_FILE).stat().st_size}
+    write_whole(folder / META_FILE, lambda path: path.write_text(json.dumps(meta)))
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """Returns the snapshot of a checkpoint, on the CPU, read without unpickling code. Raises CheckpointError."""
+    import torch
+
+    path = folder / STATE_FILE
+    try:
+        snapshot: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # a damaged file raises one of many types
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {on_one_line(err, 200)}") from err
+    return snapshot
+
+
+def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Returns (folder, meta) of every whole checkpoint of a run, by step. `meta` has `step` and `metrics`."""
+    found = []
+    for path in run_dir.glob(f"checkpoint_*/{META_FILE}"):
+        try:
+            meta = json.loads(path.read_text())
+            whole = (path.parent / STATE_FILE).stat().st_size == meta["bytes"]
+        except (OSError, ValueError):
+            continue  # an upload that a crash has cut short
+        if whole:
+            found.append((path.parent, meta))
+    return sorted(found, key=lambda entry: entry[1]["step"])
+
+
+def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the checkpoint with the highest value of `metric`, the earlier one at a tie; None if there is none."""
+    return max(checkpoints(run_dir), key=lambda entry: entry[1]["metrics"][metric], default=None)
+
+
+def drop_checkpoints(run_dir: Path) -> None:
+    """Frees the disk of a run that nobody will continue."""
+    for path in run_dir.glob("checkpoint_*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""The final phase of a sweep: the best configuration and the baselines over seeds, evaluated once on the test split.
+
+A baseline is the best configuration with the baseline's changes: same network, learning rate and steps. What differs in
+the result is then the change itself, not the search.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cps_ray.config.reader import load_train
+from cps_ray.config.space import apply
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.telemetry import Metrics
+from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
+from cps_ray.runs import CONFIG_FILE, best_checkpoint, checkpoints, read_metrics
+from cps_ray.search.records import FINAL_FOLDER, Events
+from cps_ray.search.tune_session import TrainingJob
+
+BEST_ARM = "best"
+"""The arm of the best configuration itself, beside the baselines' names."""
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class FinalRun:
+    """One training of an arm."""
+
+    arm: str
+    seed: int
+    job: TrainingJob
+
+
+def plan_final_runs(root: Path, config: SweepConfig, best: TrainConfig) -> list[FinalRun]:
+    """Returns the best configuration over the seeds, then each baseline over the same seeds."""
+    if config.final.retrain == "none":
+        return []
+    arms: Mapping[str, Mapping[str, Any]] = {BEST_ARM: {}, **config.baselines}
+    runs = []
+    for arm, changes in arms.items():
+        for seed in config.final.seeds:
+            name = f"{arm}-seed{seed}"
+            # The seed comes last: a baseline changes the method, never which seeds are compared.
+            changed = apply(best, {**config.final.set, **changes, "seed": seed}, f"final run {name}")
+            runs.append(FinalRun(arm, seed, TrainingJob(name, root / FINAL_FOLDER / name, changed)))
+    return runs
+
+
+def drop_stale(runs: list[FinalRun]) -> None:
+    """Removes final runs of an earlier best configuration, left by a sweep that was extended since."""
+    for run in runs:
+        config = run.job.folder / CONFIG_FILE
+        if config.exists() and load_train(config) != run.job.config:
+            shutil.rmtree(run.job.folder)
+
+
+def is_done(job: TrainingJob) -> bool:
+    """Whether the run's last checkpoint, which is always kept, is that of its last step."""
+    found = checkpoints(job.folder)
+    return bool(found) and found[-1][1]["step"] >= job.config.schedule.steps
+
+
+class FinalPhase:
+    """Final runs as a phase of a session: those that are not done yet."""
+
+    def __init__(self, runs: list[FinalRun], metric: str, events: Events) -> None:
+        self._waiting = deque(run.job for run in runs if not is_done(run.job))
+        self._metric, self._events = metric, events
+        self.failed: dict[str, str] = {}
+
+    def ask(self) -> TrainingJob | None:
+        if not self._waiting:
+            return None
+        job = self._waiting.popleft()
+        self._events("started", run=job.name, steps=job.config.schedule.steps)
+        return job
+
+    def report(self, job: TrainingJob, metrics: Metrics) -> bool:
+        value = metrics[self._metric]
+        self._events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
+        return True  # early stopping would leave an arm without its seeds
+
+    def tell(self, job: TrainingJob, failure: str | None) -> None:
+        if failure is not None:
+            self.failed[job.name] = failure
+            self._events("failed", run=job.name, failure=failure)
+        else:
+            best = max(record[self._metric] for record in read_metrics(job.folder))
+            self._events("finished", run=job.name, value=best)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedRun:
+    """A final run, its best checkpoint by validation, and the scores of that on the test split."""
+
+    run: FinalRun
+    checkpoint: Path
+    step: int
+    validation: float
+    scores: CheckpointScores
+
+    def row(self, metric: str) -> dict[str, Any]:
+        """Returns a line of seeds.csv."""
+        scores = {name: value for name, value in self.scores.metrics.items() if name.endswith("miou")}
+        return {"arm": self.run.arm, "seed": self.run.seed, "step": self.step, metric: self.validation, **scores}
+
+
+def evaluate_final_runs(runs: list[FinalRun], metric: str) -> list[EvaluatedRun]:
+    """Evaluates each run's best checkpoint, chosen on the validation split, on the test split."""
+    chosen = [(run, best_checkpoint(run.job.folder, metric)) for run in runs]
+    there = [(run, found) for run, found in chosen if found is not None]
+    scores = evaluate_checkpoints([(run.job.config, found[0]) for run, found in there], "test", _EXAMPLES)
+    return [
+        EvaluatedRun(run, folder, meta["step"], meta["metrics"][metric], each)
+        for (run, (folder, meta)), each in zip(there, scores, strict=True)
+    ]

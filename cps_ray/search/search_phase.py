@@ -1,0 +1,134 @@
+"""The search phase of a sweep: its trials, proposed by the study, stopped while they run, kept or dropped."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from optuna.trial import TrialState
+
+from cps_ray.config.space import apply
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.telemetry import Metrics
+from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.runs import drop_checkpoints
+from cps_ray.search.display import show_params
+from cps_ray.search.export import write_best
+from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
+from cps_ray.search.study import SweepStudy
+from cps_ray.search.tune_session import TrainingJob
+from cps_ray.text import display_path
+
+
+@dataclass(slots=True)
+class SearchPhase:
+    """Trials as a phase of a session. Of all their checkpoints only the best trial's stay."""
+
+    study: SweepStudy
+    config: SweepConfig
+    root: Path
+    events: Events
+    gauges: SweepGauges
+    limit: str | None = None
+    """Why the failure limits stopped the sweep."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the search, earlier sessions included."""
+        return self.study.seconds_before + time.monotonic() - self.started
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the budget of wall time is used up."""
+        limit = self.config.budget.time
+        return limit is not None and self.seconds > limit
+
+    def ask(self) -> TrainingJob | None:
+        if self.limit or self.out_of_time:
+            return None
+        found = self.study.ask()
+        if found is None:
+            return None
+        number, config = found
+        job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config)
+        params = self.study.study.trials[number].params
+        self.events("started", run=job.name, params=params, steps=config.schedule.steps)
+        self._publish()
+        return job
+
+    def report(self, job: TrainingJob, metrics: Metrics) -> bool:
+        number, value = int(job.name), metrics[self.config.objective.metric]
+        self.events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
+        self.study.report(number, metrics["step"], value)
+        return not self.study.should_prune(number)
+
+    def tell(self, job: TrainingJob, failure: str | None) -> None:
+        number = int(job.name)
+        before = self.study.best()
+        state = self.study.tell(number, failure=failure)
+        curve = self.study.study.trials[number].intermediate_values
+        if state == TrialState.FAIL:
+            self.events("failed", run=job.name, failure=failure or "no finite value was reported")
+            self._check_limits(failure or "")
+        else:
+            kind = "finished" if state == TrialState.COMPLETE else "pruned"
+            self.events(kind, run=job.name, step=max(curve), value=self.config.objective.value(curve))
+        best = self.study.best()
+        if best is not None and (before is None or best.number != before.number):
+            self.events("best", run=job.name, value=best.value)
+            # At once, not at the end: whoever kills a sweep after three days has the best of three days.
+            self._write_best()
+        self.tidy()
+        write_tables(self.root, self.study, self.config)
+        write_summary(self.root, self.study, self.config, "running")
+        self._publish()
+
+    def end_cut_trials(self) -> None:
+        """Ends the trials that a limit has cut short, each with its curve: a resumed sweep does not take them up again."""
+        for number in self.study.live:
+            self.study.tell(number, failure=None, cut="failures" if self.limit else "budget.time")
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Frees the disk of all ended trials but the best."""
+        # All of them each time: a stopped one may still have been writing when its turn came.
+        best = self.study.best()
+        for trial in self.study.trials:
+            if trial.state.is_finished() and (best is None or trial.number != best.number):
+                drop_checkpoints(trial_folder(self.root, trial.number))
+
+    def _write_best(self) -> None:
+        write_best(self.root, best_config(self.study, self.config), best_header(self.root, self.study, self.config))
+
+    def _check_limits(self, failure: str) -> None:
+        limits = self.config.failures
+        total, in_a_row = self.study.failures()
+        where = f"Last: {failure}. Details: {self.root / 'trials'}/*/error.txt"
+        if in_a_row >= limits.max_consecutive:
+            self.limit = f"{in_a_row} trials in a row failed (failures.max_consecutive). {where}"
+        elif total >= limits.max_failed:
+            self.limit = f"{total} trials failed (failures.max_failed). {where}"
+
+    def _publish(self) -> None:
+        best = self.study.best()
+        self.gauges.set(self.study.counts(), None if best is None else best.value)
+
+
+def best_config(study: SweepStudy, config: SweepConfig) -> TrainConfig:
+    """Returns the best trial's training. There must be a complete trial."""
+    best = study.best()
+    assert best is not None
+    return apply(config.train, best.params, f"trial {best.number}")
+
+
+def best_header(root: Path, study: SweepStudy, config: SweepConfig) -> str:
+    """Returns the comment on top of best.yaml. There must be a complete trial."""
+    best = study.best()
+    assert best is not None
+    step = config.objective.step(best.intermediate_values)
+    return (
+        f"Best of sweep {config.name}: trial {best.number}, {config.objective.metric} {best.value:.4f} at step {step}.\n"
+        f"{show_params(best.params)}\n"
+        f"Train it again: python -m cps_ray.train {display_path(root / 'best.yaml')}"
+    )

@@ -1,0 +1,230 @@
+"""A sweep from its file to best.yaml: search, final runs, verdict, export. Any part may be cut off, and resumed."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.shards import Shards
+from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError
+from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.runs import best_checkpoint
+from cps_ray.search.display import make_display
+from cps_ray.search.export import export_model, write_best, write_picture, write_seeds
+from cps_ray.search.final_phase import (
+    BEST_ARM,
+    EvaluatedRun,
+    FinalPhase,
+    FinalRun,
+    drop_stale,
+    evaluate_final_runs,
+    is_done,
+    plan_final_runs,
+)
+from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
+from cps_ray.search.search_phase import SearchPhase, best_config, best_header
+from cps_ray.search.study import SweepStudy
+from cps_ray.search.sweep_folder import RESUME, final_training_configs, locked
+from cps_ray.search.tune_session import Phase, TuneSession
+from cps_ray.search.verdict import compare, verdict_lines
+from cps_ray.text import display_path
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C or SIGTERM."""
+
+
+@dataclass(slots=True)
+class _Signals:
+    """The first SIGINT or SIGTERM ends things in order, the second one at once."""
+
+    received: int = 0
+    on_signal: Callable[[], None] | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        # Runs in the main thread, between two instructions of whatever that is doing: it may only set flags or raise.
+        again, self.received = self.received, number
+        if again or self.on_signal is None:
+            raise Interrupted
+        self.on_signal()
+
+
+class Sweep:
+    """One process's work on a sweep folder."""
+
+    def __init__(self, config: SweepConfig, root: Path, console: Console, address: str | None) -> None:
+        self._config, self._root, self._console, self._address = config, root, console, address
+        self._metric = config.objective.metric
+        self._signals = _Signals()
+
+    def run(self, shards: Shards) -> int:
+        """Works on `shards`, as `check` opened them. Returns the exit code: 0, or 130/143 when interrupted.
+
+        Raises ResourceError, FailureLimitError, NoTrialError; what is finished is on disk then.
+        """
+        with locked(self._root), self._signals.watched():
+            self._study = SweepStudy(self._config, self._root)
+            self._events = Events(self._root)
+            try:
+                with connected(self._address) as cluster:
+                    # Both before the first trial: final runs that can never start must not be found after three days.
+                    self._at_once = self._fit([self._config.train])
+                    self._finals_at_once = self._fit(final_training_configs(self._config))
+                    for line in cluster.banner():
+                        self._say(line)
+                    self._say(f"Sweep folder: {display_path(self._root)}, {self._at_once} training(s) at once")
+                    self._work(shards)
+            except Interrupted:  # from anywhere inside, Ray's own waits included
+                return self._interrupted()
+            except (FailureLimitError, NoTrialError, FinalRunError) as err:
+                self._save("failed", reason=str(err))
+                raise
+        return 0
+
+    def _fit(self, trainings: list[TrainConfig]) -> int:
+        """How many of these may run at once; ResourceError if one never could."""
+        asked, there = self._config.concurrency, nodes()
+        each = [trainings_at_once(c.resources, asked, there, streams=c.semi_supervised) for c in trainings]
+        return min(each, default=1)
+
+    def _work(self, shards: Shards) -> None:
+        display = make_display(self._config.name, self._console)
+        self._events.subscribers.append(display.on_event)
+        with display:
+            self._run_search()
+            if self._study.best() is None:
+                failed = self._study.counts()["failed"]
+                raise NoTrialError(
+                    f"{self._root}: no trial completed ({failed} failed). See trials/*/error.txt and log.txt."
+                )
+            best = best_config(self._study, self._config)
+            # Again, though each new best trial writes it: a resume after the search may find it deleted, or of an older version.
+            write_best(self._root, best, best_header(self._root, self._study, self._config))
+            runs = plan_final_runs(self._root, self._config, best)
+            evaluated = self._run_finals(runs)
+        self._export(best, evaluated, shards)
+
+    def _session(self, phase: Phase, at_once: int, tick: Callable[[TuneSession], None] = lambda _: None) -> None:
+        session = TuneSession(
+            phase,
+            self._root / "tune",
+            sweep=self._config.name,
+            at_once=at_once,
+            metric=self._metric,
+            retries=self._config.failures.retries,
+        )
+        # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.
+        self._signals.on_signal = session.stop
+        try:
+            session.run(lambda: tick(session))
+        finally:
+            self._signals.on_signal = None
+        if self._signals.received:
+            raise Interrupted
+
+    def _run_search(self) -> None:
+        counts = self._study.counts()
+        done = sum(counts.values()) - counts["running"]  # running ones are left by a session that was killed: resumed
+        left = self._config.budget.trials - done
+        limit = self._config.budget.time
+        if left <= 0 or (limit is not None and self._study.seconds_before > limit):
+            return
+        self._events("phase", text=f"search: {done} of {self._config.budget.trials} trials done" if done else "search")
+        phase = SearchPhase(self._study, self._config, self._root, self._events, SweepGauges(self._config.name))
+
+        def tick(session: TuneSession) -> None:
+            if phase.limit or phase.out_of_time:
+                session.stop()
+
+        try:
+            self._session(phase, self._at_once, tick)
+        finally:
+            self._study.add_seconds(time.monotonic() - phase.started)
+        phase.end_cut_trials()  # not after a signal: what that has stopped is resumed
+        write_tables(self._root, self._study, self._config)
+        if phase.limit:
+            raise FailureLimitError(f"stopped: {phase.limit}")
+
+    def _run_finals(self, runs: list[FinalRun]) -> list[EvaluatedRun]:
+        if not runs:
+            return []
+        drop_stale(runs)  # before the rest is looked at: a stale run would count as done
+        waiting = [run for run in runs if not is_done(run.job)]
+        self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
+        phase = FinalPhase(runs, self._metric, self._events)
+        if waiting:
+            self._session(phase, self._finals_at_once)
+        write_tables(self._root, self._study, self._config)
+        if phase.failed:
+            name, failure = next(iter(phase.failed.items()))
+            raise FinalRunError(
+                f"{self._root}: {len(phase.failed)} of {len(runs)} final runs failed ({name}: {failure}). "
+                f"Try them again: {RESUME} {display_path(self._root)}"
+            )
+        self._events("phase", text="evaluating the final models on the test split")
+        return evaluate_final_runs(runs, self._metric)
+
+    def _export(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
+        if any(one.run.arm == BEST_ARM for one in evaluated):
+            self._export_final(best, evaluated, shards)
+            final = compare(evaluated)
+        else:  # `final.retrain: none`: the search's own best model is what there is
+            self._export_best_trial(best, shards)
+            final = None
+        summary = self._save("finished", final=final)
+        for line in verdict_lines(self._root, summary):
+            self._say(line)
+
+    def _export_final(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
+        # Of the seeds the one that is best on val: choosing by test would make its test score too good.
+        top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
+        metrics = {"step": top.step, "seed": top.run.seed, self._metric: top.validation, **top.scores.metrics}
+        folder = export_model(self._root, top.run.job.config, top.checkpoint, shards.manifest, metrics)
+        write_seeds(folder / "seeds.csv", [one.row(self._metric) for one in evaluated])
+        columns = {one.run.arm: one.scores for one in evaluated if one.run.seed == top.run.seed}
+        columns[best.method.upper()] = columns.pop(BEST_ARM)  # last, so that it stands beside what it is compared with
+        write_picture(folder / "examples.png", columns, shards.manifest)
+
+    def _export_best_trial(self, best: TrainConfig, shards: Shards) -> None:
+        trial = self._study.best()
+        assert trial is not None
+        found = best_checkpoint(trial_folder(self._root, trial.number), self._metric)
+        if found is not None:
+            checkpoint, meta = found
+            metrics = {"step": meta["step"], "seed": best.seed, **meta["metrics"]}
+            export_model(self._root, best, checkpoint, shards.manifest, metrics)
+
+    def _save(self, status: str, **facts: Any) -> dict[str, Any]:
+        write_tables(self._root, self._study, self._config)
+        self._events("end", status=status)
+        return write_summary(self._root, self._study, self._config, status, **facts)
+
+    def _interrupted(self) -> int:
+        summary = self._save("interrupted")
+        best = summary["best"]
+        so_far = f", best {self._config.objective.metric} {best['value']:.4f} (trial {best['trial']})" if best else ""
+        counts = summary["trials"]
+        ended = counts["complete"] + counts["pruned"] + counts["failed"]
+        self._say(f"interrupted: {ended} of {counts['budget']} trials done{so_far}.")
+        self._say(f"Resume: {RESUME} {display_path(self._root)}")
+        return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

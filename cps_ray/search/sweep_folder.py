@@ -1,0 +1,128 @@
+"""The sweep folder: begun, checked, locked. What is wrong is found here, before any cluster starts."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from cps_ray.config.space import apply
+from cps_ray.config.sweep import ChoiceParam, SweepConfig
+from cps_ray.config.train import DataConfig, ModelConfig, TrainConfig
+from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.datasets.loader import check_data, metrics_of
+from cps_ray.datasets.open import open_data
+from cps_ray.datasets.shards import Shards
+from cps_ray.engine.evaluation import further_scores
+from cps_ray.engine.networks import check_model
+from cps_ray.errors import ConfigError
+from cps_ray.files import read_json, write_text
+from cps_ray.search.records import EVENTS_FILE, SUMMARY_FILE, TRIALS_FOLDER
+from cps_ray.search.study import STUDY_FILE
+from cps_ray.text import did_you_mean, display_path
+
+SWEEP_FILE = "sweep.yaml"
+SOURCE_FILE = "sweep.source.yaml"
+LOCK_FILE = ".lock"
+RESUME = "python -m cps_ray.sweep resume"
+
+
+def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
+    """Makes the sweep folder with the resolved sweep and the file as written.
+
+    Raises ConfigError if the folder holds a sweep or anything else; `fresh` moves it aside instead.
+    """
+    root = config.output / config.name
+    if root.exists() and any(path.name != LOCK_FILE for path in root.iterdir()):
+        with locked(root):  # else a running sweep's folder would be moved away under it
+            if fresh:
+                root.rename(root.with_name(f"{root.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"))
+            else:
+                _clear(root)
+    root.mkdir(parents=True, exist_ok=True)
+    write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
+    write_resolved(root, config)
+    return root
+
+
+def _clear(root: Path) -> None:
+    """Empties a folder that a sweep was refused in before its first trial; ConfigError if there is more to lose."""
+    if not (root / SOURCE_FILE).exists():
+        raise ConfigError(
+            f"{root}: must be empty or a sweep's, but holds other files. Take another --name or --output."
+        )
+    if (root / TRIALS_FOLDER).exists():
+        summary = read_json(root / SUMMARY_FILE) or {}
+        done = summary.get("trials", {})
+        state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
+        raise ConfigError(
+            f"{root}: already holds a sweep ({state}). Continue: {RESUME} {display_path(root)}. "
+            "Start again: --name NEW, or --fresh to move it aside."
+        )
+    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE):
+        (root / name).unlink(missing_ok=True)
+
+
+def write_resolved(root: Path, config: SweepConfig) -> None:
+    """Writes sweep.yaml: every setting, paths relative to the sweep folder."""
+    resolved = config.model_dump(mode="json", context={"base": str(root)})
+    write_text(
+        root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {RESUME} {display_path(root)}")
+    )
+
+
+def check(config: SweepConfig) -> Shards:
+    """Checks everything that can be wrong before a cluster starts: networks, data and metric, of trials and of final runs."""
+    shards = open_data(config.train.data)
+    models: list[ModelConfig] = []
+    data: list[tuple[DataConfig, str]] = []
+    for changed in (*_network_choices(config), *final_training_configs(config)):
+        if changed.model not in models:
+            models.append(changed.model)
+            check_model(changed.model)
+        if (changed.data, changed.method) not in data:
+            data.append((changed.data, changed.method))
+            check_data(open_data(changed.data), changed)
+    further = further_scores(config.train.evaluation, config.train.networks)
+    known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric
+    if metric not in known:
+        hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
+        raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
+    return shards
+
+
+def _network_choices(config: SweepConfig) -> Iterator[TrainConfig]:
+    yield config.train
+    for name, param in config.search_space.items():
+        if name.startswith("model.") and isinstance(param, ChoiceParam):
+            for value in param.values:
+                yield apply(config.train, {name: value}, f"search_space.{name}")
+
+
+def final_training_configs(config: SweepConfig) -> list[TrainConfig]:
+    """Returns the configs of the final runs, as far as they are known before the search."""
+    if config.final.retrain == "none":
+        return []
+    arms = ({}, *config.baselines.values())  # {}: the best one itself, here with the values of `train`
+    return [apply(config.train, {**config.final.set, **changes}, "final runs") for changes in arms]
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Holds the sweep folder: one process at a time. Raises ConfigError if another has it."""
+    with (root / LOCK_FILE).open("w") as file:
+        _lock(file, root)  # the system lets go of it when the process ends, however it does
+        yield
+
+
+def _lock(file: TextIO, root: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        raise ConfigError(f"{root}: another process is running this sweep. Wait for it, or stop it.") from err
+
+
+def is_sweep_folder(path: Path) -> bool:
+    """Whether a sweep lies there."""
+    return (path / SWEEP_FILE).is_file() and (path / STUDY_FILE).is_file()
