@@ -19,10 +19,12 @@ def main() -> int:
         print("error: `splits` is called `subsets` now: cps-ray subsets ...", file=sys.stderr)
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print("usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{about}" for name, about in COMMANDS.items()), sep="\n")
-        print("\n`cps-ray COMMAND --help` tells more.")
+        print(
+            "usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{summary}" for name, summary in COMMANDS.items()), sep="\n"
+        )
+        print("\n`cps-ray COMMAND --help` shows its options.")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-    name = sys.argv.pop(1)
+    name = sys.argv.pop(1)  # the command parses what is left of sys.argv
     module = "cps_ray.bench.__main__" if name == "bench" else f"cps_ray.{name}"
     command = importlib.import_module(module)
     return int(command.main())

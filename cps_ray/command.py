@@ -1,5 +1,6 @@
-"""What the commands share: errors become one line and an exit code."""
+"""What all commands have in common: their parser, errors as one line and an exit code, and a progress bar."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +12,29 @@ from rich.text import Text
 from cps_ray.errors import CpsRayError
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`; a CpsRayError is printed as one line on stderr."""
-    # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU. Read at import.
+def command_parser(name: str, description: str | None, examples: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of `python -m cps_ray.NAME`. Both texts keep their line breaks; `examples` come last in the help."""
+    return argparse.ArgumentParser(
+        prog=f"python -m cps_ray.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """Parses `argv` (None: the process's own arguments) and returns the exit code of `run`.
+
+    A CpsRayError is printed as one line on stderr, and its `exit_code` returned.
+    """
+    args = parser.parse_args(argv)
+    # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU. Ray reads the
+    # variable when it is imported, which commands do only inside `run`.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     try:
-        return run()
+        return run(args)
     except CpsRayError as err:
         print(f"error: {err}", file=sys.stderr)
         return err.exit_code
@@ -25,7 +43,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def entry(main: Callable[[Sequence[str] | None], int]) -> None:
-    """`python -m cps_ray.<command>`."""
+    """Ends the process with the exit code of `main`, as `python -m cps_ray.NAME` does."""
     sys.exit(main(None))
 
 
@@ -34,8 +52,8 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.0f} images/s" if task.speed else "")
 
 
-def image_bar(doing: str) -> Progress:
-    """A bar on stderr that counts images, with rate and time left; nothing where stderr is no terminal."""
+def image_bar(description: str) -> Progress:
+    """Returns a bar on stderr that counts images, with rate and time left; it shows nothing where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,7 +1,7 @@
 """The exception tree. Imports nothing; every layer may raise these, only the commands catch them.
 
-A message names where (file:line or path), what must hold, what was found and how to mend it. A command prints it as
-one line on stderr and exits with `exit_code`.
+A message names where (file:line or path), what must hold, what was found and how to fix it. A command prints it on stderr
+and exits with `exit_code`.
 """
 
 
@@ -18,7 +18,7 @@ class ConfigError(CpsRayError):
 
 
 class DataError(CpsRayError):
-    """A data set, shard, image, mask or split is missing or wrong (exit 2)."""
+    """A data set, shard, image, mask, split or labelled subset is missing or wrong (exit 2)."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class FailureLimitError(CpsRayError):
 
 
 class FinalRunError(CpsRayError):
-    """A final run failed, so that nothing can be compared (exit 1); the search is whole, and resume tries again."""
+    """A final run failed, so that nothing can be compared (exit 1). The search is complete; `resume` trains the rest."""
 
 
 class ResourceError(CpsRayError):
@@ -52,4 +52,4 @@ class ResourceError(CpsRayError):
 
 
 class DivergedError(CpsRayError):
-    """A training produced a loss that is not finite. The trial fails; the message names the step."""
+    """Continuing a training is of no use (exit 1; in a sweep its trial fails): its loss is not finite, or its networks have collapsed. The message names the step."""

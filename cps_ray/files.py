@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, whatever kills the process. Imports the standard library only."""
+"""Files that are complete or not there at all, even if the process is killed. Imports the standard library only."""
 
 import json
 import os
@@ -10,28 +10,32 @@ T = TypeVar("T")
 
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Lets `write` make a temporary file beside `path`, then puts it in place at once. Returns what `write` returned.
+    """Lets `write` make a temporary file beside `path`, then renames it to `path`. Returns what `write` returned.
 
-    The temporary name is the process's own: two processes may write the same file, and the later one stays.
+    The temporary name holds the process id: two processes may write the same file, and the one that ends later wins.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    result = write(temporary)
-    os.replace(temporary, path)
+    try:
+        result = write(temporary)
+        os.replace(temporary, path)  # atomic: readers see the old file or the new one
+    except BaseException:  # a full disk must not be filled further by what nobody will read
+        temporary.unlink(missing_ok=True)
+        raise
     return result
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, all of it or nothing."""
+    """Writes UTF-8 text, all of it or nothing; see `write_whole`."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, all of it or nothing."""
+    """Writes indented JSON, all of it or nothing; see `write_whole`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Returns what the file holds; None if there is no such file."""
+    """Returns the JSON value that the file holds; None if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

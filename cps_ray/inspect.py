@@ -1,6 +1,6 @@
-"""`python -m cps_ray.inspect`: what prepared shards hold, whether they are whole, and how they look.
+"""`python -m cps_ray.inspect`: what prepared shards hold, whether they are undamaged, and how they look.
 
-Reads every image and mask, checks them, prints counts and class frequencies, and writes a page and contact sheets.
+Reads and checks every image and mask, prints counts and class frequencies, and writes a page and contact sheets.
 """
 
 import argparse
@@ -15,83 +15,87 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cps_ray.command import entry, guarded, image_bar
+from cps_ray.command import command_parser, entry, image_bar, run_command
 from cps_ray.datasets.prepare import checks
-from cps_ray.datasets.prepare.findings import Finding, first_few, summary_lines
-from cps_ray.datasets.prepare.verification import damage, verified
+from cps_ray.datasets.prepare.findings import Finding, summary_lines
+from cps_ray.datasets.prepare.verification import damage_finding, verify
 from cps_ray.datasets.shards import Index, Manifest, Shards, open_shards
 from cps_ray.datasets.show import page, picture
 from cps_ray.datasets.show.statistics import Statistics, percent, size_text, statistics
 from cps_ray.datasets.subsets import labeled_rows, read_ids, subset_folder
 from cps_ray.errors import DataError
+from cps_ray.text import first_few
 
 PAGE_FILE = "index.html"
 FINDINGS_FILE = "findings.txt"
 EXAMPLES = """\
 examples:
   python -m cps_ray.inspect data/camvid/shards
-  python -m cps_ray.inspect data/cityscapes/shards --labeled 1_16 --output cityscapes-looked-at
-What is wrong is listed line by line; the exit code is 2 if a training could not rely on the data."""
-_LINES = 20
-_SIZES = 3
-"""More distinct sizes than these are summed up."""
+  python -m cps_ray.inspect data/cityscapes/shards --labeled 1_16 --output cityscapes-inspected
+Findings are listed line by line; the exit code is 2 if a training could not rely on the data."""
+_MAX_LINES = 20
+"""Longest list of findings that is printed in full."""
+_MAX_SIZES = 3
+"""Largest number of distinct image sizes that are listed one by one."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cps_ray.inspect",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("inspect", __doc__, EXAMPLES)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="prepared data set")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for page and pictures (default: SHARDS-inspect)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for page and pictures (default: SHARDS-inspect)"
+    )
     parser.add_argument(
         "--labeled",
         metavar="WHICH",
-        help="look at the labelled part too: a count, a fraction such as 0.125, the name of a subset, or a list file",
+        help="show labelled images apart, too: a count, a fraction such as 0.125, the name of a subset, or a list file",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the images shown, and of a drawn labelled part (default 0)"
+        "--seed", type=int, default=0, help="seed of the images shown, and of drawn labelled images (default 0)"
     )
     return parser
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A split, or the labelled part of one."""
+class SplitRows:
+    """Images of a split that are shown together: all of them, or the labelled ones."""
 
     name: str
     slug: str
-    """Of file names."""
+    """Name as it stands in file names."""
     index: Index
     rows: NDArray[np.int64]
+    """Rows of the images in `index`, ascending."""
 
 
 def _indexes(shards: Shards) -> tuple[dict[str, Index], list[Finding]]:
-    """Of every split that has a whole index, and what is wrong with the others."""
+    """Returns the index of every split whose index is undamaged, and a finding for each of the others."""
     indexes, findings = {}, []
     for split in shards.manifest.splits:
         try:
             indexes[split] = shards.index(split)
         except DataError as error:
-            findings.append(damage(shards.folder / shards.manifest.splits[split].index, error))
+            findings.append(damage_finding(shards.folder / shards.manifest.splits[split].index, error))
     return indexes, findings
 
 
-def _labeled(shards: Shards, index: Index, wanted: str, seed: int) -> Chosen:
-    """The part that --labeled means. DataError if there is no such part."""
-    if subset_folder(shards.folder, wanted).is_dir():
-        rows = labeled_rows(shards.folder, index, wanted, seed)
-    elif Path(wanted).is_file() or wanted.endswith(".txt"):
-        rows = read_ids(Path(wanted), index)
+def _labeled_rows(shards: Shards, index: Index, which: str, seed: int) -> SplitRows:
+    """Returns the images that `--labeled` names. Raises DataError if there are no such images."""
+    # A subset whose name is a number comes before a count, and before a list file of the same name.
+    if subset_folder(shards.folder, which).is_dir():
+        rows = labeled_rows(shards.folder, index, which, seed)
+    elif Path(which).is_file() or which.endswith(".txt"):
+        rows = read_ids(Path(which), index)
     else:
-        rows = labeled_rows(shards.folder, index, _number(wanted), seed)
-    return Chosen(f"labelled: {wanted}", "train-labeled", index, np.sort(rows))
+        rows = labeled_rows(shards.folder, index, _number_or_name(which), seed)
+    return SplitRows(f"labelled: {which}", "train-labeled", index, np.sort(rows))
 
 
-def _number(text: str) -> int | float | str:
-    """A count of at least 1, a fraction in (0, 1], or what is neither: a name."""
+def _number_or_name(text: str) -> int | float | str:
+    """Returns a count of at least 1, a fraction in (0, 1], or, if the text is no number, the text: a name.
+
+    Raises DataError for other numbers.
+    """
     try:
         value = float(text) if "." in text else int(text)
     except ValueError:
@@ -101,14 +105,14 @@ def _number(text: str) -> int | float | str:
     return value
 
 
-def _labels(part: Chosen, classes: Sequence[str]) -> list[Finding]:
-    """What a training with these labels could not learn."""
+def _label_findings(part: SplitRows, classes: Sequence[str]) -> list[Finding]:
+    """Returns what keeps a training from learning all classes from these labelled images."""
     findings = []
-    bare = [part.index.ids[row] for row in part.rows if not part.index.labeled[row]]
-    if bare:
-        found = f"every labelled image must have a mask, but {len(bare)} have none ({first_few(bare)})"
+    without_mask = [part.index.ids[row] for row in part.rows if not part.index.labeled[row]]
+    if without_mask:
+        found = f"every labelled image must have a mask, but {len(without_mask)} have none ({first_few(without_mask)})"
         findings.append(Finding("label without mask", part.name, found, "take them off the list"))
-    missing = checks.absent(part.index.pixels[part.rows], classes)
+    missing = checks.absent_classes(part.index.pixels[part.rows], classes)
     if missing:
         found = f"every class should be seen, but no labelled mask shows {', '.join(missing)}: no label teaches it"
         findings.append(Finding("class is absent", part.name, found, "label more, or other, images", fatal=False))
@@ -119,69 +123,73 @@ def _verify(shards: Shards, indexes: Mapping[str, Index]) -> list[Finding]:
     findings = []
     with image_bar("verifying") as progress:
         task = progress.add_task("", total=sum(map(len, indexes.values())))
-        for images, found in verified(shards.manifest, indexes):
+        for images, found in verify(shards.manifest, indexes):
             findings += found
             progress.advance(task, images)
     return sorted(findings, key=lambda finding: finding.where)
 
 
-def _lines(findings: Sequence[Finding]) -> list[str]:
-    """Each finding, or, of many, one line per trouble."""
-    return [finding.line for finding in findings] if len(findings) <= _LINES else summary_lines(findings)
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Returns a line per finding, or, if there are many, a line per kind of finding."""
+    return [finding.line for finding in findings] if len(findings) <= _MAX_LINES else summary_lines(findings)
 
 
-def _sizes(known: Statistics) -> str:
-    if len(known.sizes) <= _SIZES:
-        return "\n".join(f"{size_text(size)} ({count})" for size, count in known.sizes.items())
-    ends = zip(("min", "median", "max"), known.extremes(), strict=True)
-    return "\n".join([f"{len(known.sizes)} sizes", *(f"{word} {size_text(size)}" for word, size in ends)])
+def _size_lines(split: Statistics) -> str:
+    if len(split.sizes) <= _MAX_SIZES:
+        return "\n".join(f"{size_text(size)} ({count})" for size, count in split.sizes.items())
+    extremes = zip(("min", "median", "max"), split.extremes(), strict=True)
+    return "\n".join([f"{len(split.sizes)} sizes", *(f"{word} {size_text(size)}" for word, size in extremes)])
 
 
-def _tables(parts: Sequence[page.Part], classes: Sequence[str]) -> Table:
-    """A column per part: counts, then each class."""
+def _summary_table(parts: Sequence[page.ImageSet], classes: Sequence[str]) -> Table:
+    """Returns a table with a column per part: counts, then each class."""
     table = Table(caption="per class: % of the counted pixels (masks that show it)")
     table.add_column("")
     for part in parts:
         table.add_column(part.name, justify="right")
-    known = [part.statistics for part in parts]
-    table.add_row("images", *(str(one.images) for one in known))
-    table.add_row("masks", *(str(one.masks) for one in known))
-    table.add_row("unlabelled", *(str(one.unlabeled) for one in known))
-    table.add_row("stored", *(decimal(one.bytes) for one in known))
-    table.add_row("sizes", *(_sizes(one) for one in known))
-    table.add_row("ignored %", *(percent(one.ignored) for one in known), end_section=True)
+    columns = [part.statistics for part in parts]
+    table.add_row("images", *(str(column.images) for column in columns))
+    table.add_row("masks", *(str(column.masks) for column in columns))
+    table.add_row("unlabelled", *(str(column.unlabeled) for column in columns))
+    table.add_row("stored", *(decimal(column.bytes) for column in columns))
+    table.add_row("sizes", *(_size_lines(column) for column in columns))
+    table.add_row("ignored %", *(percent(column.ignored) for column in columns), end_section=True)
     for label, name in enumerate(classes):
-        cells = (f"{percent(float(one.frequency[label]))} ({one.shown[label]})" for one in known)
+        cells = (f"{percent(float(column.frequency[label]))} ({column.masks_per_class[label]})" for column in columns)
         table.add_row(escape(name), *cells)
     return table
 
 
-def _write(output: Path, name: str, manifest: Manifest, parts: Mapping[str, page.Part], said: page.Said) -> list[Path]:
-    """The page, and a contact sheet for each part, by the slug of its name."""
+def _write_pictures_and_page(
+    output: Path, name: str, manifest: Manifest, parts: Mapping[str, page.ImageSet], messages: page.Messages
+) -> list[Path]:
+    """Writes a contact sheet for each part (slug -> part) and the page. Returns the paths of these files."""
     written = []
     for slug, part in parts.items():
-        known = part.statistics
-        title = f"{name} · {part.name} · {len(part.thumbnails)} of {known.images} images, {known.masks} with a mask"
+        total = part.statistics
+        title = f"{name} · {part.name} · {len(part.thumbnails)} of {total.images} images, {total.masks} with a mask"
         missing = [
-            label for label, masks in zip(manifest.classes, known.shown, strict=True) if known.masks and not masks
+            label
+            for label, masks in zip(manifest.classes, total.masks_per_class, strict=True)
+            if total.masks and not masks
         ]
         sheet = picture.contact_sheet(title, part.thumbnails, manifest.classes, manifest.palette, missing)
         written.append(output / f"contact-{slug}.png")
         sheet.save(written[-1])
     written.append(output / PAGE_FILE)
-    written[-1].write_text(page.page(name, manifest, list(parts.values()), said), encoding="utf-8")
+    written[-1].write_text(page.page(name, manifest, list(parts.values()), messages), encoding="utf-8")
     return written
 
 
-def _part(part: Chosen, manifest: Manifest, seed: int) -> page.Part:
-    shown = picture.chosen(part.index, part.rows, seed)
-    made = picture.thumbnails(part.index, shown, manifest.palette)
-    return page.Part(part.name, statistics(part.index, part.rows), tuple(made))
+def _page_part(part: SplitRows, manifest: Manifest, seed: int) -> page.ImageSet:
+    shown_rows = picture.choose_examples(part.index, part.rows, seed)
+    thumbnails = picture.thumbnails(part.index, shown_rows, manifest.palette)
+    return page.ImageSet(part.name, statistics(part.index, part.rows), tuple(thumbnails))
 
 
-def _output(wanted: Path | None, folder: Path) -> Path:
-    """The folder to write to, which is there."""
-    output = wanted or folder.with_name(f"{folder.name}-inspect")
+def _make_output(chosen: Path | None, folder: Path) -> Path:
+    """Makes the folder for page and pictures and returns it: `chosen`, or FOLDER-inspect."""
+    output = chosen or folder.with_name(f"{folder.name}-inspect")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,12 +197,14 @@ def _output(wanted: Path | None, folder: Path) -> Path:
     return output
 
 
-def _print(parts: Mapping[str, page.Part], manifest: Manifest, said: page.Said, written: Sequence[Path]) -> None:
+def _print_report(
+    parts: Mapping[str, page.ImageSet], manifest: Manifest, messages: page.Messages, written: Sequence[Path]
+) -> None:
     console = Console()
     if parts:
-        console.print(_tables(list(parts.values()), manifest.classes))
-    groups = (("error", said.errors), ("warning", said.warnings), ("note", said.notes))
-    for kind, lines in groups:
+        console.print(_summary_table(list(parts.values()), manifest.classes))
+    kinds = (("error", messages.errors), ("warning", messages.warnings), ("note", messages.notes))
+    for kind, lines in kinds:
         for line in lines:
             console.print(f"{kind}: {line}", highlight=False, soft_wrap=True, markup=False)
     if manifest.left_out:
@@ -207,35 +217,35 @@ def _run(args: argparse.Namespace) -> int:
     shards = open_shards(args.shards)
     manifest = shards.manifest
     folder = args.shards.resolve()
-    output = _output(args.output, folder)
+    output = _make_output(args.output, folder)
     indexes, findings = _indexes(shards)
-    chosen = [Chosen(split, split, index, np.arange(len(index))) for split, index in indexes.items()]
+    selections = [SplitRows(split, split, index, np.arange(len(index))) for split, index in indexes.items()]
     if args.labeled and "train" in indexes:
-        chosen.insert(1, _labeled(shards, indexes["train"], args.labeled, args.seed))
-        findings += _labels(chosen[1], shards.classes)
-    findings += _verify(shards, indexes) + checks.whole(indexes, shards.classes)
+        labeled = _labeled_rows(shards, indexes["train"], args.labeled, args.seed)
+        selections.insert(1, labeled)
+        findings += _label_findings(labeled, shards.classes)
+    findings += _verify(shards, indexes) + checks.check_prepared(indexes, shards.classes)
     name = folder.parent.name if folder.name == "shards" else folder.name
-    parts = {part.slug: _part(part, manifest, args.seed) for part in chosen if part.rows.size}
+    parts = {part.slug: _page_part(part, manifest, args.seed) for part in selections if part.rows.size}
     fatal = [finding for finding in findings if finding.fatal]
     warnings = [finding for finding in findings if not finding.fatal]
-    # Preparing has noted its warnings, which are found again here.
-    again = summary_lines(warnings)
-    notes = [note for note in manifest.notes if note not in again]
-    said = page.Said(tuple(_lines(fatal)), tuple(_lines(warnings)), tuple(notes))
-    written = _write(output, name, manifest, parts, said)
-    if len(said.errors) < len(fatal):
+    # `prepare` has stored its warnings as notes, and the checks find them again here.
+    repeated = summary_lines(warnings)
+    notes = [note for note in manifest.notes if note not in repeated]
+    messages = page.Messages(tuple(_finding_lines(fatal)), tuple(_finding_lines(warnings)), tuple(notes))
+    written = _write_pictures_and_page(output, name, manifest, parts, messages)
+    if len(messages.errors) < len(fatal):
         written.append(output / FINDINGS_FILE)
         written[-1].write_text("".join(f"{finding.line}\n" for finding in fatal), encoding="utf-8")
-    _print(parts, manifest, said, written)
+    _print_report(parts, manifest, messages, written)
     if fatal:
-        raise DataError(f"{args.shards}: {len(fatal)} findings must be mended, or scores mean nothing; see above.")
+        raise DataError(f"{args.shards}: {len(fatal)} findings must be fixed, or scores mean nothing; see above.")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Looks, prints and writes, and returns the exit code: 0, or that of the error it printed."""
-    args = _parser().parse_args(argv)
-    return guarded(lambda: _run(args))
+    """Checks and prints, writes page and pictures, and returns the exit code: 0, or that of the error it printed."""
+    return run_command(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`python -m cps_ray.subsets`: which training images are labelled, as list files beside the shards.
+"""`python -m cps_ray.subsets`: draws or imports labelled subsets, and writes them as list files beside the shards.
 
-A config names them: `data: {labeled: 1_16}`.
+A config names one of them: `data: {labeled: 1_16}`.
 """
 
 import argparse
@@ -11,77 +11,74 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cps_ray.command import entry, guarded
+from cps_ray.command import command_parser, entry, run_command
 from cps_ray.datasets.lists import matcher, read_list, write_list
-from cps_ray.datasets.prepare.checks import absent
-from cps_ray.datasets.prepare.findings import first_few
+from cps_ray.datasets.prepare.checks import absent_classes
 from cps_ray.datasets.shards import Index, Shards, open_shards
 from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST, labeled_rows, subset_folder
 from cps_ray.errors import DataError
+from cps_ray.text import first_few
 
 EXAMPLES = """\
 examples:
   python -m cps_ray.subsets draw data/camvid/shards --labeled 46 --seed 0
   python -m cps_ray.subsets import UniMatch/splits/cityscapes data/cityscapes/shards
   python -m cps_ray.subsets import TorchSemiSeg/DATA/pascal_voc/subset_train_aug data/voc/shards
-Lists are text files of one image a line: an id, or paths of image and mask, apart by spaces or tabs."""
+Lists are text files with one image a line: an id, or the paths of image and mask, separated by spaces or tabs."""
 
 
 @dataclass(frozen=True)
-class Lists:
-    """Who is labelled and who is not, by id, in the order of the source."""
+class SubsetLists:
+    """The lists of one labelled subset: ids of labelled and unlabelled images, in the order of the source."""
 
     name: str
     labeled: tuple[str, ...]
     unlabeled: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    """Remarks on differences between the source and these lists."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cps_ray.subsets",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("subsets", __doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     draw = commands.add_parser(
-        "draw", help="draw labelled images, classes as frequent as in the whole, and write them out"
+        "draw", help="draw labelled images in which classes are about as frequent as in all images"
     )
-    bring = commands.add_parser("import", help="bring in published lists, under their own names")
-    bring.add_argument(
+    import_lists = commands.add_parser("import", help="import published lists, under their own names")
+    import_lists.add_argument(
         "lists",
         type=Path,
         metavar="LISTS",
         help="folder that holds NAME/labeled.txt or ..._labeled_NAME.txt, at any depth",
     )
-    for command in (draw, bring):
+    for command in (draw, import_lists):
         command.add_argument("shards", type=Path, metavar="SHARDS", help="prepared data set")
     draw.add_argument(
-        "--labeled", type=_wanted, required=True, metavar="N", help="a count, or a fraction such as 0.0625"
+        "--labeled", type=_count_or_fraction, required=True, metavar="N", help="a count, or a fraction such as 0.0625"
     )
     draw.add_argument("--seed", type=int, default=0, help="another seed draws other images (default 0)")
-    draw.add_argument("--name", help="of the subset (default: drawn_N_seed_S)")
+    draw.add_argument("--name", help="name of the subset (default: drawn_N_seed_S)")
     return parser
 
 
-def _wanted(text: str) -> int | float:
+def _count_or_fraction(text: str) -> int | float:
+    """Returns a count of at least 1 or a fraction in (0, 1]. Raises ValueError, which argparse reports, for anything else."""
     value = float(text) if "." in text else int(text)
     if value <= 0 or (isinstance(value, float) and value > 1):
         raise ValueError(text)
     return value
 
 
-def _draw(args: argparse.Namespace, shards: Shards, index: Index) -> list[Lists]:
+def _draw(args: argparse.Namespace, shards: Shards, index: Index) -> list[SubsetLists]:
     rows = labeled_rows(shards.folder, index, args.labeled, args.seed)
-    chosen = set(rows.tolist())
-    rest = tuple(name for row, name in enumerate(index.ids) if row not in chosen)
+    labeled = set(rows.tolist())
+    unlabeled = tuple(key for row, key in enumerate(index.ids) if row not in labeled)
     name = args.name or f"drawn_{args.labeled}_seed_{args.seed}"
-    return [Lists(name, tuple(index.ids[row] for row in rows), rest)]
+    return [SubsetLists(name, tuple(index.ids[row] for row in rows), unlabeled)]
 
 
-def _name(path: Path, root: Path) -> str:
-    """1_16/labeled.txt and train_aug_labeled_1-16.txt are both 1_16."""
+def _subset_name(path: Path, root: Path) -> str:
+    """Returns the name of the subset in a list file: 1_16 for 1_16/labeled.txt and for train_aug_labeled_1-16.txt."""
     if path.stem == "labeled":
         parts = path.parent.relative_to(root).parts or (root.name,)
         return "_".join(parts)
@@ -89,80 +86,92 @@ def _name(path: Path, root: Path) -> str:
     return "_".join(words).replace("-", "_") or path.parent.name
 
 
-def _import(root: Path, shards: Shards, index: Index) -> list[Lists]:
+def _import(root: Path, shards: Shards, index: Index) -> list[SubsetLists]:
+    """Reads all lists below `root`. Raises DataError if there are none, or if they do not fit the shards."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; it must hold the lists, such as UniMatch/splits/pascal.")
+    # The pattern also matches *unlabeled*.txt; those lists are read beside their labelled ones.
     files = sorted(path for path in root.rglob("*labeled*.txt") if "unlabeled" not in path.name)
     if not files:
         raise DataError(f"{root}: must hold lists named labeled.txt, or ..._labeled_NAME.txt, but holds none.")
-    elsewhere = {key: split for split in shards.manifest.splits if split != "train" for key in shards.index(split).ids}
-    return [_lists(path, _name(path, root), index, elsewhere) for path in files]
+    other_splits = {
+        key: split for split in shards.manifest.splits if split != "train" for key in shards.index(split).ids
+    }
+    return [_read_lists(path, _subset_name(path, root), index, other_splits) for path in files]
 
 
-def _lists(path: Path, name: str, index: Index, elsewhere: dict[str, str]) -> Lists:
-    """DataError if a list speaks of images that are in no split."""
-    in_train, in_others = matcher(index.ids), matcher(elsewhere)
-    masked = {key for key, has_mask in zip(index.ids, index.labeled, strict=True) if has_mask}
+def _read_lists(path: Path, name: str, index: Index, other_splits: dict[str, str]) -> SubsetLists:
+    """Reads the list of labelled images at `path`, and that of unlabelled images beside it if there is one.
+
+    `other_splits`: id -> split of every image outside train. Raises DataError if an entry is in no split, or a labelled image
+    has no mask in train.
+    """
+    in_train, in_others = matcher(index.ids), matcher(other_splits)
+    with_mask = {key for key, has_mask in zip(index.ids, index.labeled, strict=True) if has_mask}
     notes: list[str] = []
 
     def ids(file: Path) -> list[str]:
         entries = read_list(file)
-        strange = [one for one in entries if in_train(one) is None and in_others(one) is None]
-        if strange:
+        unknown = [entry for entry in entries if in_train(entry) is None and in_others(entry) is None]
+        if unknown:
             raise DataError(
                 f"{file}: every entry must be an image of these shards, whose ids look like {index.ids[0]!r}, but "
-                f"{len(strange)} of {len(entries)} are not ({first_few(strange)}); are the lists of another data set?"
+                f"{len(unknown)} of {len(entries)} are not ({first_few(unknown)}); are the lists of another data set?"
             )
-        found = [key for one in entries if (key := in_train(one)) is not None]
-        if len(found) < len(entries):
-            others = sorted({elsewhere[key] for one in entries if (key := in_others(one)) is not None})
-            notes.append(f"{len(entries) - len(found)} of {len(entries)} are in {', '.join(others)} here, and left out")
-        return found
+        train_ids = [key for entry in entries if (key := in_train(entry)) is not None]
+        if len(train_ids) < len(entries):
+            others = sorted({other_splits[key] for entry in entries if (key := in_others(entry)) is not None})
+            num_left_out = len(entries) - len(train_ids)
+            notes.append(f"{num_left_out} of {len(entries)} are in {', '.join(others)} here, and left out")
+        return train_ids
 
     labeled = ids(path)
-    bare = [key for key in labeled if key not in masked]
-    if bare or not labeled:
-        raise DataError(f"{path}: labelled images must be in train, with masks; {first_few(bare) or 'all'} are not.")
-    partner = path.with_name(path.name.replace("labeled", "unlabeled"))
-    unlabeled = ids(partner) if partner.exists() else [key for key in index.ids if key not in set(labeled)]
+    without_mask = [key for key in labeled if key not in with_mask]
+    if without_mask or not labeled:
+        culprits = first_few(without_mask) or "all"
+        raise DataError(f"{path}: labelled images must be in train, with masks; {culprits} are not.")
+    unlabeled_list = path.with_name(path.name.replace("labeled", "unlabeled"))
+    unlabeled = (
+        ids(unlabeled_list) if unlabeled_list.exists() else [key for key in index.ids if key not in set(labeled)]
+    )
     both = [key for key in unlabeled if key in set(labeled)]
     if both:
         notes.append(f"{first_few(both)} is in both lists, and counts as labelled")
         unlabeled = [key for key in unlabeled if key not in set(labeled)]
-    return Lists(name, tuple(labeled), tuple(unlabeled), tuple(notes))
+    return SubsetLists(name, tuple(labeled), tuple(unlabeled), tuple(notes))
 
 
-def _write(shards: Shards, index: Index, found: Sequence[Lists]) -> None:
+def _write(shards: Shards, index: Index, subsets: Sequence[SubsetLists]) -> None:
+    """Writes the list files and prints a table of them."""
     table = Table("name", "labelled", "unlabelled", "remarks")
     rows = {key: row for row, key in enumerate(index.ids)}
-    for one in found:
-        folder = subset_folder(shards.folder, one.name)
-        write_list(folder / LABELED_LIST, one.labeled)
-        write_list(folder / UNLABELED_LIST, one.unlabeled)
-        missing = absent(index.pixels[[rows[key] for key in one.labeled]], shards.classes)
-        notes = [*one.notes, *([f"no labelled mask shows {first_few(missing)}"] if missing else [])]
-        table.add_row(one.name, str(len(one.labeled)), str(len(one.unlabeled)), "; ".join(notes))
+    for subset in subsets:
+        folder = subset_folder(shards.folder, subset.name)
+        write_list(folder / LABELED_LIST, subset.labeled)
+        write_list(folder / UNLABELED_LIST, subset.unlabeled)
+        missing = absent_classes(index.pixels[[rows[key] for key in subset.labeled]], shards.classes)
+        notes = [*subset.notes, *([f"no labelled mask shows {first_few(missing)}"] if missing else [])]
+        table.add_row(subset.name, str(len(subset.labeled)), str(len(subset.unlabeled)), "; ".join(notes))
     console = Console()
     console.print(table)
     console.print(
         f"written to {subset_folder(shards.folder, '')}; in a config: data: {{labeled: NAME}}", soft_wrap=True
     )
-    if any(one.name.isdigit() for one in found):
+    if any(subset.name.isdigit() for subset in subsets):
         console.print('a name that is a number goes in quotes: data: {labeled: "92"}; without, 92 images are drawn')
 
 
 def _run(args: argparse.Namespace) -> int:
     shards = open_shards(args.shards)
     index = shards.index("train")
-    found = _draw(args, shards, index) if args.command == "draw" else _import(args.lists, shards, index)
-    _write(shards, index, found)
+    subsets = _draw(args, shards, index) if args.command == "draw" else _import(args.lists, shards, index)
+    _write(shards, index, subsets)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes list files, and returns the exit code: 0, or that of the error it printed."""
-    args = _parser().parse_args(argv)
-    return guarded(lambda: _run(args))
+    return run_command(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m cps_ray.sweep FILE`: search, compare and export.
+"""`python -m cps_ray.sweep FILE`: searches, compares the best trial with baselines, and exports the best model.
 
     python -m cps_ray.sweep sweeps/quickstart.yaml
     python -m cps_ray.sweep sweeps/cityscapes.yaml --dry-run 5
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cps_ray.command import entry, guarded
+from cps_ray.command import command_parser, entry, run_command
 from cps_ray.config.reader import load_sweep
 from cps_ray.config.space import apply, preview
 from cps_ray.config.sweep import SweepConfig
@@ -30,16 +30,14 @@ _VERBS = ("run", "resume", "status", "best")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; a file without a verb means `run`. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # argparse has no default for a sub-command.
     if words and words[0] not in _VERBS and not words[0].startswith("-"):
         words.insert(0, "run")
-    args = _parser().parse_args(words)
-    return guarded(lambda: int(args.run(args)))
+    return run_command(_parser(), lambda args: int(args.run(args)), words)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cps_ray.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("sweep", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="FILE | resume | status | best")
     run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
     run.add_argument("file", type=Path)
@@ -57,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--trials", type=int, help="a larger budget of trials")
-    resume.add_argument("--time", help="a larger budget of wall time, all sessions together, such as 10h")
+    resume.add_argument("--time", help="a larger budget of wall time, over all sessions, such as 10h")
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
-    status = verbs.add_parser("status", help="how a sweep stands; only reads files")
+    status = verbs.add_parser("status", help="show the trials so far; only reads files")
     status.add_argument("folder", type=Path)
     status.set_defaults(run=_status)
     best = verbs.add_parser("best", help="print the best configuration, a file that trains as it is")
@@ -70,15 +68,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None) -> SweepConfig:
-    extra = [f"name={name}"] if name else []
-    extra += [f"output={output.absolute()}"] if output else []
-    return load_sweep(path, [*overrides, *extra])
+    options = [f"name={name}"] if name else []
+    options += [f"output={output.absolute()}"] if output else []
+    return load_sweep(path, [*overrides, *options])
 
 
 def _run(args: argparse.Namespace) -> int:
     config = _load(args.file, args.set, args.name, args.output)
     if args.dry_run is not None:
         return _dry_run(config, args.dry_run)
+    # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from cps_ray.search import sweep, sweep_folder
 
     shards = sweep_folder.check(config)
@@ -87,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(config: SweepConfig, draws: int) -> int:
-    """Validates, draws and prints; needs neither the data nor a cluster, but says what is missing."""
+    """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data."""
     from cps_ray.datasets.loader import check_data
     from cps_ray.datasets.shards import open_shards
     from cps_ray.engine.networks import check_names
@@ -128,7 +127,7 @@ def _resume(args: argparse.Namespace) -> int:
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
     config = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
-    if overrides:
+    if overrides:  # stored, so that a later `resume` keeps the larger budget
         sweep_folder.write_resolved(root, config)
     return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config))
 
@@ -181,7 +180,7 @@ def _need_sweep_folder(folder: Path) -> None:
     from cps_ray.search.sweep_folder import SWEEP_FILE, is_sweep_folder
 
     if not is_sweep_folder(folder):
-        raise ConfigError(f"{folder}: must be the folder of a sweep (with {SWEEP_FILE} and study.db), but is none.")
+        raise ConfigError(f"{folder}: must be the folder of a sweep (with {SWEEP_FILE} and study.db), but is not.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`python -m cps_ray.train FILE`: one training on Ray Train, such as the best.yaml of a sweep.
+"""`python -m cps_ray.train FILE`: runs one training on Ray Train, such as the best.yaml of a sweep.
 
     python -m cps_ray.train runs/quickstart/best.yaml
     python -m cps_ray.train runs/camvid/best.yaml --set seed=7 --output runs/camvid-seed7 --workers 2
     python -m cps_ray.train runs/camvid-seed7/config.yaml --output runs/camvid-seed7 --resume
     python -m cps_ray.train reference/voc --set data.shards=data/voc/shards --dry-run
 
-Where there is no such file, FILE is the name of a preset (docs/presets.md); its paths count from the working directory.
+If there is no such file, FILE is the name of a preset (docs/presets.md); its paths are relative to the working directory.
 
 Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cps_ray.command import entry, guarded
+from cps_ray.command import command_parser, entry, run_command
 from cps_ray.config.reader import load_train
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cps_ray.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Trains, and returns the exit code: 0, or that of the error it printed."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("train", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a training, or the name of a preset")
-    parser.add_argument("--workers", type=int, help="Ray Train workers; the global batch is split over them")
+    parser.add_argument("--workers", type=int, help="Ray Train workers; the global batch is divided over them")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in optim.lr=0.01"
     )
@@ -42,23 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="run folder; default: train-STEM beside FILE, or runs/NAME here for a preset, such as runs/reference-voc",
     )
-    parser.add_argument("--resume", action="store_true", help="go on in an existing run folder")
+    parser.add_argument("--resume", action="store_true", help="continue the training in an existing run folder")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the plan, start and write nothing"
     )
     parser.add_argument("--address", help="join this Ray cluster instead of starting one")
-    args = parser.parse_args(argv)
-    return guarded(lambda: _run(args))
+    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
     config = load_train(args.file, [*args.set, *workers])
-    folder = (args.output or _folder(args.file)).absolute()
+    folder = (args.output or _default_folder(args.file)).absolute()
     _check_folder(folder, config, args.resume)
     if args.dry_run:
-        _show_plan(config, args.output or _folder(args.file))
+        _print_plan(config, args.output or _default_folder(args.file))
         return 0
+    # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from cps_ray.datasets.loader import check_data
     from cps_ray.datasets.open import open_data
     from cps_ray.engine.networks import check_model
@@ -70,10 +72,10 @@ def _run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     source = args.file.name if args.file.exists() else f"the preset {args.file}"
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
-    received: list[int] = []
+    signals: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:
-        received.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -84,86 +86,88 @@ def _run(args: argparse.Namespace) -> int:
             print(*cluster.banner(), f"Run folder: {folder}", sep="\n", flush=True)
             _fit(config, folder)
     except KeyboardInterrupt:
-        print(f"interrupted. Resume: {_resume(folder)}")
-        return 128 + received[0]
+        print(f"interrupted. Resume: {_resume_command(folder)}")
+        return 128 + signals[0]
     return 0
 
 
-def _folder(file: Path) -> Path:
-    """The run folder of a training that names none."""
+def _default_folder(file: Path) -> Path:
+    """Returns the run folder of a training without `--output`."""
     return file.parent / f"train-{file.stem}" if file.exists() else Path("runs", "-".join(file.parts))
 
 
 def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises ConfigError if the folder holds a training: any without `resume`, another one with it."""
+    """Raises ConfigError if the folder holds a training: any training without `resume`, one with other settings with it."""
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not resume:
         raise ConfigError(
-            f"{folder}: already holds a training. Go on: {_resume(folder)}. Start again: --output another folder."
+            f"{folder}: already holds a training. Continue it: {_resume_command(folder)}. Start again: --output another folder."
         )
     from cps_ray.runs import CONFIG_FILE
 
-    begun = folder / CONFIG_FILE
-    if begun.exists() and load_train(begun).model_copy(update={"resources": config.resources}) != config:
+    config_file = folder / CONFIG_FILE
+    if config_file.exists() and load_train(config_file).model_copy(update={"resources": config.resources}) != config:
         raise ConfigError(
-            f"{folder}: was begun with other settings; only resources may change. Go on: {_resume(folder)}"
+            f"{folder}: was begun with other settings; only resources may change. Continue it: {_resume_command(folder)}"
         )
 
 
-def _show_plan(config: TrainConfig, folder: Path) -> None:
-    """Checks what can be checked without a cluster and without hub weights; prints what a training would do."""
-    images, subset, classes = _images(config)
+def _print_plan(config: TrainConfig, folder: Path) -> None:
+    """Checks what can be checked without a cluster and without hub weights, and prints what the training would do."""
+    images, subset, num_classes = _images(config)
     resources = config.resources
-    each = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
+    per_worker = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
     rows = [
         ("run folder", str(folder)),
         ("method", _method(config)),
-        *_networks(config, classes),
+        *_networks(config, num_classes),
         ("images", images),
-        *_effort(config, subset),
-        ("workers", f"{resources.workers}, {each}"),
+        *_steps_and_batches(config, subset),
+        ("workers", f"{resources.workers}, {per_worker}"),
         ("speed", "images per second are known once it runs"),
     ]
-    for name, said in rows:
-        print(f"{name:<12}{said}")
+    for name, text in rows:
+        print(f"{name:<12}{text}")
 
 
 def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int]:
-    """The images in words and, unless they are still to be drawn, in rows; and the number of classes."""
+    """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), and the number of classes."""
     from cps_ray.datasets.loader import check_data, train_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.synthetic import CLASSES
 
-    drawn = config.data.synthetic
-    if drawn is not None and not config.data.shards.exists():
-        return f"{drawn.train} to train on and {drawn.val} to validate, drawn on first use", None, len(CLASSES)
+    synthetic = config.data.synthetic
+    if synthetic is not None and not config.data.shards.exists():
+        return f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use", None, len(CLASSES)
     shards = open_data(config.data)
     check_data(shards, config, evaluated=("val",))
     subset = train_data(shards, config).subset
-    evaluated = int(shards.index("val").labeled.sum())
-    said = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {evaluated} to validate"
-    return said, subset, len(shards.classes)
+    num_val = int(shards.index("val").labeled.sum())
+    images = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {num_val} to validate"
+    return images, subset, len(shards.classes)
 
 
 def _method(config: TrainConfig) -> str:
-    settings: Any = getattr(config, config.method, None)  # supervised has none
+    settings: Any = getattr(config, config.method, None)  # no section for supervised
     if settings is None:
         return config.method
     ramp = f" after a ramp over {settings.ramp:.0%} of the steps" if settings.ramp else ""
     mix = f", mix {settings.mix}" if isinstance(settings, MixConfig) else ""
-    on = f" on {settings.images} images" if isinstance(settings, CpsConfig) else ""
-    return f"{config.method}, weight {settings.weight:g}{ramp}{on}{mix}"
+    images = f" on {settings.images} images" if isinstance(settings, CpsConfig) else ""
+    return f"{config.method}, weight {settings.weight:g}{ramp}{images}{mix}"
 
 
-def _networks(config: TrainConfig, classes: int) -> Iterator[tuple[str, str]]:
+def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:
+    """Yields each network's name with its form and size."""
     from cps_ray.engine.networks import build_networks, check_model
 
     check_model(config.model)
+    # Built to count parameters, without hub weights, so that a dry run downloads nothing.
     b = config.model.b
-    none = {"weights": "none"}
-    model = config.model.model_copy(update={**none, "b": b and b.model_copy(update=none)})
-    networks = build_networks(config.model_copy(update={"model": model}), classes)
+    no_weights = {"weights": "none"}
+    model = config.model.model_copy(update={**no_weights, "b": b and b.model_copy(update=no_weights)})
+    networks = build_networks(config.model_copy(update={"model": model}), num_classes)
     for number, (name, network) in enumerate(networks.items()):
         form = config.model.of(number)
         weights = form.weights_file.name if form.weights_file else form.weights
@@ -171,8 +175,8 @@ def _networks(config: TrainConfig, classes: int) -> Iterator[tuple[str, str]]:
         yield f"network {name}", f"{form.architecture}, {form.encoder}, weights {weights}: {millions:.1f} M parameters"
 
 
-def _effort(config: TrainConfig, subset: "LabeledSubset | None") -> Iterator[tuple[str, str]]:
-    """Steps, passes over the images if they are known, and batches."""
+def _steps_and_batches(config: TrainConfig, subset: "LabeledSubset | None") -> Iterator[tuple[str, str]]:
+    """Yields steps, passes over the images if their number is known, and batches."""
     data, steps, every = config.data, config.schedule.steps, config.schedule.eval_every
     yield "steps", f"{steps}, with {steps // every} evaluations, one every {every}"
     sizes = {"labelled": data.labeled_batch}
@@ -183,60 +187,62 @@ def _effort(config: TrainConfig, subset: "LabeledSubset | None") -> Iterator[tup
         passes = (f"{steps * size / counts[kind]:.1f} over the {kind} images" for kind, size in sizes.items())
         yield "passes", ", ".join(passes)
     batch, per_worker = (
-        " + ".join(str(size // parts) for size in sizes.values()) for parts in (1, config.num_batch_shards)
+        " + ".join(str(size // divisor) for size in sizes.values()) for divisor in (1, config.num_batch_shards)
     )
     micro = f" in {config.compute.accumulate} micro-batches" if config.compute.accumulate > 1 else ""
     height, width = data.crop_px
     yield "batch", f"{batch} crops of {height}x{width} px ({' + '.join(sizes)}), {per_worker} per worker{micro}"
 
 
-def _resume(folder: Path) -> str:
+def _resume_command(folder: Path) -> str:
     return f"python -m cps_ray.train {folder}/config.yaml --output {folder} --resume"
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
-    """Runs the training in a thread, so that Ctrl-C and the progress lines stay ours."""
+    """Runs the training and prints its evaluations as they come. Raises CpsRayError if it fails, DivergedError if it diverges."""
     from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer, reason
     from cps_ray.runs import best_checkpoint
 
     outcome: dict[str, Any] = {}
 
+    # In a thread: `fit` blocks, while the main thread receives Ctrl-C and prints.
     def fit() -> None:
         try:
             outcome["value"] = make_trainer(config, folder, sweep="train").fit().return_value
         except BaseException as err:
-            outcome["error"] = err
+            outcome["error"] = err  # raised below, in the main thread
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    shown = 0
+    printed_step = 0
     while thread.is_alive():
         thread.join(0.5)
-        shown = _show(config, folder, shown)
+        printed_step = _print_evaluations(config, folder, after=printed_step)
     error = outcome.get("error")
     if error is not None:
         raise CpsRayError(f"{folder}: the training failed: {reason(error)}. More in {folder}/log.txt") from error
     if outcome.get("value"):
         raise DivergedError(f"{folder}: {outcome['value']['diverged']}")
-    found = best_checkpoint(folder, DEFAULT_METRIC)
-    if found is not None:
-        checkpoint, meta = found
+    best = best_checkpoint(folder, DEFAULT_METRIC)
+    if best is not None:
+        checkpoint, meta = best
         print(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}")
 
 
-def _show(config: TrainConfig, folder: Path, shown: int) -> int:
-    """Prints evaluations after step `shown`; returns the last one's step."""
+def _print_evaluations(config: TrainConfig, folder: Path, after: int) -> int:
+    """Prints the evaluations on record after step `after`; returns the last one's step."""
     from cps_ray.runs import read_metrics
 
+    last = after
     for metrics in read_metrics(folder):
-        if metrics["step"] > shown:
-            shown = metrics["step"]
+        if metrics["step"] > last:
+            last = metrics["step"]
             print(
-                f"step {shown}/{config.schedule.steps}  val/miou {metrics['val/miou']:.4f}  "
+                f"step {last}/{config.schedule.steps}  val/miou {metrics['val/miou']:.4f}  "
                 f"train/loss {metrics['train/loss']:.4f}  {metrics['time/images_per_s']:.1f} images/s",
                 flush=True,
             )
-    return shown
+    return last
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests of several layers share: a tiny data set, a tiny training."""
+"""Fixtures for tests of several layers: a tiny data set, a tiny training."""
 
 import os
 from contextlib import nullcontext
@@ -12,21 +12,21 @@ from cps_ray.datasets.prepare.assembly import in_threads
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.on_ray import cluster, jobs
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, started after this, share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each of two test processes on two cores
 
 SYNTHETIC = {"train": 24, "val": 6, "test": 6, "height_px": 32, "width_px": 48, "seed": 0}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One Ray cluster at a time: all tests that start one stay in one process, and the other process has the rest."""
+    """Keeps all tests that start Ray in one process, so that there is one cluster at a time."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """pytest-xdist writes groups into node ids; pytest 9.2 does not let version 3.8, and the tests went wherever they liked."""
+    """Fails if groups have no effect: pytest-xdist 3.8 writes them into node ids, which pytest 9.2 undoes."""
     if hasattr(session.config, "workerinput"):
         lost = [i.nodeid for i in session.items if i.get_closest_marker("ray") and not i.nodeid.endswith("@ray")]
         assert not lost, f"this pytest-xdist does not group tests under this pytest: {lost}"
@@ -34,7 +34,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded data set, tiny, drawn once per test session."""
+    """The embedded data set, tiny, drawn once per test process."""
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_synthetic(folder, SyntheticConfig(**SYNTHETIC))
     return folder
@@ -42,14 +42,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prepare` does its jobs in threads: what it says of bad data does not hang on where they are done."""
+    """Lets `prepare` run its jobs in threads: what it reports on bad data does not depend on where jobs run."""
     monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
     monkeypatch.setattr(jobs, "on_cluster", in_threads)
 
 
 @pytest.fixture(scope="session")
 def tiny(shards: Path) -> TrainConfig:
-    """Six steps of CPS with CutMix on the tiny data set. Without dropout, which draws anew on every worker."""
+    """Six steps of CPS with CutMix on the tiny data set, without dropout, which is random per worker."""
     return parse_train(
         {
             "data": {

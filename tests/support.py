@@ -18,16 +18,26 @@ from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 
+TINY_DATA = """\
+  data:
+    shards: SHARDS
+    labeled: 6
+    crop_px: [32, 48]
+    labeled_batch: 4
+    unlabeled_batch: 4
+"""
+"""The `data` of a sweep's training on the embedded data set of the tests."""
+
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """`changed(tiny, cps__weight=2.0)`: dotted names with __ for the dot."""
+    """Returns the config with changes such as `cps__weight=2.0`: names with __ for the dot."""
     return apply(config, {name.replace("__", "."): value for name, value in changes.items()}, "test")
 
 
 def evaluate(
     config: TrainConfig, networks: Mapping[str, Segmenter], batches: Iterable[EvalBatch], num_classes: int, ranks: Ranks
 ) -> Counts:
-    """`engine.evaluation.evaluate` with what a training's config says."""
+    """Calls `engine.evaluation.evaluate` with the settings of a training."""
     precision = config.compute.autocast
     return evaluation.evaluate(
         config.evaluation, networks, batches, num_classes, ranks, slices=config.data.slices, precision=precision
@@ -35,16 +45,16 @@ def evaluate(
 
 
 def predict(config: TrainConfig, network: Segmenter, image: Tensor) -> Tensor:
-    """`engine.evaluation.predict` with what a training's config says."""
+    """Calls `engine.evaluation.predict` with the settings of a training."""
     return evaluation.predict(config.evaluation, network, image, precision=config.compute.autocast)
 
 
 def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
-    """The same training by the engine alone, in this process: the independent reference."""
-    torch.set_num_threads(1)  # as a worker with half a CPU has: sums in the same order
+    """Trains by the engine alone, in this process, and returns what every evaluation reports: the reference for Ray Train."""
+    torch.set_num_threads(1)  # as in a worker with half a CPU, so that sums have the same order
     shards = open_shards(config.data.shards)
     state = build_state(config, 7, Ranks())
-    found = []
+    reports = []
 
     def validate(_: object) -> dict[str, float]:
         return summarise(
@@ -52,8 +62,8 @@ def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
         )
 
     def report(metrics: dict[str, float], _: object) -> bool:
-        found.append(metrics)
+        reports.append(metrics)
         return True
 
     fit(config, state, train_batches(train_data(shards, config), config), validate, report)
-    return found
+    return reports

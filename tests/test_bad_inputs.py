@@ -1,4 +1,4 @@
-"""What people get wrong: one line with the place, the finding and the remedy, and the documented exit code."""
+"""Wrong input is one line, with where, what was found and how to fix it, and the documented exit code."""
 
 import shutil
 from collections.abc import Callable
@@ -7,21 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trees
+from support import TINY_DATA
 
 from cps_ray import prepare, sweep, train
 from cps_ray.datasets.prepare.assembly import write_shards
 
-SWEEP = """\
+SWEEP = (
+    """\
 version: 1
 name: bad
 output: runs
 train:
-  data:
-    shards: SHARDS
-    labeled: 6
-    crop_px: [32, 48]
-    labeled_batch: 4
-    unlabeled_batch: 4
+"""
+    + TINY_DATA
+    + """\
   model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16}}
   optim: {lr: 0.01}
   schedule: {steps: 4, eval_every: 2}
@@ -32,13 +31,14 @@ search_space:
   cps.weight: {type: float, low: 0.5, high: 2.0}
 final: {retrain: none}
 """
+)
 
 Write = Callable[..., str]
 
 
 @pytest.fixture
 def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes the sweep above with (old, new) parts replaced, into the working directory; returns its name."""
+    """Writes the sweep above, with (old, new) parts replaced, into the working directory; returns the file's name."""
     monkeypatch.chdir(tmp_path)
 
     def written(*changes: tuple[str, str], name: str = "bad.yaml") -> str:
@@ -205,7 +205,7 @@ def prepared(raw: Path) -> int:
 
 
 def two_lines(capsys: pytest.CaptureFixture[str], out: Path) -> str:
-    """What is wrong with a file, and what became of the command."""
+    """Returns the line about the file; the second line says that nothing was written."""
     first, last = capsys.readouterr().err.splitlines()
     assert last.startswith(f"error: {out}: not written, as 1 file cannot be used")
     return first

@@ -1,4 +1,4 @@
-"""The road as people walk it: real commands in processes of their own, on a local cluster, with real kills."""
+"""Sweeps and trainings as people run them: commands in processes of their own, on a local cluster, killed for real."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import cv2
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from support import changed, without_a_cluster
+from support import TINY_DATA, changed, without_a_cluster
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.train import TrainConfig
@@ -21,17 +21,15 @@ from cps_ray.config.yaml_reader import dump_yaml
 
 pytestmark = pytest.mark.ray
 
-SWEEP = """\
+SWEEP = (
+    """\
 version: 1
 name: tiny
 output: runs
 train:
-  data:
-    shards: SHARDS
-    labeled: 6
-    crop_px: [32, 48]
-    labeled_batch: 4
-    unlabeled_batch: 4
+"""
+    + TINY_DATA
+    + """\
     slices: {first: "*_0000[012]"}
   model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16, decoder_aspp_dropout: 0.0}}
   optim: {name: adamw, lr: 3e-3}
@@ -46,6 +44,7 @@ baselines:
   supervised-only: {method: supervised}
 final: {retrain: best, seeds: [1, 2]}
 """
+)
 
 
 @pytest.fixture
@@ -74,11 +73,11 @@ def read_until(process: subprocess.Popen[str], wanted: Callable[[str], bool]) ->
         text += line
         if wanted(line):
             return text
-    raise AssertionError(f"ended before it was said:\n{text}")
+    raise AssertionError(f"ended before the wanted line:\n{text}")
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Living processes below one, and their command lines."""
+    """Returns the living processes that descend from `pid`, with their command lines."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -122,7 +121,7 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert summary["status"] == "finished"
     assert counts["complete"] + counts["pruned"] == 4, out
     assert counts["complete"] >= 1
-    assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds somebody to stop"
+    assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds a trial to stop"
     assert set(summary["final"]["arms"]) == {"best", "supervised-only"}
     assert summary["final"]["arms"]["best"]["test/miou"]["n"] == 2
     assert "test/first/miou" in summary["final"]["arms"]["best"]
@@ -194,7 +193,7 @@ def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> 
     assert code == 0, out
     summary = json.loads((cwd / "runs/tiny/summary.json").read_text())
     assert summary["trials"] == {"budget": 4, "complete": 4, "pruned": 0, "failed": 0, "running": 0}
-    # The interrupted trial went on from its checkpoint, under its number.
+    # The interrupted trial continued from its checkpoint, under its number.
     logs = [(cwd / f"runs/tiny/trials/{number:04d}/log.txt").read_text() for number in range(4)]
     assert any(log.count(" of 20: rank 0 of 1") == 2 for log in logs)
     for number in range(4):

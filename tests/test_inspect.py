@@ -1,4 +1,4 @@
-"""The command `inspect`: what it says of healthy and of damaged shards, and what it writes."""
+"""The command `inspect`: what it reports on healthy and on damaged shards, and what it writes."""
 
 import json
 import re
@@ -20,18 +20,18 @@ from cps_ray.datasets.shards import open_shards, sha256
 from cps_ray.inspect import main
 
 ALL = ("contact-test.png", "contact-train.png", "contact-val.png", "index.html")
-Said = pytest.CaptureFixture[str]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def folder(shards: Path, tmp_path: Path) -> Path:
-    """Shards that may be broken."""
+    """A copy of the shards, for tests to damage."""
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
 @pytest.fixture
 def rare(folder: Path) -> str:
-    """An id of train whose mask does not show a class that others do, and is a list of labelled images by itself."""
+    """Returns the id of a training image whose mask lacks a class that other masks show."""
     index = open_shards(folder).index("train")
     row = int(np.flatnonzero(~index.presence.all(axis=1))[0])
     return index.ids[row]
@@ -41,9 +41,9 @@ def written(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in (folder.parent / "shards-inspect").iterdir()))
 
 
-def cells(said: str) -> dict[str, list[str]]:
-    """Rows of the table by their first cell."""
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "│" in line]
+def cells(output: str) -> dict[str, list[str]]:
+    """Returns the rows of the printed table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -55,14 +55,14 @@ def page_text(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """To be edited by hand, hence without its checksum."""
+    """Returns the manifest without its checksum, so that an edited one is accepted."""
     content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     content.pop("sha256", None)
     return content
 
 
 def rewritten(folder: Path, split: str, **columns: list[object]) -> None:
-    """Puts other values into an index, as if they had been prepared so."""
+    """Puts other values into an index, as if it had been prepared with them."""
     manifest = read_manifest(folder)
     path = folder / manifest["splits"][split]["index"]
     table = pq.read_table(path)
@@ -74,46 +74,46 @@ def rewritten(folder: Path, split: str, **columns: list[object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_healthy_shards(folder: Path, capsys: Said) -> None:
+def test_healthy_shards(folder: Path, capsys: Capture) -> None:
     assert main([str(folder)]) == 0
-    said = capsys.readouterr()
-    rows = cells(said.out)
+    output = capsys.readouterr()
+    rows = cells(output.out)
     assert rows["images"] == rows["masks"] == ["24", "6", "6"]
     assert rows["unlabelled"] == ["0", "0", "0"]
     assert rows["sizes"] == ["48x32 (24)", "48x32 (6)", "48x32 (6)"]
     split = open_shards(folder).manifest.splits["train"]
-    share = 100 * split.class_pixels[0] / sum(split.class_pixels)
-    assert rows["sky"][0] == f"{share:.2f} ({split.class_images[0]})"
-    assert "error" not in said.out + said.err
+    percentage = 100 * split.class_pixels[0] / sum(split.class_pixels)
+    assert rows["sky"][0] == f"{percentage:.2f} ({split.class_images[0]})"
+    assert "error" not in output.out + output.err
     assert written(folder) == ALL
     for name in ALL:
-        assert str(folder.parent / "shards-inspect" / name) in said.out.replace("\n", "")
+        assert str(folder.parent / "shards-inspect" / name) in output.out.replace("\n", "")
     for name in ALL[:3]:
         assert Image.open(folder.parent / "shards-inspect" / name).size[0] >= 1000
     assert "Every file matches its checksum" in page_text(folder)
 
 
-def test_a_flipped_byte_in_an_image_is_found_and_the_rest_is_shown(folder: Path, capsys: Said) -> None:
+def test_a_flipped_byte_in_an_image_is_found_and_the_rest_is_shown(folder: Path, capsys: Capture) -> None:
     locations = open_shards(folder).index("train").locations
     path = Path(locations.files[0])
     data = bytearray(path.read_bytes())
     data[int(locations.image[3].sum()) - 20] ^= 1
     path.write_bytes(data)
     assert main([str(folder)]) == 2
-    said = capsys.readouterr()
-    lines = [line for line in said.out.splitlines() if line.startswith(f"error: {path}: ")]
+    output = capsys.readouterr()
+    lines = [line for line in output.out.splitlines() if line.startswith(f"error: {path}: ")]
     assert len(lines) == 2
     assert any(f"the image of {locations.ids[3]}" in line and "checksum" in line for line in lines)
     assert any("sha256" in line and "manifest" in line for line in lines)
     assert all(line.endswith("; prepare the data set again.") for line in lines)
-    assert said.err.startswith("error: ")
-    assert said.err.strip().count("\n") == 0
+    assert output.err.startswith("error: ")
+    assert output.err.strip().count("\n") == 0
     assert written(folder) == ALL
     assert "checksum" in page_text(folder)
     assert "Every file matches" not in page_text(folder)
 
 
-def test_a_flipped_byte_that_is_in_no_image_is_found(folder: Path, capsys: Said) -> None:
+def test_a_flipped_byte_that_is_in_no_image_is_found(folder: Path, capsys: Capture) -> None:
     path = folder / "val-00000.parquet"
     data = bytearray(path.read_bytes())
     data[-6] ^= 1
@@ -122,7 +122,7 @@ def test_a_flipped_byte_that_is_in_no_image_is_found(folder: Path, capsys: Said)
     assert capsys.readouterr().out.count("error: ") == 1
 
 
-def test_a_file_that_grew_is_found(folder: Path, capsys: Said) -> None:
+def test_a_file_that_grew_is_found(folder: Path, capsys: Capture) -> None:
     path = folder / "val-00000.parquet"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"x")
@@ -130,52 +130,52 @@ def test_a_file_that_grew_is_found(folder: Path, capsys: Said) -> None:
     assert f"error: {path}: the file has {size + 1} bytes, but the manifest says {size}; " in capsys.readouterr().out
 
 
-def test_a_missing_file_is_one_line(folder: Path, capsys: Said) -> None:
+def test_a_missing_file_is_one_line(folder: Path, capsys: Capture) -> None:
     (folder / "val-00000.parquet").unlink()
     assert main([str(folder)]) == 2
-    said = capsys.readouterr().out
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    output = capsys.readouterr().out
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     found = "the file is missing or cannot be read; prepare the data set again."
     assert errors == [f"error: {folder}/val-00000.parquet: {found}"]
-    assert cells(said)["images"] == ["24", "6", "6"]
+    assert cells(output)["images"] == ["24", "6", "6"]
     assert written(folder) == ALL
 
 
-def test_a_damaged_index_hides_its_split_alone(folder: Path, capsys: Said) -> None:
+def test_a_damaged_index_hides_its_split_alone(folder: Path, capsys: Capture) -> None:
     path = folder / "test.index.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     assert main([str(folder)]) == 2
-    said = capsys.readouterr().out
-    assert f"error: {path}: does not match its checksum in manifest.json; prepare the data set again." in said
-    assert cells(said)["images"] == ["24", "6"]
+    output = capsys.readouterr().out
+    assert f"error: {path}: does not match its checksum in manifest.json; prepare the data set again." in output
+    assert cells(output)["images"] == ["24", "6"]
     assert written(folder) == (ALL[1], ALL[2], ALL[3])
 
 
-def test_masks_and_sizes_that_contradict_the_index_are_found(folder: Path, capsys: Said) -> None:
+def test_masks_and_sizes_that_contradict_the_index_are_found(folder: Path, capsys: Capture) -> None:
     table = pq.read_table(folder / "val.index.parquet")
     pixels, heights = table["pixels"].to_pylist(), table["height"].to_pylist()
     pixels[2][0] -= 1
     heights[4] += 1
     rewritten(folder, "val", pixels=pixels, height=heights)
     assert main([str(folder)]) == 2
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     ids = table["id"].to_pylist()
-    assert f"the mask of {ids[2]} has not the pixels per class" in said
-    assert f"the image of {ids[4]} has 48x32 px, but the index says 48x33" in said
-    assert f"the mask of {ids[4]} has 48x32 px, but the index says 48x33" in said
-    assert said.count("error: ") == 3
+    assert f"the mask of {ids[2]} has other numbers of pixels per class than the index says" in output
+    assert f"the image of {ids[4]} has 48x32 px, but the index says 48x33" in output
+    assert f"the mask of {ids[4]} has 48x32 px, but the index says 48x33" in output
+    assert output.count("error: ") == 3
 
 
-def test_mask_values_outside_the_class_table_are_found(folder: Path, capsys: Said) -> None:
+def test_mask_values_outside_the_class_table_are_found(folder: Path, capsys: Capture) -> None:
     index = open_shards(folder).index("val")
     path = Path(index.locations.files[0])
     row = int(np.argmax(index.locations.mask[:, 1]))
     first, count = map(int, index.locations.mask[row])
     data = path.read_bytes()
     mask = decode_mask(data[first : first + count])
-    strange = np.zeros_like(mask)
-    strange[0, :3] = (7, 8, 200)
-    encoded = encode_mask(strange)
+    invalid = np.zeros_like(mask)
+    invalid[0, :3] = (7, 8, 200)
+    encoded = encode_mask(invalid)
     assert len(encoded) <= count
     encoded += bytes(count - len(encoded))  # PNG readers stop at its end
     path.write_bytes(data[:first] + encoded + data[first + count :])
@@ -186,13 +186,13 @@ def test_mask_values_outside_the_class_table_are_found(folder: Path, capsys: Sai
     assert f"the mask of {index.ids[row]} should hold 0..6 and 255, but holds 7, 8, 200" in capsys.readouterr().out
 
 
-def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path, capsys: Said) -> None:
+def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path, capsys: Capture) -> None:
     manifest = read_manifest(folder)
     manifest["splits"]["val"] = manifest["splits"]["train"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(folder)]) == 2
-    said = capsys.readouterr().out
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    output = capsys.readouterr().out
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "train/train_00000 and 23 more: an image must be in one split" in errors[0]
     listed = (folder.parent / "shards-inspect/findings.txt").read_text().splitlines()
@@ -200,52 +200,54 @@ def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path
     assert listed[23].startswith("train/train_00023: an image must be in one split")
 
 
-def test_labels_that_lack_a_class_are_warned_about(folder: Path, rare: str, capsys: Said) -> None:
+def test_labels_that_lack_a_class_are_warned_about(folder: Path, rare: str, capsys: Capture) -> None:
     (folder.parent / "mine.txt").write_text(f"{rare}\n")
     index = open_shards(folder).index("train")
     shown = index.presence[index.ids.index(rare)]
     missing = [name for name, seen in zip(open_shards(folder).classes, shown, strict=True) if not seen]
     assert main([str(folder), "--labeled", str(folder.parent / "mine.txt")]) == 0
-    said = capsys.readouterr().out
-    (warning,) = (line for line in said.splitlines() if line.startswith("warning: labelled"))
+    output = capsys.readouterr().out
+    (warning,) = (line for line in output.splitlines() if line.startswith("warning: labelled"))
     assert f"no labelled mask shows {', '.join(missing)}: no label teaches it" in warning
-    assert cells(said)["images"] == ["24", "1", "6", "6"]
-    assert all(cells(said)[name][1] == "- (0)" for name in missing)
+    assert cells(output)["images"] == ["24", "1", "6", "6"]
+    assert all(cells(output)[name][1] == "- (0)" for name in missing)
     assert written(folder) == ("contact-test.png", "contact-train-labeled.png", "contact-train.png", *ALL[2:])
     assert "no labelled mask shows" in page_text(folder)
 
 
-def test_a_labelled_image_without_a_mask_is_fatal(folder: Path, capsys: Said) -> None:
+def test_a_labelled_image_without_a_mask_is_fatal(folder: Path, capsys: Capture) -> None:
     table = pq.read_table(folder / "train.index.parquet")
     sizes = table["mask_bytes"].to_pylist()
     sizes[7] = 0
     rewritten(folder, "train", mask_bytes=sizes)
     (folder.parent / "mine.txt").write_text("train_00007\ntrain_00008\n")
     assert main([str(folder), "--labeled", str(folder.parent / "mine.txt")]) == 2
-    said = capsys.readouterr().out
-    assert "every labelled image must have a mask, but 1 have none (train_00007)" in said
-    assert cells(said)["unlabelled"] == ["1", "1", "0", "0"]
+    output = capsys.readouterr().out
+    assert "every labelled image must have a mask, but 1 have none (train_00007)" in output
+    assert cells(output)["unlabelled"] == ["1", "1", "0", "0"]
     assert "no mask" in page_text(folder)
 
 
-def test_a_warning_that_preparing_noted_is_no_note_too(folder: Path, capsys: Said) -> None:
+def test_a_warning_that_preparing_noted_is_no_note_too(folder: Path, capsys: Capture) -> None:
     manifest = read_manifest(folder)
     manifest["classes"].append("ghost")
     manifest["palette"].append([1, 2, 3])
     (folder / "manifest.json").write_text(json.dumps(manifest))
     opened = open_shards(folder)
-    found = checks.whole({split: opened.index(split) for split in manifest["splits"]}, opened.classes)
+    found = checks.check_prepared({split: opened.index(split) for split in manifest["splits"]}, opened.classes)
     manifest["notes"] = summary_lines(found)
     assert "ghost" in manifest["notes"][0]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert main([str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("no mask shows ghost") == said.count("warning: ") == 3
-    assert "note: " not in said
+    output = capsys.readouterr().out
+    assert output.count("no mask shows ghost") == output.count("warning: ") == 3
+    assert "note: " not in output
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("6", "6"), ("0.5", "12"), ("mine", "2")])
-def test_the_labelled_part_is_a_count_a_fraction_or_a_name(folder: Path, wanted: str, count: str, capsys: Said) -> None:
+def test_the_labelled_part_is_a_count_a_fraction_or_a_name(
+    folder: Path, wanted: str, count: str, capsys: Capture
+) -> None:
     (folder / "subsets/mine").mkdir(parents=True)
     (folder / "subsets/mine/labeled.txt").write_text("train_00004\ntrain_00011\n")
     assert main([str(folder), "--labeled", wanted, "--seed", "2"]) == 0
@@ -253,7 +255,7 @@ def test_the_labelled_part_is_a_count_a_fraction_or_a_name(folder: Path, wanted:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no shards here"),
         (["shards", "--labeled", "yours"], "no subset named 'yours' here"),
@@ -263,18 +265,18 @@ def test_the_labelled_part_is_a_count_a_fraction_or_a_name(folder: Path, wanted:
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(
-    folder: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said
+    folder: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(folder.parent)
     assert main(arguments) == 2
-    found = capsys.readouterr()
-    assert found.err.startswith("error: ")
-    assert said in found.err
-    assert found.err.strip().count("\n") == 0
-    assert found.out == ""
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert message in output.err
+    assert output.err.strip().count("\n") == 0
+    assert output.out == ""
 
 
-def test_what_preparing_noted_and_left_out_is_told_once(folder: Path, capsys: Said) -> None:
+def test_what_preparing_noted_and_left_out_is_reported_once(folder: Path, capsys: Capture) -> None:
     manifest = read_manifest(folder)
     manifest["classes"][0] = "<sky> & [b]more"
     manifest["notes"] = ["val was held out of train"]
@@ -282,9 +284,9 @@ def test_what_preparing_noted_and_left_out_is_told_once(folder: Path, capsys: Sa
     (folder / "manifest.json").write_text(json.dumps(manifest))
     rewritten(folder, "val", image_sha256=[bytes([k]) * 32 for k in range(6)])
     assert main([str(folder), "--output", str(folder.parent / "shards-inspect")]) == 2
-    said = capsys.readouterr().out
-    assert "note: val was held out of train" in said
-    assert "<sky> & [b]more" in cells(said)
+    output = capsys.readouterr().out
+    assert "note: val was held out of train" in output
+    assert "<sky> & [b]more" in cells(output)
     text = page_text(folder)
     assert "raw/<odd>.png: is empty" in text
     assert "<sky> & [b]more" in text

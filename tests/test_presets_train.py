@@ -1,6 +1,6 @@
-"""Every shipped preset on its real road: official folders, `prepare`, imported lists, dry run, 50 steps.
+"""Every shipped preset as people use it: official folders, `prepare`, imported lists, dry run, 50 steps.
 
-Reduced are only size (images, crop, window, batch), length and hardware; the weights are random, as no test may download.
+Only sizes (image, crop, window, batch), length and hardware are reduced; weights are random, because no test may download.
 """
 
 import json
@@ -30,7 +30,7 @@ REDUCED = {
 
 
 def run(cwd: Path, *words: str) -> str:
-    """The output of `python -m cps_ray.WORDS`, which must succeed."""
+    """Returns the output of `python -m cps_ray.WORDS`, which must succeed."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", f"cps_ray.{words[0]}", *words[1:]]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
@@ -39,7 +39,7 @@ def run(cwd: Path, *words: str) -> str:
 
 
 def lists(folder: Path, train: list[str]) -> None:
-    """Published lists, as the authors name them: the first few images are labelled."""
+    """Writes published lists, as the authors name them: the first few images are labelled."""
     folder.mkdir(parents=True)
     for kind, names in (("labeled", train[:LABELED]), ("unlabeled", train[LABELED:])):
         (folder / f"train_aug_{kind}_1-8.txt").write_text("".join(f"{name}\n" for name in names))
@@ -63,7 +63,7 @@ def cityscapes(cwd: Path) -> None:
 
 @pytest.fixture(params=[voc, cityscapes], ids=["voc", "cityscapes"], scope="module")
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(name of the data set, working directory): data/NAME/shards, with the split 1_8."""
+    """(name of the data set, working directory): data/NAME/shards, with the labelled subset 1_8."""
     name = request.param.__name__
     cwd = tmp_path_factory.mktemp(name)
     with pytest.MonkeyPatch.context() as patch:

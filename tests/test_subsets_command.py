@@ -1,20 +1,25 @@
-"""The command `subsets`: lists drawn, and lists that others published, in the forms they have."""
+"""The command `subsets`: drawn lists, published lists in the formats they have, and names of earlier versions."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import changed
 
+from cps_ray.__main__ import main as cps_ray
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.subsets import labeled_subset
+from cps_ray.errors import DataError
 from cps_ray.subsets import main
 
 
 @pytest.fixture
-def mine(shards: Path, tmp_path: Path) -> Path:
-    """The shards, in a folder of their own: lists are written beside them."""
+def own_shards(shards: Path, tmp_path: Path) -> Path:
+    """The shards in a folder of their own, because lists are written beside them."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for file in shards.iterdir():
@@ -26,52 +31,55 @@ def lines(folder: Path, name: str, kind: str) -> list[str]:
     return (folder / "subsets" / name / f"{kind}.txt").read_text().splitlines()
 
 
-def put(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def test_a_draw_written_out_is_the_draw_that_a_config_asks_for(mine: Path, tiny: TrainConfig) -> None:
-    assert main(["draw", str(mine), "--labeled", "6", "--seed", "3"]) == 0
-    assert main(["draw", str(mine), "--labeled", "0.25", "--seed", "3", "--name", "quarter"]) == 0
-    config = changed(tiny, data__shards=str(mine), data__subset_seed=3)
-    index = open_shards(mine).index("train")
+def test_a_draw_written_out_is_the_draw_that_a_config_asks_for(own_shards: Path, tiny: TrainConfig) -> None:
+    assert main(["draw", str(own_shards), "--labeled", "6", "--seed", "3"]) == 0
+    assert main(["draw", str(own_shards), "--labeled", "0.25", "--seed", "3", "--name", "quarter"]) == 0
+    config = changed(tiny, data__shards=str(own_shards), data__subset_seed=3)
+    index = open_shards(own_shards).index("train")
     drawn = labeled_subset(config.data, index)
-    named = train_data(open_shards(mine), changed(config, data__labeled="drawn_6_seed_3")).subset
+    named = train_data(open_shards(own_shards), changed(config, data__labeled="drawn_6_seed_3")).subset
     assert named.labeled.tolist() == drawn.labeled.tolist()
     assert named.unlabeled.tolist() == drawn.unlabeled.tolist()
-    assert sorted(lines(mine, "quarter", "labeled")) == sorted(index.ids[row] for row in drawn.labeled)
-    assert len(lines(mine, "quarter", "unlabeled")) == 18
+    assert sorted(lines(own_shards, "quarter", "labeled")) == sorted(index.ids[row] for row in drawn.labeled)
+    assert len(lines(own_shards, "quarter", "unlabeled")) == 18
 
 
 def test_published_lists_come_in_under_their_own_names(
-    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lists = tmp_path / "lists"
-    # UniMatch: a folder a split, image and mask by space; the CPS repository: by tab, ratio in the name; ids alone.
-    put(lists / "1_8/labeled.txt", "leftImg8bit/train/x/train_00001_leftImg8bit.png gtFine/train/x/y.png\n")
-    put(lists / "1_8/unlabeled.txt", "leftImg8bit/train/x/train_00002_leftImg8bit.png gtFine/train/x/y.png")
-    put(lists / "subset/train_aug_labeled_1-16.txt", "/images/train/train_00003.png\t/segmentation/train/z.png\n")
-    put(lists / "subset/pseudoseg_labeled_1-4.txt", "train_00004\ntrain_00005\n")
-    put(lists / "subset/pseudoseg_unlabeled_1-4.txt", "train_00005\ntrain_00006")
-    put(lists / "92/labeled.txt", "train_00007\nval_00000\n")
-    assert main(["import", str(lists), str(mine)]) == 0
-    assert sorted(path.name for path in (mine / "subsets").iterdir()) == ["1_16", "1_8", "92", "pseudoseg_1_4"]
-    assert lines(mine, "1_8", "labeled") == ["train_00001"]
-    assert lines(mine, "1_8", "unlabeled") == ["train_00002"]
-    assert lines(mine, "1_16", "labeled") == ["train_00003"]
-    assert len(lines(mine, "1_16", "unlabeled")) == 23
-    assert lines(mine, "pseudoseg_1_4", "unlabeled") == ["train_00006"]
-    assert lines(mine, "92", "labeled") == ["train_00007"]
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "1 of 2 are in val here" in said
-    assert "train_00005 is in both lists" in said
-    assert 'data: {labeled: "92"}' in said
-    assert "no labelled mask shows" in said
+    # UniMatch: a folder per subset, image and mask separated by a space. The CPS repository: by a tab, ratio in the file name.
+    # And lists of ids alone.
+    write_file(lists / "1_8/labeled.txt", "leftImg8bit/train/x/train_00001_leftImg8bit.png gtFine/train/x/y.png\n")
+    write_file(lists / "1_8/unlabeled.txt", "leftImg8bit/train/x/train_00002_leftImg8bit.png gtFine/train/x/y.png")
+    write_file(
+        lists / "subset/train_aug_labeled_1-16.txt", "/images/train/train_00003.png\t/segmentation/train/z.png\n"
+    )
+    write_file(lists / "subset/pseudoseg_labeled_1-4.txt", "train_00004\ntrain_00005\n")
+    write_file(lists / "subset/pseudoseg_unlabeled_1-4.txt", "train_00005\ntrain_00006")
+    write_file(lists / "92/labeled.txt", "train_00007\nval_00000\n")
+    assert main(["import", str(lists), str(own_shards)]) == 0
+    assert sorted(path.name for path in (own_shards / "subsets").iterdir()) == ["1_16", "1_8", "92", "pseudoseg_1_4"]
+    assert lines(own_shards, "1_8", "labeled") == ["train_00001"]
+    assert lines(own_shards, "1_8", "unlabeled") == ["train_00002"]
+    assert lines(own_shards, "1_16", "labeled") == ["train_00003"]
+    assert len(lines(own_shards, "1_16", "unlabeled")) == 23
+    assert lines(own_shards, "pseudoseg_1_4", "unlabeled") == ["train_00006"]
+    assert lines(own_shards, "92", "labeled") == ["train_00007"]
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "1 of 2 are in val here" in output
+    assert "train_00005 is in both lists" in output
+    assert 'data: {labeled: "92"}' in output
+    assert "no labelled mask shows" in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["import", "nowhere", "shards"], "error: nowhere: no such folder"),
         (["import", "empty", "shards"], "error: empty: must hold lists named labeled.txt"),
@@ -85,14 +93,49 @@ def test_published_lists_come_in_under_their_own_names(
     ],
 )
 def test_errors_are_one_line_and_exit_2(
-    mine: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_shards: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(mine.parent)
+    monkeypatch.chdir(own_shards.parent)
     Path("empty").mkdir()
-    put(Path("foreign/1_8/labeled.txt"), "aachen_000000_000019\n")
-    put(Path("mixed/1_8/labeled.txt"), "val_00000\n")
+    write_file(Path("foreign/1_8/labeled.txt"), "aachen_000000_000019\n")
+    write_file(Path("mixed/1_8/labeled.txt"), "val_00000\n")
     assert main(arguments) == 2
-    found = capsys.readouterr().err.strip()
-    assert said in found
-    assert "\n" not in found
-    assert not (mine / "subsets").exists()
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (own_shards / "subsets").exists()
+
+
+def test_the_former_name_of_the_command_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cps-ray", "splits", "draw", "shards", "--labeled", "6"])
+    assert cps_ray() == 2
+    assert capsys.readouterr().err == "error: `splits` is called `subsets` now: cps-ray subsets ...\n"
+
+
+@pytest.mark.parametrize("both_folders", [False, True])
+def test_a_subset_in_the_former_folder_is_refused_with_the_command_that_moves_it(
+    own_shards: Path, tiny: TrainConfig, both_folders: bool
+) -> None:
+    write_file(own_shards / "splits/1_12/labeled.txt", "train_00004\ntrain_00011\n")
+    if both_folders:
+        write_file(own_shards / "subsets/2/labeled.txt", "train_00005\n")
+    write_file(own_shards / "splits/1_6/labeled.txt", "train_00005\n")
+    config = changed(tiny, data__shards=str(own_shards), data__labeled="1_12")
+    opened = open_shards(own_shards)
+    with pytest.raises(DataError) as caught:
+        train_data(opened, config)
+    message, _, command = str(caught.value).partition(" Move them: ")
+    assert message == f"{own_shards}/splits: lists of labelled subsets must lie in subsets/ now."
+    assert "\n" not in command
+
+    subprocess.run(shlex.split(command), check=True)
+    assert train_data(opened, config).subset.labeled.tolist() == [4, 11]
+    if not both_folders:
+        assert train_data(opened, changed(config, data__labeled="1_6")).subset.labeled.tolist() == [5]
+        assert not (own_shards / "splits").exists()

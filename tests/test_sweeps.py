@@ -1,4 +1,4 @@
-"""Every shipped sweep is whole: it loads, and its draws are valid trainings."""
+"""Every shipped sweep loads, and its draws are valid trainings."""
 
 from pathlib import Path
 

@@ -53,18 +53,18 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
     before = files(tmp_path) | files(shards)
     assert train.main(["mine.yaml", "--dry-run", *small(cps__ramp="0.1")]) == 0
     assert files(tmp_path) | files(shards) == before
-    found = plan(capsys)
-    assert found["run folder"] == "train-mine"
-    assert found["method"] == "cps, weight 1 after a ramp over 10% of the steps on unlabeled images, mix cutmix"
-    assert re.fullmatch(r"deeplabv3plus, tu-test_efficientnet, weights none: \d\.\d M parameters", found["network a"])
-    assert found["network b"] == found["network a"]
-    assert found["images"] == "6 labelled, 18 unlabelled, 6 to validate"
-    assert found["steps"] == "60, with 3 evaluations, one every 20"
+    rows = plan(capsys)
+    assert rows["run folder"] == "train-mine"
+    assert rows["method"] == "cps, weight 1 after a ramp over 10% of the steps on unlabeled images, mix cutmix"
+    assert re.fullmatch(r"deeplabv3plus, tu-test_efficientnet, weights none: \d\.\d M parameters", rows["network a"])
+    assert rows["network b"] == rows["network a"]
+    assert rows["images"] == "6 labelled, 18 unlabelled, 6 to validate"
+    assert rows["steps"] == "60, with 3 evaluations, one every 20"
     # 60 steps of 4 images: 240 views of 6 and of 18 images.
-    assert found["passes"] == "40.0 over the labelled images, 13.3 over the unlabelled images"
-    assert found["batch"] == "4 + 4 crops of 32x48 px (labelled + unlabelled), 2 + 2 per worker"
-    assert found["workers"] == "2, each 0.5 CPUs, 0 GPUs"
-    assert "once it runs" in found["speed"]
+    assert rows["passes"] == "40.0 over the labelled images, 13.3 over the unlabelled images"
+    assert rows["batch"] == "4 + 4 crops of 32x48 px (labelled + unlabelled), 2 + 2 per worker"
+    assert rows["workers"] == "2, each 0.5 CPUs, 0 GPUs"
+    assert "once it runs" in rows["speed"]
 
 
 def test_the_size_of_a_network_is_that_of_its_parameters(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,28 +80,28 @@ def test_the_size_of_a_network_is_that_of_its_parameters(shards: Path, capsys: p
 def test_a_supervised_plan_speaks_of_labelled_images_alone(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = small(method="supervised", compute__accumulate="2")
     assert train.main(["reference/voc", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0
-    found = plan(capsys)
-    assert found["method"] == "supervised"
-    assert "network b" not in found
-    assert found["passes"] == "40.0 over the labelled images"
-    assert found["batch"] == "4 crops of 32x48 px (labelled), 2 per worker in 2 micro-batches"
+    rows = plan(capsys)
+    assert rows["method"] == "supervised"
+    assert "network b" not in rows
+    assert rows["passes"] == "40.0 over the labelled images"
+    assert rows["batch"] == "4 crops of 32x48 px (labelled), 2 per worker in 2 micro-batches"
 
 
 def test_a_preset_by_its_name(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("here").symlink_to(shards)
     assert train.main(["reference/cityscapes", "--set", "data.shards=here", "--dry-run", *small()]) == 0
-    found = plan(capsys)
-    assert found["run folder"] == "runs/reference-cityscapes"
-    assert found["method"] == "cps, weight 6 on all images, mix none"
+    rows = plan(capsys)
+    assert rows["run folder"] == "runs/reference-cityscapes"
+    assert rows["method"] == "cps, weight 6 on all images, mix none"
     assert not (tmp_path / "runs").exists()
 
 
 def test_data_yet_to_be_drawn_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = small(data__shards="drawn", data__synthetic="{train: 40, val: 5}")
     assert train.main(["reference/voc", "--dry-run", *words]) == 0
-    found = plan(capsys)
-    assert found["images"] == "40 to train on and 5 to validate, drawn on first use"
-    assert "passes" not in found
+    rows = plan(capsys)
+    assert rows["images"] == "40 to train on and 5 to validate, drawn on first use"
+    assert "passes" not in rows
     assert not files(tmp_path)
 
 
@@ -120,10 +120,10 @@ def test_a_dry_run_finds_what_a_run_would(
 ) -> None:
     words = small(**{"data.shards": str(shards), **changes})
     assert train.main(["reference/voc", "--dry-run", *words]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
     assert not files(tmp_path)
 
 

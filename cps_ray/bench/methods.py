@@ -1,4 +1,4 @@
-"""`bench methods`: methods and switches at equal steps over seeds, by the engine alone, evaluated on masks that nothing was chosen by."""
+"""`bench methods`: compares methods and switches at equal steps over seeds, by the engine alone; no score selects anything."""
 
 import argparse
 import json
@@ -53,15 +53,15 @@ VARIANTS: dict[str, Changes] = {
     "  networks: 3": {**_CUTMIX, "model.networks": 3},
     "  ema.decay: 0.99": {**_CUTMIX, "ema.decay": 0.99},
 }
-"""What is compared; the indented ones change one thing each of `cps + cutmix`, whose other switches are the file's."""
+"""Name -> changes to the training in the file. The indented ones are `cps + cutmix` with further changes."""
 
 
 def variants(config: TrainConfig, names: list[str] | None) -> dict[str, TrainConfig]:
-    """The training in each variant. ConfigError for a name that there is not."""
-    known = {name.strip(): changes for name, changes in VARIANTS.items()}
-    unknown = [name for name in names or [] if name not in known]
+    """Returns the training in each of the named variants (None: in all). Raises ConfigError for an unknown name."""
+    known_names = [name.strip() for name in VARIANTS]
+    unknown = [name for name in names or [] if name not in known_names]
     if unknown:
-        raise ConfigError(f"--only {unknown[0]!r}: must be one of {', '.join(known)}.")
+        raise ConfigError(f"--only {unknown[0]!r}: must be one of {', '.join(known_names)}.")
     return {
         name: apply(config, changes, name)
         for name, changes in VARIANTS.items()
@@ -70,7 +70,10 @@ def variants(config: TrainConfig, names: list[str] | None) -> dict[str, TrainCon
 
 
 def train_and_evaluate(raw: dict[str, Any], split: str, threads: int) -> Figures:
-    """One training to its last step; every score of `split` by its last networks, and how long its steps took."""
+    """Trains to the last step. Returns the seconds of all steps, the last losses, and the scores of the last networks on `split`.
+
+    A training that diverges returns the reason, under `failed`.
+    """
     config = parse_train(raw, "bench")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
     tune_cpu(threads)
@@ -85,7 +88,7 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int) -> Figures
             state,
             train_batches(data, config, threads=threads),
             lambda _: {},
-            lambda found, _: not last.update(found),
+            lambda metrics, _: not last.update(metrics),  # update returns None, so this is True: continue
         )
     except DivergedError as err:
         return {"failed": str(err)}
@@ -112,47 +115,47 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int) -> Figures
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is not in the JSON yet, writes it down as it ends, and prints the table."""
+    """Trains what is not in the JSON file yet, records each run as it ends, and prints the table."""
     config = _training(args.file, args.set)
     shards = open_data(config.data)
     if not shards.index(args.split).labeled.any():
         raise ConfigError(
             f"--split {args.split}: must have masks to be evaluated on, but {config.data.shards} has none there."
         )
-    todo = variants(config, args.only)
-    found: dict[str, Figures] = {}
+    trainings = variants(config, args.only)
+    results: dict[str, Figures] = {}
     if args.json is not None and args.json.exists():
-        found = _kept(args.json, args.split, config)
-    for key, figures in _runs(args, todo, found):
-        found[key] = figures
+        results = _recorded_runs(args.json, args.split, config)
+    for key, figures in _run_all(args, trainings, results):
+        results[key] = figures
         if args.json is not None:
             record = {
                 "config": config.dump(),
                 "split": args.split,
                 "jobs": args.jobs,
                 "torch": torch.__version__,
-                "runs": found,
+                "runs": results,
             }
             args.json.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{key}: {figures.get('failed') or round(100 * figures[f'{args.split}/miou'], 2)}", flush=True)
-    _print(args, todo, found)
+    _print_table(args, trainings, results)
     return 0
 
 
-def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
-    """The runs on record. Raises ConfigError if they are of another training: side by side they would compare nothing."""
+def _recorded_runs(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
+    """Returns the runs on record. Raises ConfigError if they are of another training or split, and cannot be compared."""
     try:
         record = json.loads(path.read_text())
-        kept = parse_train(record["config"], str(path)).dump()
+        recorded = parse_train(record["config"], str(path)).dump()
         runs: dict[str, Figures] = record["runs"]
         evaluated = record["split"]
     except (ValueError, KeyError, TypeError, ConfigError) as err:
         raise ConfigError(f"--json {path}: must be a record of `bench methods`, or not exist yet: {err}") from err
     wanted = config.dump()
     for section in wanted:
-        if kept[section] != wanted[section]:
+        if recorded[section] != wanted[section]:
             raise ConfigError(
-                f"--json {path}: its runs must be of the same training, but `{section}` was {kept[section]} there and is "
+                f"--json {path}: its runs must be of the same training, but `{section}` was {recorded[section]} there and is "
                 f"{wanted[section]} here. Name another file."
             )
     if evaluated != split:
@@ -161,7 +164,7 @@ def _kept(path: Path, split: str, config: TrainConfig) -> dict[str, Figures]:
 
 
 def _training(file: Path, overrides: list[str]) -> TrainConfig:
-    """With one evaluation, at the end: time is that of the steps, and nothing is chosen by a score."""
+    """Reads the training of the file. It is evaluated once, at the end, so that only steps are timed and no score selects a model."""
     try:
         config = load_train(file)
     except ConfigError as err:
@@ -176,25 +179,26 @@ def _training(file: Path, overrides: list[str]) -> TrainConfig:
     return apply(config, {**changes, "schedule.eval_every": steps}, "--set")
 
 
-def _runs(
-    args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[str, Figures]
+def _run_all(
+    args: argparse.Namespace, trainings: dict[str, TrainConfig], results: dict[str, Figures]
 ) -> Iterator[tuple[str, Figures]]:
-    """Seed by seed, so that whatever has been done when time is up compares all variants."""
+    """Trains what `results` lacks and yields (key, figures) as runs end: seed by seed, so that all variants advance alike."""
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     spawn = multiprocessing.get_context("spawn")
-    waiting: dict[Future[Figures], str] = {}
+    keys: dict[Future[Figures], str] = {}
+    # A process per training, so that none begins with the memory or the thread settings of another.
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         for seed in args.seeds:
-            for name, config in todo.items():
+            for name, config in trainings.items():
                 key = f"{name.strip()} seed {seed}"
-                if key not in found:
+                if key not in results:
                     raw = apply(config, {"seed": seed}, key).dump()
-                    waiting[pool.submit(train_and_evaluate, raw, args.split, threads)] = key
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+                    keys[pool.submit(train_and_evaluate, raw, args.split, threads)] = key
+        for future in as_completed(keys):
+            yield keys[future], future.result()
 
 
-def _print(args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[str, Figures]) -> None:
+def _print_table(args: argparse.Namespace, trainings: dict[str, TrainConfig], results: dict[str, Figures]) -> None:
     columns = {
         "mIoU %": (f"{args.split}/miou", 100.0),
         "ensemble": (f"{args.split}/ensemble/miou", 100.0),
@@ -203,17 +207,17 @@ def _print(args: argparse.Namespace, todo: dict[str, TrainConfig], found: dict[s
         "seconds": ("seconds", 1.0),
     }
     table = Table("", *columns, "seeds", title=f"{args.file.name}, evaluated on {args.split}: mean and sd over seeds")
-    for name in todo:
-        runs = [found[key] for seed in args.seeds if (key := f"{name.strip()} seed {seed}") in found]
-        whole = [one for one in runs if "failed" not in one]
-        cells = [_cell([scale * one[metric] for one in whole if metric in one]) for metric, scale in columns.values()]
-        table.add_row(
-            name, *cells, f"{len(whole)}" + (f", {len(runs) - len(whole)} failed" if len(runs) > len(whole) else "")
-        )
+    for name in trainings:
+        runs = [results[key] for seed in args.seeds if (key := f"{name.strip()} seed {seed}") in results]
+        ended = [run for run in runs if "failed" not in run]
+        cells = [_cell([scale * run[metric] for run in ended if metric in run]) for metric, scale in columns.values()]
+        failed = f", {len(runs) - len(ended)} failed" if len(runs) > len(ended) else ""
+        table.add_row(name, *cells, f"{len(ended)}{failed}")
     wide().print(table)
 
 
 def _cell(values: list[float]) -> str:
+    """Returns the mean and, of several values, the standard deviation."""
     if not values:
         return ""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

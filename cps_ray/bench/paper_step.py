@@ -1,6 +1,6 @@
-"""The step of CPS with CutMix written straight from the paper's algorithm: eight passes, float logits blended at full size.
+"""The step of CPS with CutMix as the paper's algorithm states it: eight passes, float logits mixed at full size.
 
-What `bench step` compares with. On purpose it shares nothing with the engine but the weights it starts from.
+`bench step` compares the engine with it. On purpose it has no code of the engine; only the initial weights are the same.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class PaperStep:
-    """Two networks that map normalised images (B, 3, H, W) to logits (B, C, H, W); each with its own SGD."""
+    """One step of two networks, which map normalised images (B, 3, H, W) to logits (B, C, H, W). Each has its own SGD.
+
+    Source: Chen, Yuan, Zeng, Wang, CVPR 2021.
+    """
 
     def __init__(self, networks: Sequence[nn.Module], lr: float, weight_decay: float, cps_weight: float) -> None:
         self.net1, self.net2 = networks
@@ -21,10 +24,15 @@ class PaperStep:
         self.cps_weight = cps_weight
 
     def __call__(self, x: Tensor, y: Tensor, u0: Tensor, u1: Tensor, mask: Tensor) -> float:
-        """Normalised float images; `y` int64 (B, H, W), 255 ignored; `mask` float (B, 1, H, W): 1 where u1 is pasted."""
+        """Takes a step and returns its loss.
+
+        `x`, labelled, and `u0` and `u1`, unlabelled: normalised float (B, 3, H, W). `y`: int64 (B, H, W), 255 is ignored.
+        `mask`: float (B, 1, H, W), 1 where u1 is pasted into u0.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         mixed = u0 * (1 - mask) + u1 * mask
+        # Teachers: each network sees both sources unmixed; their logits are mixed like the images.
         with torch.no_grad():
             logits1_u0, logits1_u1 = self.net1(u0), self.net1(u1)
             logits2_u0, logits2_u1 = self.net2(u0), self.net2(u1)

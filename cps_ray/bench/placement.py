@@ -1,4 +1,4 @@
-"""`bench placement`: the same global batches trained with networks split over workers and replicated; losses, wire, memory."""
+"""`bench placement`: trains the same global batches in both placements and compares losses, bytes on the wire and memory."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cps_ray.bench import wide
-from cps_ray.bench.step import held, make_batch, training
+from cps_ray.bench.step import make_batch, process_bytes, training_config
 from cps_ray.config.space import apply
 from cps_ray.engine.ranks import join
 from cps_ray.engine.state import TrainState, build_state
@@ -26,56 +26,57 @@ Figures = dict[str, Any]
 PLACEMENTS = ("replicated", "one_network_per_worker")
 
 
-def _bytes(values: list[Tensor]) -> int:
+def _num_bytes(values: list[Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in values)
 
 
-def _weights(state: TrainState) -> int:
-    return sum(_bytes([*network.state_dict().values()]) for network in state.networks.values())
+def _weight_bytes(state: TrainState) -> int:
+    return sum(_num_bytes([*network.state_dict().values()]) for network in state.networks.values())
 
 
-def _optimizers(state: TrainState) -> int:
-    kept = [
-        value for optimizer in state.optimizers.values() for of in optimizer.state.values() for value in of.values()
-    ]
-    return _bytes([value for value in kept if isinstance(value, Tensor)])
+def _optimizer_bytes(state: TrainState) -> int:
+    parameter_states = [entry for optimizer in state.optimizers.values() for entry in optimizer.state.values()]
+    return _num_bytes([value for entry in parameter_states for value in entry.values() if isinstance(value, Tensor)])
 
 
-def _on_wire() -> int:
-    """Bytes that loopback has carried, headers and all."""
+def _loopback_bytes() -> int:
+    """Returns the bytes that the loopback interface has sent so far, headers included."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         if line.strip().startswith("lo:"):
-            return int(line.split(":")[1].split()[8])
+            return int(line.split(":")[1].split()[8])  # the ninth column: bytes transmitted
     return 0
 
 
-def _work(args: argparse.Namespace, placement: str, rank: int, port: int, line: Connection) -> None:
+def _train_rank(args: argparse.Namespace, placement: str, rank: int, port: int, results: Connection) -> None:
+    """Trains as one rank, in a process of its own, and sends what it measured."""
     torch.set_num_threads(1)
-    before = held("VmRSS")
+    before = process_bytes("VmRSS")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.workers)
     config = apply(
-        training(args, args.encoder, {}, {}), {"resources": {"placement": placement, "workers": args.workers}}, "bench"
+        training_config(args, args.encoder, {}, {}),
+        {"resources": {"placement": placement, "workers": args.workers}},
+        "bench",
     )
     ranks = join(config, rank, args.workers, torch.device("cpu"))
     state = build_state(config, args.classes, ranks)
     batch = make_batch(args).map(lambda images: images.chunk(ranks.num_batch_shards)[ranks.batch_shard])
     losses = [train_step(config, state, batch)["loss"]]
     dist.barrier()
-    carried, seconds = _on_wire(), []
+    bytes_before, seconds = _loopback_bytes(), []
     for _ in range(args.steps):
         begin = time.perf_counter()
         losses.append(train_step(config, state, batch)["loss"])
         seconds.append(time.perf_counter() - begin)
     dist.barrier()
-    carried = _on_wire() - carried
+    wire_bytes = _loopback_bytes() - bytes_before
     mean = ranks.sum(torch.stack(losses)) / args.workers
-    line.send(
+    results.send(
         {
             "losses": mean.tolist(),
-            "wire_bytes_per_step": carried / args.steps,
-            "weight_bytes": _weights(state),
-            "optimizer_bytes": _optimizers(state),
-            "peak_bytes": held("VmHWM") - before,
+            "wire_bytes_per_step": wire_bytes / args.steps,
+            "weight_bytes": _weight_bytes(state),
+            "optimizer_bytes": _optimizer_bytes(state),
+            "peak_bytes": process_bytes("VmHWM") - before,
             "step_s": median(seconds),
         }
     )
@@ -83,29 +84,29 @@ def _work(args: argparse.Namespace, placement: str, rank: int, port: int, line: 
 
 
 def _measure(args: argparse.Namespace, placement: str) -> list[Figures]:
-    """What each worker found."""
+    """Returns what each worker measured, by rank."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # the system picks a free port
         port = int(probe.getsockname()[1])
     spawn = multiprocessing.get_context("spawn")
-    lines, workers = [], []
+    receivers, workers = [], []
     for rank in range(args.workers):
-        here, there = spawn.Pipe()
-        lines.append(here)
-        workers.append(spawn.Process(target=_work, args=(args, placement, rank, port, there), daemon=True))
+        receiver, sender = spawn.Pipe()
+        receivers.append(receiver)
+        workers.append(spawn.Process(target=_train_rank, args=(args, placement, rank, port, sender), daemon=True))
         workers[-1].start()
-        there.close()
-    found = [line.recv() for line in lines]
+        sender.close()  # the worker has the only one, so that `recv` fails instead of waiting if the worker dies
+    rows = [receiver.recv() for receiver in receivers]
     for worker in workers:
         worker.join()
-    return found
+    return rows
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures one placement after the other, prints the table, writes the JSON."""
-    found = {placement: _measure(args, placement) for placement in PLACEMENTS}
-    pairs = zip(found["replicated"][0]["losses"], found["one_network_per_worker"][0]["losses"], strict=True)
-    apart = [abs(one - other) / abs(one) for one, other in pairs]
+    rows_by_placement = {placement: _measure(args, placement) for placement in PLACEMENTS}
+    losses = (rows_by_placement[placement][0]["losses"] for placement in PLACEMENTS)
+    differences = [abs(replicated - spread) / abs(replicated) for replicated, spread in zip(*losses, strict=True)]
     columns = {
         "wire MB/step": "wire_bytes_per_step",
         "weights MB": "weight_bytes",
@@ -116,24 +117,25 @@ def run(args: argparse.Namespace) -> int:
     console = wide()
     console.print(
         f"{args.architecture} {args.encoder}, {args.workers} gloo workers of one thread, {args.crop}x{args.crop} px, "
-        f"{args.batch} + {args.batch} images, {args.classes} classes; the most of any worker"
+        f"{args.batch} + {args.batch} images, {args.classes} classes; the largest value of any worker"
     )
     table = Table("placement", *columns)
-    most = {
-        placement: {key: max(each[key] for each in rows) for key in columns.values()}
-        for placement, rows in found.items()
+    largest = {
+        placement: {key: max(row[key] for row in rows) for key in columns.values()}
+        for placement, rows in rows_by_placement.items()
     }
-    for placement, row in most.items():
+    for placement, row in largest.items():
         cells = [f"{row[key]:.2f}" if key == "step_s" else f"{row[key] / 2**20:.2f}" for key in columns.values()]
         table.add_row(placement, *cells)
     table.add_row(
-        "ratio", *(f"{most['one_network_per_worker'][key] / most['replicated'][key]:.3g}" for key in columns.values())
+        "ratio",
+        *(f"{largest['one_network_per_worker'][key] / largest['replicated'][key]:.3g}" for key in columns.values()),
     )
     console.print(table)
     console.print(
-        f"relative difference of the loss: {apart[0]:.1e} in the first step, up to {max(apart):.1e} in {len(apart)}: where two "
+        f"relative difference of the loss: {differences[0]:.1e} in the first step, up to {max(differences):.1e} in {len(differences)}: where two "
         "classes tie, the last bit of a sum turns a hard label (in double precision a test holds 1e-9 over 20 steps)"
     )
     if args.json is not None:
-        args.json.write_text(json.dumps({"loss_differences": apart, **found}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"loss_differences": differences, **rows_by_placement}, indent=2) + "\n")
     return 0

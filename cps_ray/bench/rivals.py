@@ -1,4 +1,4 @@
-"""What the stream is compared with: the loader a user would write, and bare decoding. Both read the raw files."""
+"""What `bench stream` compares the stream with: the loader a user would write, and bare decoding. Both read the raw files."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 Pair = tuple[str, str | None]
 """Image file and mask file."""
 _EPOCH = 100_000
+"""Nominal number of items in an epoch; the images are repeated to fill it."""
 
 
 class RawFiles(Dataset[Any]):
-    """An unlabelled image and a random labelled one, from raw files through albumentations as its documentation has it.
+    """Pairs of an unlabelled image and a random labelled one, read from raw files and augmented by albumentations.
 
-    Goes over the images again and again within one epoch: few of them are no disadvantage.
+    One epoch goes over the images many times, so that a small data set is no disadvantage.
     """
 
     def __init__(self, labeled: Sequence[Pair], unlabeled: Sequence[Pair], crop: int) -> None:
@@ -40,10 +41,10 @@ class RawFiles(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         image, mask = self._labeled[int(torch.randint(len(self._labeled), ()))]
-        first = self._transform(image=_read(image), mask=cv2.imread(str(mask), cv2.IMREAD_UNCHANGED))
-        second = self._transform(image=_read(self._unlabeled[number % len(self._unlabeled)][0]))
-        planes = (torch.from_numpy(made["image"]).permute(2, 0, 1).contiguous() for made in (first, second))
-        return *planes, torch.from_numpy(first["mask"])
+        labeled = self._transform(image=_read(image), mask=cv2.imread(str(mask), cv2.IMREAD_UNCHANGED))
+        unlabeled = self._transform(image=_read(self._unlabeled[number % len(self._unlabeled)][0]))
+        planes = (torch.from_numpy(view["image"]).permute(2, 0, 1).contiguous() for view in (labeled, unlabeled))
+        return *planes, torch.from_numpy(labeled["mask"])
 
 
 def _read(path: str) -> Any:
@@ -51,7 +52,7 @@ def _read(path: str) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # no threads of OpenCV beside the loader's own processes
 
 
 def data_loader(
@@ -64,7 +65,11 @@ def data_loader(
     warm_s: float,
     seconds: float,
 ) -> dict[str, float]:
-    """torch's DataLoader with `workers` processes, kept over passes: `batch` labelled and as many unlabelled images a step."""
+    """Measures torch's DataLoader with `workers` processes that live over all passes.
+
+    A step has `batch` labelled and as many unlabelled images. Returns `first_s`, seconds to the first batch, and `images_per_s`
+    over `seconds` after a warm-up of `warm_s`.
+    """
     begin = time.perf_counter()
     loader = DataLoader(
         RawFiles(labeled, unlabeled, crop),
@@ -94,7 +99,10 @@ def _timed(batches: Iterator[Any], begin: float, images: int, warm_s: float, sec
 def bare(
     labeled: Sequence[Pair], unlabeled: Sequence[Pair], crop: int, seconds: float, threads: int
 ) -> dict[str, float]:
-    """`threads` threads that read a raw file, decode it with OpenCV and copy a random crop: the limit."""
+    """Measures `threads` threads that read raw files, decode them with OpenCV and copy random crops: the upper limit.
+
+    Returns `images_per_s`.
+    """
     cv2.setNumThreads(1)
     end = time.perf_counter() + seconds
 
@@ -123,8 +131,8 @@ def bare(
 
 
 def pairs_of(folder: Path, images: str, masks: str | None) -> list[Pair]:
-    """Files of two patterns, paired by their order."""
-    found = sorted(map(str, folder.glob(images)))
+    """Returns the files of two glob patterns, paired by their order; mask None without `masks`."""
+    image_files = sorted(map(str, folder.glob(images)))
     if masks is None:
-        return [(image, None) for image in found]
-    return list(zip(found, sorted(map(str, folder.glob(masks))), strict=True))
+        return [(image, None) for image in image_files]
+    return list(zip(image_files, sorted(map(str, folder.glob(masks))), strict=True))

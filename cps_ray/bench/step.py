@@ -1,4 +1,4 @@
-"""`bench step`: our step beside the eight-pass step of the paper's algorithm, on the same networks and images, without Ray."""
+"""`bench step`: compares our step with the eight-pass step of the paper's algorithm, on the same networks and images, without Ray."""
 
 import argparse
 import gc
@@ -32,16 +32,19 @@ from cps_ray.engine.step import train_step
 PAPER = "paper, 8 passes"
 PAPER_TUNED = "paper, with our memory settings"
 _FAITHFUL = {"cutmix_partner": "self", "forwards": "separate"}
+"""Settings of `cps` that make our step compute what the paper's step computes."""
 _BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
-"""Dense bf16 operations per second by the makers' data sheets."""
+"""Part of a GPU's name -> dense bf16 operations per second by the maker's data sheet."""
 _WITHOUT_DROPOUT = {"deeplabv3plus": {"decoder_aspp_dropout": 0.0}}
-_WARM = 2
+_WARM_UP_STEPS = 2
 
 Figures = dict[str, Any]
 
 
-def training(args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]) -> TrainConfig:
-    """A CPS training with CutMix; nothing is read from `shards`."""
+def training_config(
+    args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]
+) -> TrainConfig:
+    """Returns a CPS training with CutMix and these settings of `cps` and `compute`; nothing is read from its `shards`."""
     raw = {
         "data": {
             "shards": ".",
@@ -50,7 +53,7 @@ def training(args: argparse.Namespace, encoder: str, cps: dict[str, Any], comput
             "labeled_batch": args.batch,
             "unlabeled_batch": args.batch,
         },
-        # Dropout off, so that all take the same first step.
+        # Without dropout, so that the first losses of all contestants can be compared.
         "model": {
             "architecture": args.architecture,
             "encoder": encoder,
@@ -66,7 +69,7 @@ def training(args: argparse.Namespace, encoder: str, cps: dict[str, Any], comput
 
 
 def contestants(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], dict[str, Any]] | None]:
-    """Name -> (cps settings, compute settings) of each; None is the paper's own step."""
+    """Returns name -> (settings of `cps`, settings of `compute`) of what is compared; None is the paper's own step."""
     rows: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
         PAPER: None,
         **({PAPER_TUNED: None} if args.device == "cpu" else {}),
@@ -83,7 +86,7 @@ def contestants(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], dic
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
-    """Random images with masks in patches, two views of the unlabelled ones."""
+    """Returns random images, masks of random patches, and two views of the unlabelled images, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, args.batch, 3, args.crop, args.crop), dtype=torch.uint8, generator=generator)
     cells = torch.randint(0, args.classes, (args.batch, 1, args.crop // 16, args.crop // 16), generator=generator)
@@ -93,7 +96,7 @@ def make_batch(args: argparse.Namespace) -> Batch:
 
 
 class _WithUpsampling(nn.Module):
-    """A network as a user builds it: full-resolution logits."""
+    """A network as a user would build it, whose logits have the size of the image."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
@@ -103,16 +106,16 @@ class _WithUpsampling(nn.Module):
         return upsample(self.network(image_B3HW), (image_B3HW.shape[-2], image_B3HW.shape[-1]))
 
 
-def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], float]:
-    """One step of a contestant as a call that returns its loss."""
-    device, batch, row = torch.device(args.device), make_batch(args), contestants(args)[name]
-    if row is not None:
-        config = training(args, encoder, *row)
+def make_step(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], float]:
+    """Returns a function that takes one step of the contestant `name` and returns its loss."""
+    device, batch, settings = torch.device(args.device), make_batch(args), contestants(args)[name]
+    if settings is not None:
+        config = training_config(args, encoder, *settings)
         state = build_state(config, args.classes, Ranks(device=device))
         if args.device == "cuda":
             batch = batch.map(lambda images: images.pin_memory())
         return lambda: float(train_step(config, state, batch)["loss"])
-    config = training(args, encoder, _FAITHFUL, {"channels_last": False})
+    config = training_config(args, encoder, _FAITHFUL, {"channels_last": False})
     segmenters = build_networks(config, args.classes)
     mean, std = segmenters["a"].mean, segmenters["a"].std
     x, u0, u1 = (
@@ -129,54 +132,56 @@ def prepared(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], 
 
 
 def _contest(args: argparse.Namespace, encoder: str, name: str, line: Connection) -> None:
-    """A process of its own for each: takes a step whenever it is asked to, and says how long it took and what its loss was.
+    """Takes a step for every True that comes over `line`, and sends its seconds and loss; runs in a process of its own.
 
-    At the end it tells its peak memory above what it held before there was a network, and the operations of a step.
+    After a False, sends the peak memory above what the process held before there was a network, and the operations of a step.
     """
+    # The paper's step runs as a plain program does: without the memory settings that tune_cpu makes.
     if name == PAPER or args.device == "cuda":
         torch.set_num_threads(args.threads)
     else:
         tune_cpu(args.threads)
-    before = held("VmRSS")
-    step = prepared(args, encoder, name)
+    before = process_bytes("VmRSS")
+    step = make_step(args, encoder, name)
     while line.recv():
-        gc.collect()
+        gc.collect()  # outside the measured time
         begin = time.perf_counter()
         loss = step()  # reading the loss waits for the device
         line.send((time.perf_counter() - begin, loss))
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else held("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else process_bytes("VmHWM") - before
     line.send({"peak_bytes": peak, "flops": _operations(step)})
 
 
 def _measure(args: argparse.Namespace, encoder: str) -> dict[str, Figures]:
-    """Everyone takes a step in turn; the first ones do not count."""
+    """Returns the figures of each contestant. They take their steps in turn; the first ones do not count."""
     spawn = multiprocessing.get_context("spawn")
     lines: dict[str, Connection] = {}
     workers = []
     for name in contestants(args):
-        lines[name], there = spawn.Pipe()
-        workers.append(spawn.Process(target=_contest, args=(args, encoder, name, there), daemon=True))
+        lines[name], other_end = spawn.Pipe()
+        workers.append(spawn.Process(target=_contest, args=(args, encoder, name, other_end), daemon=True))
         workers[-1].start()
-        there.close()
+        other_end.close()
     seconds: dict[str, list[float]] = {name: [] for name in lines}
-    first: dict[str, float] = {}
-    for number in range(_WARM + args.rounds):
+    first_loss: dict[str, float] = {}
+    for number in range(_WARM_UP_STEPS + args.rounds):
         for name, line in lines.items():
             line.send(True)
             took, loss = line.recv()
-            first.setdefault(name, loss)
-            if number >= _WARM:
+            first_loss.setdefault(name, loss)
+            if number >= _WARM_UP_STEPS:
                 seconds[name].append(took)
     rows: dict[str, Figures] = {}
     for name, line in lines.items():
         line.send(False)
-        took = seconds[name]
+        step_s = median(seconds[name])
         rows[name] = {
-            "seconds": took,
-            "step_s": median(took),
-            "of_paper": median(mine / paper for mine, paper in zip(took, seconds[PAPER], strict=True)),
-            "images_per_s": 2 * args.batch / median(took),
-            "first_loss": first[name],
+            "seconds": seconds[name],
+            "step_s": step_s,
+            # Step by step, because both of a pair were taken under the same load of the machine.
+            "of_paper": median(own / paper for own, paper in zip(seconds[name], seconds[PAPER], strict=True)),
+            "images_per_s": 2 * args.batch / step_s,
+            "first_loss": first_loss[name],
             **line.recv(),
         }
     for worker in workers:
@@ -185,7 +190,7 @@ def _measure(args: argparse.Namespace, encoder: str) -> dict[str, Figures]:
 
 
 def _operations(step: Callable[[], float]) -> int:
-    """Multiplications and additions of the convolutions in a step; back through a layer costs twice its forward pass."""
+    """Takes a step and returns the multiplications and additions of its convolutions; a backward pass counts as two forward passes."""
     total = 0
 
     def count(layer: nn.Module, _: Any, out: Any) -> None:
@@ -201,8 +206,8 @@ def _operations(step: Callable[[], float]) -> int:
     return total
 
 
-def held(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+def process_bytes(kind: str) -> int:
+    """Returns the resident memory of this process: VmRSS, now; VmHWM, at most so far. 0 where Linux does not report it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
@@ -210,14 +215,14 @@ def held(kind: str) -> int:
 
 
 def device_name(device: str) -> str:
-    """What the figures were measured on."""
+    """Returns the name of the GPU, or the architecture of the CPU, that `device` (cpu or cuda) means."""
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON."""
     console = wide()
-    found: Figures = {
+    figures: Figures = {
         "device": device_name(args.device),
         "threads": args.threads,
         "torch": torch.__version__,
@@ -227,19 +232,19 @@ def run(args: argparse.Namespace) -> int:
         "architecture": args.architecture,
         "encoders": {},
     }
-    peak = next((value for name, value in _BF16_PEAK.items() if name in found["device"]), None)
+    peak = next((value for name, value in _BF16_PEAK.items() if name in figures["device"]), None)
     for encoder in args.encoders:
         rows = _measure(args, encoder)
         for row in rows.values():
             row["memory_of_paper"] = row["peak_bytes"] / rows[PAPER]["peak_bytes"]
             if peak is not None:
                 row["fraction_of_bf16_peak"] = row["flops"] / row["step_s"] / peak
-        found["encoders"][encoder] = rows
-        if args.json:  # an encoder takes minutes: what is measured is kept
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        figures["encoders"][encoder] = rows
+        if args.json:  # after each encoder, which takes minutes: an interruption loses little
+            args.json.write_text(json.dumps(figures, indent=2) + "\n")
         console.print(
             f"\n{args.architecture} {encoder}, {args.crop}x{args.crop} px, {args.batch} + {args.batch} images, {args.classes} "
-            f"classes, {found['device']}, {args.threads} threads, float32 unless said"
+            f"classes, {figures['device']}, {args.threads} threads, float32 unless the name says bf16"
         )
         table = Table("", "s/step", "ratio", "images/s", "peak MB", "ratio", "GFLOP", "first loss")
         for name, row in rows.items():

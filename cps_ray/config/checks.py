@@ -1,6 +1,6 @@
-"""What a sweep must hold beyond its schema: its space, points and baselines fit its training. Imports `space`, `schema`.
+"""Rules of a sweep beyond its schema: its space, points, baselines and final changes fit its training.
 
-Every fault is (place in the sweep, sentence).
+Imports `schema`, `space`, `sweep`, `train` and `yaml_reader`.
 """
 
 import re
@@ -10,7 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from cps_ray.config.schema import locate, place, renamed, settings, show, types_at
+from cps_ray.config.schema import as_yaml, dotted, locate, renaming, settings, types_at
 from cps_ray.config.space import active, apply, listed
 from cps_ray.config.sweep import ChoiceParam, IntParam, Param, Scalar, SweepConfig
 from cps_ray.config.train import TrainConfig
@@ -19,6 +19,7 @@ from cps_ray.errors import ConfigError
 from cps_ray.text import did_you_mean
 
 Fault = tuple[Loc, str]
+"""Setting of the sweep, and a sentence that says what is wrong with it."""
 
 _NOT_SEARCHED = {
     "seed": "a lucky seed is no better setting; `final.seeds` repeats the best over seeds.",
@@ -28,33 +29,40 @@ _NOT_SEARCHED = {
     "resources": "how a training is spread over the cluster does not make it better.",
     "compute.accumulate": "it saves memory and does not make a training better.",
 }
+"""Setting or section -> why the search must not vary it."""
 _NOT_FINAL = {
     "seed": "use `final.seeds`.",
     "data": "final runs train on the data of the search.",
 }
+"""Setting or section -> why `final.set` must not change it."""
 
 
 def faults(sweep: SweepConfig) -> list[Fault]:
-    """All faults of a sweep; the values are only tried on `train` once the names and ranges are right."""
-    return [*_names(sweep), *_grace(sweep)] or [*_values(sweep), *_points(sweep), *_changes(sweep)]
+    """Returns the faults of a sweep. Values are tried on `train` only once all names and ranges are right."""
+    return [*_name_faults(sweep), *_grace_faults(sweep)] or [
+        *_value_faults(sweep),
+        *_point_faults(sweep),
+        *_change_faults(sweep),
+    ]
 
 
-def _names(sweep: SweepConfig) -> Iterator[Fault]:
+def _name_faults(sweep: SweepConfig) -> Iterator[Fault]:
+    """Yields faults of the names, ranges and conditions in the search space, and of the names of baselines."""
     for name, param in sweep.search_space.items():
         loc = ("search_space", name)
-        fault = _name(name) or next(_range(name, param), None)
+        fault = _name_fault(name) or next(_range_faults(name, param), None)
         if fault:
             yield loc, fault
         for other, value in (param.when or {}).items():
-            fault = _when(sweep.search_space, name, other, value)
+            fault = _condition_fault(sweep.search_space, name, other, value)
             if fault:
                 yield (*loc, "when", other), fault
     try:
         TopologicalSorter({name: param.when or {} for name, param in sweep.search_space.items()}).prepare()
     except CycleError as err:
-        ring = list(dict.fromkeys(err.args[1]))
-        if len(ring) > 1:
-            yield ("search_space", ring[0], "when"), f"{', '.join(ring)} depend on each other in a circle."
+        cycle = list(dict.fromkeys(err.args[1]))  # graphlib names the first one twice, at both ends
+        if len(cycle) > 1:  # one that refers to itself is reported above
+            yield ("search_space", cycle[0], "when"), f"{', '.join(cycle)} depend on each other in a circle."
     for name in sweep.baselines:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             yield (
@@ -63,27 +71,31 @@ def _names(sweep: SweepConfig) -> Iterator[Fault]:
             )
 
 
-def _name(name: str) -> str:
+def _name_fault(name: str) -> str:
+    """Returns why this setting cannot be searched, or ""."""
+    if now := renaming(
+        (name,)
+    ):  # first: whoever has an old name should read the new one, and then whether it can be searched
+        return now
     reason = _refused(name, _NOT_SEARCHED)
     if reason:
         return f"cannot be searched: {reason}"
     types = types_at(TrainConfig, locate(TrainConfig, {}, name))
     if Path in types:
         return "cannot be searched: it is a path."
-    if types:
-        return ""
-    return renamed((name,)) or f"no such setting in train.{did_you_mean(name, settings(TrainConfig))}"
+    return "" if types else f"no such setting in train.{did_you_mean(name, settings(TrainConfig))}"
 
 
 def _refused(name: str, reasons: Mapping[str, str]) -> str:
+    """Returns the reason for the setting or for a section that it is in, or ""."""
     return next((why for prefix, why in reasons.items() if f"{name}.".startswith(f"{prefix}.")), "")
 
 
-def _range(name: str, param: Param) -> Iterator[str]:
+def _range_faults(name: str, param: Param) -> Iterator[str]:
     if isinstance(param, ChoiceParam):
-        twice = [value for i, value in enumerate(param.values) if value in param.values[:i]]
-        if twice:
-            yield f"values lists {show(twice[0])} twice."
+        repeated = [value for i, value in enumerate(param.values) if value in param.values[:i]]
+        if repeated:
+            yield f"values lists {as_yaml(repeated[0])} twice."
         return
     if param.low > param.high:
         yield f"low <= high must hold, but got low={param.low}, high={param.high}."
@@ -97,45 +109,51 @@ def _range(name: str, param: Param) -> Iterator[str]:
 
 
 def _off_grid(value: float, low: float, step: float) -> bool:
+    # In decimals, because in floats (0.3 - 0.0) % 0.1 is not 0.
     return (Decimal(str(value)) - Decimal(str(low))) % Decimal(str(step)) != 0
 
 
-def _when(space: Mapping[str, Param], name: str, other: str, value: Scalar | list[Scalar]) -> str:
+def _condition_fault(space: Mapping[str, Param], name: str, other: str, value: Scalar | list[Scalar]) -> str:
+    """Returns what is wrong with the condition `when: {other: value}` of `name`, or ""."""
     if other == name:
         return "refers to itself."
     if other not in space:
         return f"when refers to {other}, which is not in search_space.{did_you_mean(other, space)}"
     if not listed(value):
         return "needs at least one value."
-    return next((fault for each in listed(value) if (fault := _impossible(space[other], each))), "")
+    return next((fault for option in listed(value) if (fault := _impossible(space[other], option))), "")
 
 
 def _impossible(param: Param, value: Scalar) -> str:
-    """Why the parameter never takes the value, or nothing."""
+    """Returns why the parameter never takes the value, or ""."""
     if isinstance(param, ChoiceParam):
-        known = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in param.values)
-        return "" if known else f"{show(value)} is not one of {_either(param.values)}."
-    kind, called = (int, "a whole number") if isinstance(param, IntParam) else (int | float, "a number")
+        # In Python 1 == True, but as settings they differ.
+        allowed = any(
+            value == option and isinstance(value, bool) == isinstance(option, bool) for option in param.values
+        )
+        return "" if allowed else f"{as_yaml(value)} is not one of {_alternatives(param.values)}."
+    kind, kind_name = (int, "a whole number") if isinstance(param, IntParam) else (int | float, "a number")
     if isinstance(value, bool | str) or not isinstance(value, kind):
-        return f"must be {called}, but got {show(value)}."
+        return f"must be {kind_name}, but got {as_yaml(value)}."
     if not param.low <= value <= param.high:
         return f"{value} is not within {param.low} and {param.high}."
-    off = param.step is not None and _off_grid(value, param.low, param.step)
-    return f"{value} is not {param.low} + k * {param.step}." if off else ""
+    if param.step is not None and _off_grid(value, param.low, param.step):
+        return f"{value} is not {param.low} + k * {param.step}."
+    return ""
 
 
-def _either(values: Iterable[Scalar]) -> str:
-    return ", ".join(each if isinstance(each, str) else show(each) for each in values)
+def _alternatives(values: Iterable[Scalar]) -> str:
+    return ", ".join(value if isinstance(value, str) else as_yaml(value) for value in values)
 
 
-def _grace(sweep: SweepConfig) -> Iterator[Fault]:
+def _grace_faults(sweep: SweepConfig) -> Iterator[Fault]:
     grace, steps = sweep.early_stopping.grace, sweep.train.schedule.steps
     if sweep.early_stopping.type != "none" and grace > steps:
         yield ("early_stopping", "grace"), f"must be at most train.schedule.steps={steps}, but got {grace}."
 
 
-def _values(sweep: SweepConfig) -> Iterator[Fault]:
-    """Bounds and choices, each tried on `train` together with what makes the parameter active."""
+def _value_faults(sweep: SweepConfig) -> Iterator[Fault]:
+    """Tries bounds and choices on `train`, each together with values that make its parameter active."""
     for name, param in sweep.search_space.items():
         extremes = param.values if isinstance(param, ChoiceParam) else [param.low, param.high]
         keys: list[Loc] = [("values", i) for i in range(len(extremes))]
@@ -143,24 +161,28 @@ def _values(sweep: SweepConfig) -> Iterator[Fault]:
             keys = [("low",), ("high",)]
         for key, value in zip(keys, extremes, strict=True):
             changes = {**_enabling(sweep.search_space, name), name: value}
-            yield from ((("search_space", name, *key), text) for _, text in _tried(sweep.train, changes, ()))
+            yield from (
+                (("search_space", name, *key), text) for _, text in _faults_of_changes(sweep.train, changes, ())
+            )
 
 
 def _enabling(space: Mapping[str, Param], name: str) -> dict[str, Scalar]:
-    """The first listed value of every parameter that must be drawn before this one."""
-    found: dict[str, Scalar] = {}
+    """Returns the parameters that must be drawn before this one, each with the first value that its condition lists."""
+    changes: dict[str, Scalar] = {}
+    # The recursion ends: values are tried only where `_name_faults` has found no circle.
     for other, value in (space[name].when or {}).items():
-        found |= _enabling(space, other) | {other: listed(value)[0]}
-    return found
+        changes |= _enabling(space, other) | {other: listed(value)[0]}
+    return changes
 
 
-def _points(sweep: SweepConfig) -> Iterator[Fault]:
+def _point_faults(sweep: SweepConfig) -> Iterator[Fault]:
     for i, point in enumerate(sweep.enqueue):
-        wrong = [fault for name, value in point.items() for fault in _entry(sweep, i, name, value)]
-        yield from wrong or _tried(sweep.train, point, ("enqueue", i))
+        entry_faults = [fault for name, value in point.items() for fault in _entry_faults(sweep, i, name, value)]
+        yield from entry_faults or _faults_of_changes(sweep.train, point, ("enqueue", i))
 
 
-def _entry(sweep: SweepConfig, i: int, name: str, value: Scalar) -> Iterator[Fault]:
+def _entry_faults(sweep: SweepConfig, i: int, name: str, value: Scalar) -> Iterator[Fault]:
+    """Yields faults of one value of the point `enqueue[i]` against the search space."""
     loc: Loc = ("enqueue", i, name)
     if name not in sweep.search_space:
         yield loc, f"is not in search_space.{did_you_mean(name, sweep.search_space)}"
@@ -170,29 +192,35 @@ def _entry(sweep: SweepConfig, i: int, name: str, value: Scalar) -> Iterator[Fau
     if fault:
         yield loc, fault
     if not active(param, sweep.enqueue[i]):
-        needed = " and ".join(f"{other} = {_either(listed(value))}" for other, value in (param.when or {}).items())
-        yield loc, f"is drawn only where {needed}, which this point does not say."
+        needed = " and ".join(
+            f"{other} = {_alternatives(listed(value))}" for other, value in (param.when or {}).items()
+        )
+        yield loc, f"is drawn only where {needed}, which does not hold in this point."
 
 
-def _changes(sweep: SweepConfig) -> Iterator[Fault]:
+def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
     for name, changes in sweep.baselines.items():
-        yield from _tried(sweep.train, changes, ("baselines", name))
-    refused = {name: why for name in sweep.final.set if (why := _refused(name, _NOT_FINAL))}
-    yield from ((("final", "set", name), f"cannot be changed: {why}") for name, why in refused.items())
+        yield from _faults_of_changes(sweep.train, changes, ("baselines", name))
+    refused = {
+        name: renaming((name,)) or f"cannot be changed: {why}"
+        for name in sweep.final.set
+        if (why := _refused(name, _NOT_FINAL))
+    }
+    yield from ((("final", "set", name), text) for name, text in refused.items())
     if not refused:
-        yield from _tried(sweep.train, sweep.final.set, ("final", "set"))
+        yield from _faults_of_changes(sweep.train, sweep.final.set, ("final", "set"))
 
 
-def _tried(train: TrainConfig, changes: Mapping[str, Any], loc: Loc) -> Iterator[Fault]:
-    """The faults of `train` with these changes, below `loc` at the change to blame where there is one."""
+def _faults_of_changes(train: TrainConfig, changes: Mapping[str, Any], loc: Loc) -> Iterator[Fault]:
+    """Yields the faults of `train` with these changes: at the change below `loc` that caused it, at `loc` where none is named."""
     try:
         apply(train, changes, "")
     except ConfigError as err:
         for line in str(err).splitlines():
-            blamed = [name for name in changes if line.startswith((f"{name}:", f"{name}.", f"{name}["))][:1]
-            yield (*loc, *blamed), line.removeprefix(f"{blamed[0]}: ") if blamed else line
+            cause = [name for name in changes if line.startswith((f"{name}:", f"{name}.", f"{name}["))][:1]
+            yield (*loc, *cause), line.removeprefix(f"{cause[0]}: ") if cause else line
 
 
-def described(fault: Fault) -> str:
-    """`search_space.optim.lrr: no such setting in train.`"""
-    return f"{place(fault[0])}: {fault[1]}"
+def describe(fault: Fault) -> str:
+    """Returns, for example, `search_space.optim.lrr: no such setting in train.`"""
+    return f"{dotted(fault[0])}: {fault[1]}"

@@ -1,11 +1,11 @@
-"""Files that people write -> frozen configs. Imports the rest of `config`.
+"""Reads the files that people write into frozen configs. Imports the rest of `config`.
 
     load_sweep(Path("sweeps/quickstart.yaml"), ["budget.trials=2"]).train.optim.lr
 
 Overrides are `NAME=VALUE` as in `--set`: a dotted name from the root of the file, and a YAML value. A relative path in
 the file is relative to the file; a relative path in an override is relative to the working directory.
 
-A training, or `train:` in a sweep, may name a shipped one, `preset: reference/voc`: what stands beside it changes that.
+A training, or `train:` in a sweep, may begin from a shipped one, `preset: reference/voc`; settings beside it change that one.
 """
 
 import operator
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config import yaml_reader
-from cps_ray.config.checks import described, faults
-from cps_ray.config.schema import M, Where, absolute, locate, parse, place, put, several, show
+from cps_ray.config.checks import describe, faults
+from cps_ray.config.schema import M, Where, absolute, as_yaml, dotted, first_sentences, locate, parse, put
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Document, Loc
@@ -30,19 +30,22 @@ _PRESETS = Path(__file__).with_name("presets")
 
 
 def presets() -> list[str]:
-    """Names of the shipped trainings, such as `reference/voc`."""
+    """Returns the names of the shipped trainings, such as `reference/voc`."""
     return sorted(path.relative_to(_PRESETS).with_suffix("").as_posix() for path in _PRESETS.rglob("*.yaml"))
 
 
 def parse_train(raw: dict[str, Any], where: str, base: Path | None = None) -> TrainConfig:
-    """A training from a plain dict, such as `TrainConfig.dump` gives. ConfigError begins with `where`."""
+    """Returns a training from a plain dict, such as `TrainConfig.dump` gives; paths are relative to `base`.
+
+    Raises ConfigError, whose message begins with `where`.
+    """
     return parse(TrainConfig, raw, base=base, where=lambda loc: where)
 
 
 def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A training file; where there is none, the preset of that name, with paths relative to the working directory.
+    """Reads a training file or, where there is none, the preset of that name; its paths are relative to the working directory.
 
-    ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
+    Raises ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
     """
     if path.exists():
         return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides)[0]
@@ -52,67 +55,69 @@ def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """A sweep file, with its search space, points, baselines and final changes tried on its training.
+    """Reads a sweep file and tries its search space, points, baselines and final changes on its training.
 
-    ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
+    Raises ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
     """
     sweep, where = _load(SweepConfig, yaml_reader.load(path), path.parent, overrides)
-    sweep = _anchored(sweep, path.parent)
-    found = faults(sweep)
-    if found:
-        raise ConfigError(several(f"{where(loc)}: {described((loc, text))}" for loc, text in found))
+    sweep = _with_absolute_changes(sweep, path.parent)
+    sweep_faults = faults(sweep)
+    if sweep_faults:
+        raise ConfigError(first_sentences(f"{where(loc)}: {describe((loc, text))}" for loc, text in sweep_faults))
     return sweep
 
 
 def _load(model: type[M], document: Document, base: Path, overrides: Sequence[str]) -> tuple[M, Where]:
+    """Returns the config, and a function from a setting to where it was written: `FILE:LINE` or `--set NAME=VALUE`."""
     _refuse_other_kind(model, document.data, document.path)
     raw = _on_preset(document, ("train",) if model is SweepConfig else ())
-    changed: dict[Loc, str] = {}
+    override_at: dict[Loc, str] = {}
     for text in overrides:
         loc, value = _override(model, raw, text)
         raw = put(model, raw, loc, value, where=f"--set {text}")
-        changed[loc] = text
+        override_at[loc] = text
 
     def where(loc: Loc) -> str:
         # A fault of a whole section is blamed on the override inside it: the file alone was probably right.
-        by = [text for at, text in changed.items() if loc and all(map(operator.eq, at, loc))]
-        return f"--set {by[-1]}" if by else document.where(loc)
+        # `map` ends with the shorter of the two, so either may lie inside the other.
+        causes = [text for at, text in override_at.items() if loc and all(map(operator.eq, at, loc))]
+        return f"--set {causes[-1]}" if causes else document.where(loc)
 
     return parse(model, raw, base=base, where=where), where
 
 
 def _on_preset(document: Document, at: Loc) -> Any:
-    """What the file says, its training at `at` put on the preset that it names, if it does."""
+    """Returns the settings of the file. If the training at `at` names a preset, its settings are put onto those of the preset."""
     raw: Any = document.data
     train = raw.get(at[0]) if at else raw
     if not isinstance(train, dict):
         return raw
     for key in train:
         if key != _PRESET and key not in TrainConfig.model_fields and nearest(str(key), [_PRESET]):
-            # Else all that the preset would have said were missing, and the typo not among the first faults.
+            # Otherwise every setting of the preset would be reported missing, and the typo not among the first faults.
             raise ConfigError(
-                f"{document.where((*at, key))}: {place((*at, key))}: no such setting. Did you mean {_PRESET}?"
+                f"{document.where((*at, key))}: {dotted((*at, key))}: no such setting. Did you mean {_PRESET}?"
             )
     if _PRESET not in train:
         return raw
     own = {key: value for key, value in train.items() if key != _PRESET}
     loc = (*at, _PRESET)
-    preset = _preset(train[_PRESET], f"{document.where(loc)}: {place(loc)}:")
+    preset = _preset(train[_PRESET], f"{document.where(loc)}: {dotted(loc)}:")
     merged = put(TrainConfig, preset.data, (), own, where=document.where(at))
     return {**raw, at[0]: merged} if at else merged
 
 
 def _preset(name: Any, where: str) -> Document:
-    """The shipped file. ConfigError, beginning with `where`: there is none of that name."""
-    known = presets()
-    if name not in known:
-        near = did_you_mean(str(name), known) or f" There are {', '.join(known)}."
-        raise ConfigError(f"{where} there is no preset {show(name)}.{near}")
+    """Reads the shipped file of that name. Raises ConfigError, which begins with `where`, if there is none."""
+    names = presets()
+    if name not in names:
+        hint = did_you_mean(str(name), names) or f" There are {', '.join(names)}."
+        raise ConfigError(f"{where} there is no preset {as_yaml(name)}.{hint}")
     return yaml_reader.load(_PRESETS / f"{name}.yaml")
 
 
 def _refuse_other_kind(model: type[M], raw: dict[str, Any], path: Path) -> None:
-    """A sweep given as a training, or the reverse, would only be a list of wrong keys."""
+    """Raises ConfigError for a sweep given as a training, or the reverse: the schema would only list wrong keys."""
     is_sweep = "train" in raw and "search_space" in raw
     if model is TrainConfig and is_sweep:
         raise ConfigError(f"{path}: this is a sweep, not a training. Run it: python -m cps_ray.sweep {path}")
@@ -121,22 +126,25 @@ def _refuse_other_kind(model: type[M], raw: dict[str, Any], path: Path) -> None:
 
 
 def _override(model: type[M], raw: Any, text: str) -> tuple[Loc, Any]:
+    """Returns the setting and the value of `NAME=VALUE`; a path in the value is made absolute."""
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
         raise ConfigError(f"--set {text}: must be NAME=VALUE, such as --set train.optim.lr=0.01.")
     loc = locate(model, raw, name)
     if loc in ((_PRESET,), ("train", _PRESET)):
-        # The file may hold just what differs from its own preset: on another one it would mean something else.
+        # A file may hold only what differs from its preset: with another preset it would be another training.
         raise ConfigError(f"--set {text}: a preset is named in the file, as `preset: {value}`, and not by --set.")
     return loc, absolute(model, loc, yaml_reader.scalar(value, f"--set {text}"), Path.cwd())
 
 
-def _anchored(sweep: SweepConfig, base: Path) -> SweepConfig:
-    """Paths among the changes made absolute, as the schema does for settings: nobody knows the file later on."""
+def _with_absolute_changes(sweep: SweepConfig, base: Path) -> SweepConfig:
+    """Makes paths in baselines and final changes absolute, as the schema does for settings: later, the file is not known."""
 
-    def anchored(changes: dict[str, Any]) -> dict[str, Any]:
-        return {name: absolute(TrainConfig, locate(TrainConfig, {}, name), v, base) for name, v in changes.items()}
+    def absolute_paths(changes: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: absolute(TrainConfig, locate(TrainConfig, {}, name), value, base) for name, value in changes.items()
+        }
 
-    baselines = {name: anchored(changes) for name, changes in sweep.baselines.items()}
-    final = sweep.final.model_copy(update={"set": anchored(sweep.final.set)})
+    baselines = {name: absolute_paths(changes) for name, changes in sweep.baselines.items()}
+    final = sweep.final.model_copy(update={"set": absolute_paths(sweep.final.set)})
     return sweep.model_copy(update={"baselines": baselines, "final": final})

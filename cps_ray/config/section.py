@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Ser
 
 
 class Section(BaseModel):
-    """Base of every config section: cannot change, knows its keys, refuses inf and nan."""
+    """Base of every config section: frozen, refuses unknown keys, inf and nan."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
@@ -20,16 +20,16 @@ def _base(context: Any) -> Path | None:
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
-    """A path in a file is relative to that file's folder (validation context `base`)."""
+    """Returns the absolute path of one that is relative to the folder `base` of the validation context."""
     base = _base(info.context)
     return Path(os.path.abspath((base or Path()) / os.path.expanduser(path)))
 
 
 def _portable(path: Path, info: SerializationInfo) -> str:
-    """Relative to the folder the config is written into (serialization context `base`), so that folders can move."""
+    """Returns the path relative to the folder `base` of the serialization context, so that folders can be moved together."""
     base = _base(info.context)
     return os.path.relpath(path, base) if base else str(path)
 
 
 RelativePath = Annotated[Path, AfterValidator(_absolute), PlainSerializer(_portable, return_type=str)]
-"""Written relative to its file, held absolute, dumped relative to the file it is dumped into."""
+"""Path that a file gives relative to its own folder, that is absolute in memory, and that is dumped relative to `base`."""

@@ -1,4 +1,4 @@
-"""The search space in terms of the standard library: draw a point, apply it to a training. Knows no Optuna.
+"""Draws points from the search space and applies them to a training. Independent of Optuna, whose trials fit `Suggest`.
 
 Imports `schema`, `sweep` and `train`.
 """
@@ -16,18 +16,18 @@ from cps_ray.config.train import TrainConfig
 
 
 class Suggest(Protocol):
-    """What proposes values; an Optuna trial is one."""
+    """Proposes values; an Optuna trial does."""
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """A real number in [low, high]."""
+        """Returns a real number in [low, high]."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """A whole number in [low, high]."""
+        """Returns a whole number in [low, high]."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Any:
-        """One of `choices`."""
+        """Returns one of `choices`."""
 
 
 class RandomSuggest:
@@ -39,63 +39,66 @@ class RandomSuggest:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        """Uniform, or uniform in the logarithm, in [low, high]; with `step`, on low + k * step."""
+        """Returns a number in [low, high], uniform or (`log`) uniform in its logarithm; with `step`, one of low + k * step."""
         if step is not None:
-            first, every = Decimal(str(low)), Decimal(str(step))
-            return float(first + self._random.randint(0, int((Decimal(str(high)) - first) / every)) * every)
+            # In decimals, so that 0.15 is drawn and not 0.15000000000000002.
+            first, spacing = Decimal(str(low)), Decimal(str(step))
+            return float(first + self._random.randint(0, int((Decimal(str(high)) - first) / spacing)) * spacing)
         if log:
             return min(max(math.exp(self._random.uniform(math.log(low), math.log(high))), low), high)
         return self._random.uniform(low, high)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Uniform, or uniform in the logarithm, in [low, high]; without `log`, on low + k * step."""
+        """Returns a number in [low, high], uniform or (`log`) uniform in its logarithm; without `log`, one of low + k * step."""
         if log:
+            # Half a number beyond both ends, so that the lowest and the highest number are not drawn too rarely.
             drawn = math.exp(self._random.uniform(math.log(low - 0.5), math.log(high + 0.5)))
             return min(max(round(drawn), low), high)
         return self._random.randrange(low, high + 1, step)
 
     def suggest_categorical(self, name: str, choices: Sequence[Scalar]) -> Any:
-        """One of `choices`, each as likely."""
+        """Returns one of `choices`, all equally likely."""
         return self._random.choice(choices)
 
 
 def draw(space: Mapping[str, Param], suggest: Suggest) -> dict[str, Scalar]:
-    """One point: dotted name -> value. A parameter whose `when` does not hold is left out, and so are those it rules."""
+    """Returns one point: dotted name -> value. A parameter whose `when` does not hold is left out, and so are those that need it."""
     point: dict[str, Scalar] = {}
+    # A parameter comes after those that its `when` names, wherever the file lists it.
     for name in TopologicalSorter({name: param.when or {} for name, param in space.items()}).static_order():
         if active(space[name], point):
-            point[name] = _suggested(name, space[name], suggest)
+            point[name] = _suggest_value(name, space[name], suggest)
     return point
 
 
 def active(param: Param, point: Mapping[str, Scalar]) -> bool:
-    """Whether every parameter that `when` names is in the point, with a value that it lists."""
+    """Tells whether every parameter that `when` names is in the point, with a value that `when` lists."""
     return all(name in point and point[name] in listed(value) for name, value in (param.when or {}).items())
 
 
 def listed(value: Scalar | list[Scalar]) -> list[Scalar]:
-    """One value or several, as `when` takes them, as a list."""
+    """Returns a list of one value or of several, as `when` takes them."""
     return value if isinstance(value, list) else [value]
 
 
-def preview(space: Mapping[str, Param], n: int, seed: int) -> list[dict[str, Scalar]]:
-    """`n` random points, a function of `seed`."""
+def preview(space: Mapping[str, Param], num_points: int, seed: int) -> list[dict[str, Scalar]]:
+    """Returns random points, the same ones for the same `seed`."""
     suggest = RandomSuggest(seed)
-    return [draw(space, suggest) for _ in range(n)]
+    return [draw(space, suggest) for _ in range(num_points)]
 
 
 def apply(train: TrainConfig, changes: Mapping[str, Any], where: str) -> TrainConfig:
-    """The training with these settings (dotted name -> value) changed, validated again.
+    """Returns the training with these settings (dotted name -> value) changed, and validates it again.
 
-    A mapping changes the settings it names inside a section, and replaces a free mapping such as `model.options`.
-    Relative paths in `changes` are relative to the working directory. ConfigError, beginning with `where`, if the
+    A mapping changes the settings that it names inside a section, and replaces a free mapping such as `model.options`.
+    Relative paths in `changes` are relative to the working directory. Raises ConfigError, beginning with `where`, if the
     result is no valid training.
     """
     return apply_at(train, changes, lambda loc: where)
 
 
 def apply_at(train: TrainConfig, changes: Mapping[str, Any], where: Where) -> TrainConfig:
-    """`apply`, with the place of each setting in `where`."""
+    """Does what `apply` does; `where` gives the beginning of the message for each setting."""
     raw = train.dump()
     for name, value in changes.items():
         loc = locate(TrainConfig, raw, name)
@@ -103,7 +106,7 @@ def apply_at(train: TrainConfig, changes: Mapping[str, Any], where: Where) -> Tr
     return parse(TrainConfig, raw, where=where)
 
 
-def _suggested(name: str, param: Param, suggest: Suggest) -> Scalar:
+def _suggest_value(name: str, param: Param, suggest: Suggest) -> Scalar:
     if isinstance(param, ChoiceParam):
         value: Scalar = suggest.suggest_categorical(name, param.values)
         return value

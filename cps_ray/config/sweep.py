@@ -1,4 +1,4 @@
-"""A sweep: one file with the training inline, the search space, the budget and what happens afterwards."""
+"""The schema of a sweep: the training, the search space, the budget, and what happens after the search."""
 
 import math
 import re
@@ -16,12 +16,12 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _seconds(value: Any) -> Any:
-    """`90s`, `10m`, `1.5h`, `2d` or a number of seconds -> seconds."""
+    """Returns the seconds of `90s`, `10m`, `1.5h` or `2d`; anything else as it is, for pydantic to check."""
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
-        if not found:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        if not match:
             raise ValueError(f"a duration is a number with s, m, h or d, such as 90s or 1.5h, but got {value!r}.")
-        return float(found[1]) * _UNITS[found[2]]
+        return float(match[1]) * _UNITS[match[2]]
     return value
 
 
@@ -29,7 +29,7 @@ Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0.0)]
 
 
 class FloatParam(Section):
-    """A real number in [low, high]."""
+    """Parameter whose values are the real numbers in [low, high]."""
 
     type: Literal["float"]
     low: float
@@ -37,11 +37,12 @@ class FloatParam(Section):
     log: bool = False
     step: Annotated[float, Field(gt=0.0)] | None = None
     when: dict[str, Scalar | list[Scalar]] | None = None
-    """Other parameters and the value, or values, under which this one is drawn; else `train` keeps its own."""
+    """Other parameters, each with the value, or list of values, for which this one is drawn. Otherwise the setting keeps the value
+    that it has in `train`."""
 
 
 class IntParam(Section):
-    """A whole number in [low, high]."""
+    """Parameter whose values are the whole numbers in [low, high]."""
 
     type: Literal["int"]
     low: Annotated[int, Field(strict=True)]
@@ -52,7 +53,7 @@ class IntParam(Section):
 
 
 class ChoiceParam(Section):
-    """One of the listed values."""
+    """Parameter whose values are listed."""
 
     type: Literal["choice"]
     values: Annotated[list[Scalar], Field(min_length=1)]
@@ -63,21 +64,22 @@ Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type
 
 
 class ObjectiveConfig(Section):
-    """What the search maximises, on the validation split: every metric there is better when it is higher."""
+    """The metric of the validation split that the search maximises: for every metric there, higher is better."""
 
     metric: str = "val/miou"
     select: Literal["best", "last"] = "best"
-    """Which of a trial's evaluations counts."""
+    """Which evaluation of a trial counts: the highest one, or the last."""
 
     def step(self, curve: Mapping[int, float]) -> int | None:
-        """Step of the evaluation of `curve` (step -> value) that counts, the earlier one at a tie; None if no value is finite."""
+        """Returns the step of the evaluation in `curve` (step -> value) that counts, the earlier one at a tie; None if no value is
+        finite."""
         finite = sorted(step for step, value in curve.items() if math.isfinite(value))
         if not finite:
             return None
         return finite[-1] if self.select == "last" else max(finite, key=lambda step: curve[step])
 
     def value(self, curve: Mapping[int, float]) -> float | None:
-        """Value of the evaluation of `curve` that counts; None if no value is finite."""
+        """Returns the value of the evaluation in `curve` that counts; None if no value is finite."""
         step = self.step(curve)
         return None if step is None else curve[step]
 
@@ -93,11 +95,11 @@ class ObjectiveConfig(Section):
 
 
 class BudgetConfig(Section):
-    """The first limit reached ends the search cleanly."""
+    """Limits of the search; the first one that is reached ends it in good order."""
 
     trials: PositiveInt
     time: Duration | None = None
-    """Wall time of the search, all its sessions together, without final runs. Trials it cuts short count as pruned."""
+    """Wall time of the search phase, all sessions together. Trials that it cuts short count as pruned."""
 
 
 class SamplerConfig(Section):
@@ -106,37 +108,38 @@ class SamplerConfig(Section):
     type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
     seed: NonNegativeInt = 0
     startup_trials: NonNegativeInt = 10
-    """Random trials before the model takes over (tpe and gp)."""
+    """Number of random trials before the model takes over (tpe and gp)."""
 
 
 class EarlyStoppingConfig(Section):
-    """Which trials are stopped early, by `objective.metric` at steps."""
+    """Which trials are stopped early, by comparing `objective.metric` at equal steps."""
 
     type: Literal["asha", "median", "none"] = "asha"
     grace: PositiveInt = 1
-    """Steps before a trial may be stopped: asha's first rung. At least as long as the longest ramp, or late bloomers are cut."""
+    """Steps before a trial may be stopped; asha's first rung. Choose at least the longest ramp: before its end a trial does not show
+    what it can reach."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3
-    """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction goes on."""
+    """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction of the trials continue."""
 
 
 class FailuresConfig(Section):
-    """What a sweep puts up with."""
+    """How many failures a sweep tolerates."""
 
     retries: NonNegativeInt = 1
-    """Restarts of one training after a crash or a lost node; each goes on from the last checkpoint."""
+    """Restarts of one training after a crash or a lost node; each continues from the last checkpoint."""
     max_failed: PositiveInt = 10
-    """Failed trials that stop the sweep (exit 4)."""
+    """Number of failed trials that stops the sweep (exit 4)."""
     max_consecutive: PositiveInt = 5
-    """Failed trials in a row that stop the sweep (exit 4)."""
+    """Number of failed trials in a row that stops the sweep (exit 4)."""
 
 
 class FinalConfig(Section):
-    """After the search: the best configuration and the baselines, trained over seeds and evaluated on the test split."""
+    """The final phase: the best configuration and the baselines are trained with several seeds and evaluated on the test split."""
 
     retrain: Literal["best", "none"] = "best"
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 2, 3)
     set: dict[str, Any] = Field(default_factory=dict)
-    """Settings changed for these runs, such as a longer schedule."""
+    """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
 
 
 class SweepConfig(Section):
@@ -145,21 +148,22 @@ class SweepConfig(Section):
     version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: RelativePath
-    """The sweep folder is output/name."""
+    """Folder of sweep folders: this sweep's is output/name."""
     train: TrainConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     budget: BudgetConfig
     sampler: SamplerConfig = SamplerConfig()
     early_stopping: EarlyStoppingConfig
     concurrency: Literal["auto"] | PositiveInt = "auto"
-    """Trainings at once. auto: as many as the cluster holds, leaving Ray Data a whole CPU."""
+    """Trainings at once. auto: as many as the cluster can hold while a whole CPU is left to Ray Data."""
     failures: FailuresConfig = FailuresConfig()
     search_space: Annotated[dict[str, Param], Field(min_length=1)]
-    """Dotted names inside `train`."""
+    """Dotted name of a setting of `train` -> its range or its values."""
     enqueue: list[dict[str, Scalar]] = Field(default_factory=list)
-    """Points tried first."""
+    """Points that are tried first: dotted name -> value."""
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name -> changes to the best configuration: same network, rate and steps, so that what differs is the change."""
+    """Name -> changes to the best configuration. Everything else, such as network, rate and steps, stays the same, so that only the
+    changes make a difference."""
     final: FinalConfig = FinalConfig()
 
     @model_validator(mode="after")

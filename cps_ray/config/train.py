@@ -1,4 +1,4 @@
-"""The recipe of one training: the schema of `python -m cps_ray.train FILE`, of `train:` in a sweep and of `best.yaml`."""
+"""The schema of one training: of the file for `python -m cps_ray.train`, of `train:` in a sweep, and of `best.yaml`."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -11,15 +11,16 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
+"""Names of the networks, one letter each: network 0 is `a`."""
 Precision = Literal["none", "bf16", "fp16"]
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 
 
 class SyntheticConfig(Section):
-    """The embedded data set: procedurally drawn street scenes, the same bits for the same settings."""
+    """Settings of the embedded data set, street scenes drawn by a program: the same bits for the same settings."""
 
     train: PositiveInt = 440
-    """Training images, all drawn with a mask; how many masks are used is up to `data.labeled`."""
+    """Number of training images. All have a mask; `data.labeled` says how many masks are used."""
     val: PositiveInt = 60
     test: PositiveInt = 120
     height_px: Annotated[int, Field(ge=32, strict=True)] = 64
@@ -28,38 +29,38 @@ class SyntheticConfig(Section):
 
 
 class DataConfig(Section):
-    """Which shards, which of their images are labelled, and what a batch is."""
+    """Which shards to train on, which of their images are labelled, and what a batch is."""
 
     shards: RelativePath
     """Folder written by `python -m cps_ray.prepare`."""
     synthetic: SyntheticConfig | None = None
-    """If given, the shards are drawn with these settings on first use. None: they must exist."""
+    """Settings with which the embedded data set is drawn into `shards` on first use. None: the shards must exist."""
     prepare: str | None = None
-    """How to get the shards; shown when they are missing."""
+    """Command or advice that is shown when the shards are missing."""
     labeled: PositiveInt | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | SubsetName | None = None
     """Training images whose masks are used: a count, or a fraction in (0, 1], drawn by `subset_seed` and stratified by class; or
-    the name of a subset that `python -m cps_ray.subsets` put beside the shards, such as 1_16."""
+    the name of a labelled subset that `python -m cps_ray.subsets` has put beside the shards, such as 1_16."""
     labeled_list: RelativePath | None = None
     """Text file with the ids of the labelled images, instead of `labeled`."""
     unlabeled_list: RelativePath | None = None
     """Text file with the ids of the unlabelled images. None: every image that is not labelled."""
     subset_seed: NonNegativeInt = 0
-    """Seed of the drawn labelled subset; `seed` of a training does not change who is labelled."""
+    """Seed of the draw of labelled images. `seed` of the training does not change which images are labelled."""
     crop_px: tuple[PositiveInt, PositiveInt]
     """(height, width) of a training crop."""
     labeled_batch: PositiveInt
     """Labelled images per step, over all workers."""
     unlabeled_batch: PositiveInt
-    """Unlabelled images per step, over all workers. Not used by `method: supervised`."""
+    """Unlabelled images per step, over all workers; not used by `method: supervised`."""
     slices: dict[str, str] = Field(default_factory=dict)
-    """Name -> glob over image ids: parts of a split that an evaluation also reports apart."""
+    """Name -> glob pattern of image ids: slices of a split whose scores are also reported apart."""
 
     @field_validator("slices")
     @classmethod
     def _slices_are_not_networks(cls, slices: dict[str, str]) -> dict[str, str]:
-        taken = sorted({*NETWORK_NAMES, "ensemble"} & set(slices))
-        if taken:
-            raise ValueError(f"must not name a slice {taken[0]!r}: networks are reported under that name.")
+        reserved = sorted({*NETWORK_NAMES, "ensemble"} & set(slices))
+        if reserved:
+            raise ValueError(f"must not name a slice {reserved[0]!r}: networks are reported under that name.")
         return slices
 
     @model_validator(mode="after")
@@ -73,9 +74,9 @@ class NetworkConfig(Section):
     """One segmentation network of segmentation-models-pytorch."""
 
     architecture: str = "deeplabv3plus"
-    """A name `segmentation_models_pytorch.create_model` knows."""
+    """Name that `segmentation_models_pytorch.create_model` knows, or `deeplabv3plus-cps`, the network of the CPS authors."""
     encoder: str
-    """An encoder smp knows; `tu-NAME` gives any timm model."""
+    """Encoder of segmentation-models-pytorch; `tu-NAME` is the model NAME of timm."""
     weights: str = "none"
     """`none`, or a tag of the encoder's hub weights, such as `imagenet`."""
     weights_file: RelativePath | None = None
@@ -91,16 +92,16 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(NetworkConfig):
-    """The networks that teach each other: a, and b where it differs in more than its initialisation."""
+    """The networks that teach each other: the settings of network a, and of network b where it has another form."""
 
     b: NetworkConfig | None = None
-    """Network b. None: the same as network a, initialised differently."""
+    """Form of network b. None: that of network a; only the initialisation differs."""
     networks: Annotated[int, Field(ge=2, le=len(NETWORK_NAMES), strict=True)] = 2
-    """How many teach each other (n-CPS, Filipiak et al. 2021). Beyond two, their forms alternate: c is as a, d as b. Only
-    `method: cps` trains more than one."""
+    """Number of networks that teach each other (n-CPS, Filipiak et al. 2021). Beyond two, their forms alternate: c is like a, d
+    like b. Only `method: cps` trains more than one."""
     backbone_init: Literal["independent", "shared"] = "independent"
-    """`shared`: every encoder starts as a copy of a's, so that only decoders and heads differ, as in the paper's code. With
-    hub weights or a weights_file they start alike either way."""
+    """`shared`: every encoder begins as a copy of that of network a, so that only decoders and heads differ, as in the paper's
+    code. With hub weights or a weights_file the encoders begin equal either way."""
 
     @model_validator(mode="after")
     def _shared_encoders_are_alike(self) -> Self:
@@ -111,35 +112,35 @@ class ModelConfig(NetworkConfig):
         return self
 
     def of(self, number: int) -> NetworkConfig:
-        """The form of network `number`: 0 is a, 1 is b."""
+        """Returns the form of network `number`: 0 is a, 1 is b."""
         return self.b if self.b is not None and number % 2 else self
 
 
 class OptimConfig(Section):
-    """One optimizer per network, the same settings for both."""
+    """The optimizers: one per network, all with these settings."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0.0)]
-    """Base learning rate at the given global batch; it does not depend on the number of workers."""
+    """Base learning rate for the global batch; it does not depend on the number of workers."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """SGD only."""
+    """Momentum of SGD; AdamW does not use it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
-    """On convolution and linear weights; never on biases and normalisation."""
+    """Weight decay of convolution and linear weights; biases and normalisation layers have none."""
     decay: Literal["poly", "cosine", "constant"] = "poly"
     power: Annotated[float, Field(gt=0.0)] = 0.9
-    """Of the poly schedule: lr * (1 - step/steps)^power."""
+    """Exponent of `decay: poly`: lr * (1 - step/steps)^power."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the rate rises linearly from 0."""
+    """Steps over which the rate rises linearly to `lr`."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = None
-    """Largest gradient norm of one network. None: no clipping."""
+    """Largest norm of one network's gradient. None: no clipping."""
 
 
 class ScheduleConfig(Section):
-    """Progress, in optimizer steps at the fixed global batch."""
+    """Length of a training, in optimizer steps at the global batch."""
 
     steps: PositiveInt
     eval_every: PositiveInt
-    """Steps between two evaluations, hence between two reports and two checkpoints."""
+    """Steps between two evaluations; each is followed by a report and a checkpoint."""
 
     @model_validator(mode="after")
     def _ends_on_an_evaluation(self) -> Self:
@@ -155,19 +156,19 @@ class LossConfig(Section):
 
     supervised: Literal["ce", "ohem"] = "ce"
     ohem_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
-    """Pixels whose true class has at most this probability are kept."""
+    """ohem: pixels whose true class has at most this probability are kept."""
     ohem_min_kept: PositiveInt = 50_000
-    """At least so many pixels are kept, per worker and micro-batch."""
+    """ohem: smallest number of pixels that are kept, per worker and micro-batch."""
 
 
 class RampedLoss(Section):
-    """A loss on unlabelled images, with a weight that may rise."""
+    """A loss on unlabelled images, whose weight may rise at the beginning."""
 
     weight: Annotated[float, Field(ge=0.0)]
     ramp: Fraction = 0.0
-    """Fraction of all steps over which the weight rises from 0 to its value. 0: full weight from the start."""
+    """Fraction of all steps over which the weight rises from 0 to `weight`. 0: full weight from the start."""
     ramp_shape: Literal["linear", "sigmoid"] = "linear"
-    """`sigmoid` is exp(-5 (1 - t)^2), Laine and Aila 2017."""
+    """How the weight rises; `sigmoid` is exp(-5 (1 - t)^2) with t from 0 to 1 (Laine and Aila, ICLR 2017)."""
 
 
 class MixConfig(Section):
@@ -176,7 +177,8 @@ class MixConfig(Section):
     mix: Literal["none", "cutmix"] = "cutmix"
     cutmix_boxes: PositiveInt = 3
     cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)
-    """Range of the summed area of the boxes, as a fraction of the image, before overlaps cancel."""
+    """Range of the boxes' summed area as a fraction of the image. Overlaps count too, although where two boxes overlap nothing
+    is pasted."""
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> Self:
@@ -190,49 +192,52 @@ class CpsConfig(RampedLoss, MixConfig):
     """Cross pseudo supervision (Chen et al., CVPR 2021), for `method: cps`."""
 
     weight: Annotated[float, Field(ge=0.0)] = 1.5
-    """Weight of the cross pseudo loss: all directions summed, divided by the number of peers of a network."""
+    """Weight of the cross pseudo loss: the sum over all directions, divided by the number of peers of a network."""
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
     images: Literal["unlabeled", "all"] = "unlabeled"
-    """Images under the cross pseudo loss. The paper: all without CutMix, unlabelled with it."""
+    """Images that have a cross pseudo loss. In the paper: all without CutMix, unlabelled ones with it."""
     cutmix_partner: Literal["other", "self"] = "other"
-    """What CutMix pastes: another image of the batch, as the paper means it, or another view of the same image, as its code does."""
+    """What CutMix pastes: another image of the batch, as the paper describes, or another view of the same image, as its code does."""
     teacher_bn: Literal["train", "eval"] = "train"
-    """With CutMix: whether the pass that makes pseudo labels normalises by its batch (as the paper's code does) or by running statistics."""
+    """With CutMix: whether the pass that makes pseudo labels normalises by statistics of its batch, as the paper's code does, or by
+    running statistics."""
     forwards: Literal["joint", "separate"] = "joint"
-    """Whether labelled and unlabelled images pass a network together, hence share batch statistics, or one kind after the
-    other, as in the paper's code."""
+    """Whether labelled and unlabelled images pass a network together, with joint batch statistics, or one kind after the other, as in
+    the paper's code."""
 
 
 class MeanTeacherConfig(RampedLoss):
-    """Mean teacher (Tarvainen and Valpola, NeurIPS 2017), for `method: mean_teacher`. The teacher is the average of `ema`."""
+    """Mean teacher (Tarvainen and Valpola, NeurIPS 2017), for `method: mean_teacher`. The teacher is the network with the averaged
+    weights of `ema`."""
 
     weight: Annotated[float, Field(ge=0.0)] = 100.0
-    """Of the squared difference of the probabilities, averaged over pixels and classes; 100 is that of the CPS paper's code."""
+    """Weight of the squared difference of probabilities, averaged over pixels and classes; 100 as in the CPS paper's code."""
 
 
 class FixMatchConfig(RampedLoss, MixConfig):
-    """One network; its sure labels on weak views are the targets of strong ones (Sohn et al., NeurIPS 2020), for `method: fixmatch`."""
+    """FixMatch (Sohn et al., NeurIPS 2020), for `method: fixmatch`: one network, whose confident labels of weak views are the
+    targets for strong views."""
 
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Pixels whose label has a lower probability are ignored."""
+    """Pixels whose pseudo label has a lower probability are ignored."""
 
 
 class EmaConfig(Section):
-    """Averaged weights: if there are any, they are what is evaluated, evaluated and exported."""
+    """Averaged weights. If there are any, the networks with these weights are evaluated and exported."""
 
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Fraction that the average keeps in a step; min(decay, 1 - 1/(step + 1)) at first. None: no average."""
+    """A step keeps the fraction min(decay, 1 - 1/(step + 1)) of the average. None: no average."""
 
 
 class AugmentConfig(Section):
-    """Of training images, labelled and unlabelled alike."""
+    """Augmentation of training images, the same for labelled and unlabelled ones."""
 
     scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (0.5, 2.0)
     """Range of the random zoom before the crop."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
-    """Zooms of which one is drawn, all as likely, instead of the range `scale`."""
+    """Zooms of which one is drawn, all equally likely, instead of the range `scale`."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     color: Fraction = 0.0
@@ -249,40 +254,41 @@ class AugmentConfig(Section):
 
 
 class ComputeConfig(Section):
-    """How a step is computed; none of it changes what is computed, up to rounding and batch-norm statistics."""
+    """How a step is computed. Its result stays the same, up to rounding and batch-norm statistics."""
 
     autocast: Precision = "none"
-    """Precision of the networks' passes; `fp16` scales the loss."""
+    """Precision of the networks' passes. `fp16` scales the loss, and needs a GPU."""
     channels_last: bool = False
     compile: bool = False
-    """`torch.compile` of the networks. On a CPU it needs a C++ compiler; the first step then takes minutes."""
+    """Whether `torch.compile` compiles the networks. On a CPU it needs a C++ compiler, and the first step takes minutes."""
     accumulate: PositiveInt = 1
-    """Micro-batches per step and worker."""
+    """Number of micro-batches per step and worker, whose gradients are accumulated."""
     cpu_kernels: bool = True
-    """Dilated depthwise convolutions on CPUs by our own code, several times faster (docs/step.md); results agree to float tolerance.
-    false: torch's own layers, bit for bit."""
+    """Whether our own code computes dilated depthwise convolutions on CPUs, several times as fast as torch (docs/step.md). Results
+    agree to float tolerance; with false they are those of torch, bit for bit."""
 
 
 class EvaluationConfig(Section):
-    """How images are evaluated. Every pixel of every image counts once, at the image's own size."""
+    """How images are evaluated, at their own size: every pixel counts once."""
 
     networks: Literal["all", "a"] = "all"
-    """`all`: also the others, under `val/b/miou`, and the mean of all networks' probabilities, under `val/ensemble/miou`."""
+    """`a`: network a alone, as `val/miou`. `all`: also the others, as `val/b/miou`, and the mean of all networks' probabilities, as
+    `val/ensemble/miou`."""
     window_px: tuple[PositiveInt, PositiveInt] | None = None
     """(height, width) of a sliding window; smaller images are padded to it. None: whole images."""
     stride_px: tuple[PositiveInt, PositiveInt] | None = None
-    """(down, across) between windows. None: two thirds of the window, as in the CPS reference."""
+    """(vertical, horizontal) distance between windows. None: two thirds of the window, as in the CPS paper's code."""
     window_batch: PositiveInt = 8
-    """Windows that a network sees at once."""
+    """Number of windows that pass a network at once."""
     sum: Literal["logits", "probabilities"] = "logits"
-    """What is averaged where windows overlap, and over scales and flips."""
+    """What is averaged where windows overlap, and over `scales` and `flip`."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1.0,)
-    """Zooms at which an image is evaluated."""
+    """Zooms at which each image is predicted."""
     flip: bool = False
-    """Whether each image is evaluated mirrored, too."""
+    """Whether each image is also predicted mirrored."""
     hidden_images: NonNegativeInt = 32
-    """Unlabelled training images with a mask, at most, on which pseudo labels are measured, as `pseudo/miou`. No loss and no search
-    sees these masks. 0: they are never read."""
+    """Largest number of unlabelled training images whose masks, if there are any, are used to measure pseudo labels (`pseudo/miou`).
+    No loss and no search sees these masks. 0: they are never read."""
 
     @model_validator(mode="after")
     def _windows_touch(self) -> Self:
@@ -295,26 +301,26 @@ class EvaluationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """What one training takes from the cluster."""
+    """What one training takes of the cluster."""
 
     workers: PositiveInt = 1
-    """Ray Train workers; the global batch is divided over them."""
+    """Number of Ray Train workers; the global batch is divided over them."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     placement: Literal["replicated", "one_network_per_worker"] = "replicated"
-    """`replicated`: each worker trains all networks on a batch shard of its own. `one_network_per_worker`: workers
-    0, 1, ... train networks a, b, ... in turn, and neighbours exchange only their label maps: half the weights, optimizer
-    state and gradient traffic per worker for a pair."""
+    """`replicated`: each worker trains all networks on a batch shard of its own. `one_network_per_worker`: workers 0, 1, ... train
+    networks a, b, ... in turn, and those with the same batch shard exchange label maps. With two networks, a worker then
+    has half the weights, optimizer state and gradient traffic."""
 
 
 class TrainConfig(Section):
-    """One training, complete."""
+    """All settings of one training."""
 
     seed: NonNegativeInt = 0
-    """Seed of initialisation, order, augmentation and mixing. Which images are labelled has a seed of its own (`data.subset_seed`)."""
+    """Seed of initialisation, order of images, augmentation and mixing. Which images are labelled has its own, `data.subset_seed`."""
     method: Literal["supervised", "cps", "mean_teacher", "fixmatch"] = "cps"
-    """`supervised` trains network a alone on the labelled images: the baseline. `mean_teacher` and `fixmatch` train network
-    a alone on all images."""
+    """`cps` trains `model.networks` networks on all images. `supervised` trains network a alone on the labelled images: the
+    baseline. `mean_teacher` and `fixmatch` train network a alone on all images."""
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
@@ -331,7 +337,7 @@ class TrainConfig(Section):
 
     @property
     def networks(self) -> int:
-        """How many networks are trained."""
+        """Number of networks that are trained."""
         return self.model.networks if self.method == "cps" else 1
 
     @property
@@ -341,7 +347,7 @@ class TrainConfig(Section):
 
     @property
     def num_batch_shards(self) -> int:
-        """Number of shards that the global batch is cut into: workers that train the same network have different ones."""
+        """Number of batch shards that the global batch is divided into: workers that train the same network have different ones."""
         resources = self.resources
         return resources.workers // (self.networks if resources.placement == "one_network_per_worker" else 1)
 
@@ -359,15 +365,15 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide_evenly(self) -> Self:
-        parts = self.num_batch_shards * self.compute.accumulate
+        num_micro_batches = self.num_batch_shards * self.compute.accumulate
         batches = {"labeled_batch": self.data.labeled_batch}
         if self.semi_supervised:
             batches["unlabeled_batch"] = self.data.unlabeled_batch
-        by = "resources.workers" if self.resources.placement == "replicated" else "workers per network"
+        divisor = "resources.workers" if self.resources.placement == "replicated" else "workers per network"
         for name, size in batches.items():
-            if size % parts:
+            if size % num_micro_batches:
                 raise ValueError(
-                    f"`data.{name} % ({by} * compute.accumulate) == 0` must hold, "
+                    f"`data.{name} % ({divisor} * compute.accumulate) == 0` must hold, "
                     f"but got {size} images for {self.num_batch_shards} x {self.compute.accumulate}."
                 )
         return self
@@ -376,7 +382,7 @@ class TrainConfig(Section):
     def _a_mean_teacher_needs_an_average(self) -> Self:
         if self.method == "mean_teacher" and self.ema.decay is None:
             raise ValueError(
-                "`ema.decay` must be given with method mean_teacher: the teacher is that average. Usual is 0.99."
+                "`ema.decay` must be given with method mean_teacher: the teacher has the averaged weights. 0.99 is usual."
             )
         return self
 
@@ -384,10 +390,10 @@ class TrainConfig(Section):
     def _half_precision_needs_a_gpu(self) -> Self:
         if self.compute.autocast == "fp16" and self.resources.gpus_per_worker == 0:
             raise ValueError(
-                "`compute.autocast: fp16` needs `resources.gpus_per_worker` above 0, but got 0. Take bf16 or none on a CPU."
+                "`compute.autocast: fp16` needs `resources.gpus_per_worker` above 0, but got 0. On a CPU choose bf16 or none."
             )
         return self
 
     def dump(self, base: str | None = None) -> dict[str, Any]:
-        """Plain dict of every setting; paths relative to the folder `base`, absolute without it."""
+        """Returns a plain dict of every setting; paths are relative to the folder `base`, or absolute without it."""
         return self.model_dump(mode="json", context={"base": base})

@@ -1,6 +1,6 @@
-"""YAML as people expect it: 1.2 numbers and booleans, a key only once, and the line of every setting.
+"""Reads and writes YAML as people expect it: 1.2 numbers and booleans, each key once, and the line of every setting.
 
-PyYAML alone reads `1e-3` as text, `on` as true, and keeps the last of two equal keys without a word. Imports `errors`.
+PyYAML alone reads `1e-3` as text and `on` as true, and silently keeps the last of two equal keys. Imports `errors`.
 """
 
 import re
@@ -17,6 +17,7 @@ Loc = tuple[str | int, ...]
 """Keys and list positions from the root of a file to a setting."""
 
 _FLOW_CHARS = 80
+"""Longest list that is written on one line, in characters."""
 
 
 def _int(text: str) -> int:
@@ -44,8 +45,9 @@ _CORE: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Any]], ...] = (
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema; refuses repeated keys, keys that are not text, and every other tag."""
+    """SafeLoader with the core schema; refuses repeated keys, keys that are not text, and tags outside the schema."""
 
+    # Its own table, because add_implicit_resolver would otherwise extend a copy of SafeLoader's, which follows YAML 1.1.
     yaml_implicit_resolvers = {}  # noqa: RUF012
     yaml_constructors = {
         f"tag:yaml.org,2002:{name}": getattr(yaml.SafeLoader, f"construct_yaml_{name}")
@@ -53,17 +55,17 @@ class _Loader(yaml.SafeLoader):
     } | {None: yaml.SafeLoader.construct_undefined}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not while constructing: merge keys have not yet been replaced by what they stand for.
+        # Here and not while constructing, where merge keys (<<) have been replaced by the pairs that they stand for.
         node = super().compose_mapping_node(anchor)
         assert node is not None
-        first: dict[str, int] = {}
+        first_line: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 raise yaml.MarkedYAMLError(problem="a key must be text; quote it", problem_mark=key.start_mark)
-            if key.value in first:
-                found = f"{key.value} is given twice, first in line {first[key.value]}; remove one"
-                raise yaml.MarkedYAMLError(problem=found, problem_mark=key.start_mark)
-            first[key.value] = key.start_mark.line + 1
+            if key.value in first_line:
+                problem = f"{key.value} is given twice, first in line {first_line[key.value]}; remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            first_line[key.value] = key.start_mark.line + 1
         return node
 
 
@@ -91,8 +93,9 @@ def _flow_if_short(dumper: _Dumper, data: Any) -> yaml.SequenceNode:
     return node
 
 
-for _tag, _pattern, _first, _convert in _CORE:
-    _chars = [*_first, ""] if _tag == "null" else list(_first)
+for _tag, _pattern, _first_chars, _convert in _CORE:
+    # PyYAML looks a scalar up by its first character; an empty scalar, which is null, is under "".
+    _chars = [*_first_chars, ""] if _tag == "null" else list(_first_chars)
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _chars)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _chars)
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _constructor(_tag, _pattern, _convert))
@@ -103,38 +106,41 @@ _Dumper.add_representer(tuple, _flow_if_short)
 
 @dataclass(frozen=True)
 class Document:
-    """One YAML file: what it says, and where."""
+    """One YAML file: its data, and the line of each setting."""
 
     data: dict[str, Any]
     path: Path
-    """As the user gave it."""
+    """Path as the user gave it."""
     root: yaml.MappingNode
-    """The composed nodes behind `data`; only for `line`."""
+    """Nodes that `data` was constructed from; they hold the line numbers."""
 
     def line(self, loc: Loc) -> int:
-        """Line, from 1, of the deepest key on the way to `loc` that the file holds."""
+        """Returns the line, from 1, of the setting at `loc`, or of the innermost section around it that the file holds."""
         node: yaml.Node = self.root
         line = node.start_mark.line
         for part in loc:
             if isinstance(node, yaml.MappingNode):
-                # Merged pairs were put first, so the last one is the one that counts.
-                found = next(((key, value) for key, value in reversed(node.value) if key.value == part), None)
+                # PyYAML has put merged pairs before the mapping's own, so the last pair of a key counts.
+                entry = next(((key, value) for key, value in reversed(node.value) if key.value == part), None)
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-                found = (node.value[part], node.value[part])
+                entry = (node.value[part], node.value[part])
             else:
                 break
-            if found is None:
+            if entry is None:
                 break
-            line, node = found[0].start_mark.line, found[1]
+            line, node = entry[0].start_mark.line, entry[1]
         return line + 1
 
     def where(self, loc: Loc) -> str:
-        """`FILE:LINE` of `loc`."""
+        """Returns `FILE:LINE` of the setting at `loc`."""
         return f"{self.path}:{self.line(loc)}"
 
 
 def load(path: Path) -> Document:
-    """Reads a file that holds one mapping. ConfigError: missing, not UTF-8, not YAML, a repeated key, not a mapping."""
+    """Reads a file that holds one mapping.
+
+    Raises ConfigError if it is missing, not UTF-8, not YAML or not a mapping, or if it repeats a key.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError as err:
@@ -148,33 +154,40 @@ def load(path: Path) -> Document:
         raise ConfigError(f"{path}:{line}: must be UTF-8, but holds the byte 0x{raw[err.start]:02x}.") from err
     node, data = _read(text, lambda line: f"{path}:{line}")
     if not isinstance(node, yaml.MappingNode):
-        found = "is empty" if node is None else f"holds {data!r:.60}"
-        raise ConfigError(f"{path}:1: must hold a mapping of settings, such as `version: 1`, but {found}.")
+        content = "is empty" if node is None else f"holds {data!r:.60}"
+        raise ConfigError(f"{path}:1: must hold a mapping of settings, such as `version: 1`, but {content}.")
     return Document(data, path, node)
 
 
 def scalar(text: str, where: str = "") -> Any:
-    """One YAML value, as after `--set name=`. ConfigError, beginning with `where`, if it is not YAML."""
+    """Reads one YAML value, as after `--set name=`. Raises ConfigError, beginning with `where`, if it is not YAML."""
     return _read(text, lambda line: where or repr(text))[1]
 
 
 def dump_yaml(data: Any, header: str = "") -> str:
-    """Block style, keys in their order, short lists as `[64, 96]`, each line of `header` as a comment on top."""
+    """Returns YAML in block style: keys in their order, short lists as `[64, 96]`, `header` as comment lines at the top."""
     comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
     body = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
     return comment + body
 
 
-def _read(text: str, at: Callable[[int], str]) -> tuple[yaml.Node | None, Any]:
-    """The node and the value of the only document in `text`; (None, None) if there is none. `at`: line -> place."""
+def _read(text: str, where: Callable[[int], str]) -> tuple[yaml.Node | None, Any]:
+    """Returns the node and the value of the only document in `text`; (None, None) if there is none.
+
+    `where` turns a line number into the beginning of an error message.
+    """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        # deep: a node that contains itself is then an error instead of an endless structure.
+        # deep: nested values are built at once, and a node that contains itself is an error.
         return node, None if node is None else loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark or err.context_mark
-        raise ConfigError(f"{at(mark.line + 1 if mark else 1)}: not valid YAML: {err.problem or err.context}.") from err
+        raise ConfigError(
+            f"{where(mark.line + 1 if mark else 1)}: not valid YAML: {err.problem or err.context}."
+        ) from err
     except yaml.reader.ReaderError as err:
         line = text.count("\n", 0, err.position) + 1
-        raise ConfigError(f"{at(line)}: not valid YAML: the character {chr(err.character)!r} is not allowed.") from err
+        raise ConfigError(
+            f"{where(line)}: not valid YAML: the character {chr(err.character)!r} is not allowed."
+        ) from err

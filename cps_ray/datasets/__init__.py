@@ -1,1 +1,1 @@
-"""Bytes to samples: raw formats, splits, Parquet shards, augmentation. Shares only the batch contract with the engine."""
+"""Bytes to samples: raw formats, splits, Parquet shards, augmentation. Has only the batch contract in common with the engine."""

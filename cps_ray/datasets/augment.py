@@ -15,7 +15,7 @@ from cps_ray.config.train import AugmentConfig
 from cps_ray.engine.batch import IGNORE
 
 _MEAN_COLOR = (124, 116, 104)
-"""RGB of ImageNet's mean: what padding becomes after normalisation is zero, as in the CPS reference."""
+"""RGB mean of ImageNet: after normalisation, padding of this colour is zero, as in the CPS reference."""
 
 Pixels = NDArray[np.uint8]
 
@@ -39,100 +39,108 @@ class TrainView:
         label: Pixels | None = None,
         strong: Pixels | None = None,
     ) -> None:
-        """RGB (H, W, 3) and train ids (H, W) -> into `view` (3, h, w) and `label` (h, w), all uint8.
+        """Writes RGB (H, W, 3) and train ids (H, W) as a view into `view` (3, h, w) and `label` (h, w), all uint8.
 
-        `strong`, (3, h, w), if given, gets the view after a second, strong change of colour, grey and blur, as consistency
+        `strong`, (3, h, w), if given, gets the view after a second, strong change of colour, grey and blur, because consistency
         methods compare it with the first: ST++ (Yang et al., CVPR 2022), UniMatch (CVPR 2023).
         """
+        # All four are drawn, and in this order, whatever the settings: a view stays the same function of its seed.
         scale, top, left, flip = np.random.default_rng(seed).random(4).tolist()
-        window, place = self._window(image.shape[0], image.shape[1], scale, top, left)
+        window, region = self._window(image.shape[0], image.shape[1], scale, top, left)
         flipped = flip < self._augment.flip
-        seen, spare, blank, spare_label = self._scratch()
-        self._crop(image[window], place, flipped, cv2.INTER_LINEAR, blank, spare, seen)
+        pixels, unflipped, padding, unflipped_label = self._scratch()
+        self._crop(image[window], region, flipped, cv2.INTER_LINEAR, padding, unflipped, pixels)
         if mask is not None and label is not None:
             # Centres of pixels map as they do for the image; plain INTER_NEAREST is half a pixel off.
-            self._crop(mask[window], place, flipped, cv2.INTER_NEAREST_EXACT, IGNORE, spare_label, label)
+            self._crop(mask[window], region, flipped, cv2.INTER_NEAREST_EXACT, IGNORE, unflipped_label, label)
         if self._augment.color > 0.0 or self._augment.blur > 0.0:
-            seen = self._changed("weak", seen, seed)
-        cv2.split(seen, list(view))
+            pixels = self._change_colors("weak", pixels, seed)
+        # Writes each channel straight into its plane of the batch: (h, w, 3) becomes (3, h, w) without another copy.
+        cv2.split(pixels, list(view))
         if strong is not None:
-            cv2.split(self._changed("strong", seen, seed), list(strong))
+            cv2.split(self._change_colors("strong", pixels, seed), list(strong))
 
     def _scratch(self) -> tuple[Pixels, Pixels, Pixels, Pixels]:
-        """Memory of this thread: (h, w, 3) twice, all padding, (h, w). Fresh memory costs as much as resizing into it."""
+        """Returns this thread's memory: the view and the view before a flip, (h, w, 3); padding, (h, w, 3), never written to;
+        the mask before a flip, (h, w). Fresh memory costs as much as resizing into it.
+        """
         if not hasattr(self._local, "scratch"):
             height, width = self._crop_px
-            blank = np.tile(np.array(_MEAN_COLOR, np.uint8), (height, width, 1))
-            self._local.scratch = blank.copy(), blank.copy(), blank, np.empty((height, width), np.uint8)
+            padding = np.tile(np.array(_MEAN_COLOR, np.uint8), (height, width, 1))
+            self._local.scratch = padding.copy(), padding.copy(), padding, np.empty((height, width), np.uint8)
         scratch: tuple[Pixels, Pixels, Pixels, Pixels] = self._local.scratch
         return scratch
 
     def _window(
         self, height: int, width: int, scale: float, top: float, left: float
     ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """What is seen of the image, and the part of the view that it fills. Draws are in [0, 1)."""
+        """Returns the window of the image that is seen, and the region of the view that it fills. Draws are in [0, 1)."""
         low, high = self._augment.scale
         zooms = self._augment.scales
         zoom = low + (high - low) * scale if zooms is None else zooms[int(scale * len(zooms))]
-        (seen_y, rows), (seen_x, columns) = (
-            _span(length, wanted, zoom, draw)
-            for length, wanted, draw in zip((height, width), self._crop_px, (top, left), strict=True)
+        (window_y, region_y), (window_x, region_x) = (
+            _span(image_px, view_px, zoom, draw)
+            for image_px, view_px, draw in zip((height, width), self._crop_px, (top, left), strict=True)
         )
-        return (seen_y, seen_x), (rows, columns)
+        return (window_y, window_x), (region_y, region_x)
 
     def _crop(
         self,
         window: Pixels,
-        place: tuple[slice, slice],
+        region: tuple[slice, slice],
         flip: bool,
         interpolation: int,
         fill: int | Pixels,
-        spare: Pixels,
-        made: Pixels,
+        unflipped: Pixels,
+        out: Pixels,
     ) -> None:
-        """The window, resized to `place` in `made` (h, w, ...), with `fill` around it; by way of `spare` if flipped."""
-        target = spare if flip else made
-        rows, columns = place
+        """Resizes the window to `region` of `out` (h, w, ...), with `fill` around it; by way of `unflipped` if flipped."""
+        target = unflipped if flip else out
+        rows, columns = region
         size = (columns.stop - columns.start, rows.stop - rows.start)
+        # The target holds an earlier view, or nothing yet: what the window does not cover has to be filled each time.
         if size != self._crop_px[::-1]:
             target[:] = fill
-        cv2.resize(window, size, dst=target[place], interpolation=interpolation)
+        # Written in place only because size and dtype of `dst` fit: else OpenCV would return new memory.
+        cv2.resize(window, size, dst=target[region], interpolation=interpolation)
         if flip:
-            cv2.flip(spare, 1, dst=made)
+            cv2.flip(unflipped, 1, dst=out)
 
-    def _changed(self, kind: str, pixels: Pixels, seed: tuple[int, ...]) -> Pixels:
-        """albumentations' random state lives in the object, so each thread has its own."""
-        if not hasattr(self._local, kind):
-            setattr(self._local, kind, A.Compose(_strong() if kind == "strong" else _weak(self._augment)))
-        compose: A.Compose = getattr(self._local, kind)
+    def _change_colors(self, strength: str, pixels: Pixels, seed: tuple[int, ...]) -> Pixels:
+        """Changes colours and sharpness. albumentations' random state lives in the object, so each thread has its own."""
+        if not hasattr(self._local, strength):
+            transforms = _strong_transforms() if strength == "strong" else _weak_transforms(self._augment)
+            setattr(self._local, strength, A.Compose(transforms))
+        compose: A.Compose = getattr(self._local, strength)
+        # The 1 keeps these random numbers apart from those of zoom, crop and flip, which come from the bare seed.
         compose.set_random_seed(int(np.random.SeedSequence((*seed, 1)).generate_state(1)[0]))
         return np.asarray(compose(image=np.ascontiguousarray(pixels))["image"], np.uint8)
 
 
-def _span(length: int, wanted: int, zoom: float, place: float) -> tuple[slice, slice]:
-    """Along one side: the part of the image that is seen, at a uniform place, and the part of the view that it fills."""
-    seen = max(1, round(wanted / zoom))
-    if seen > length:  # the zoomed image is smaller than the view: it is seen whole, in the middle
-        filled = min(wanted, max(1, round(length * zoom)))
-        start = (wanted - filled) // 2
-        return slice(0, length), slice(start, start + filled)
-    first = int(place * (length - seen + 1))
-    return slice(first, first + seen), slice(0, wanted)
+def _span(image_px: int, view_px: int, zoom: float, draw: float) -> tuple[slice, slice]:
+    """Returns, along one side, the window of the image at a uniform position, and the region of the view that it fills."""
+    window_px = max(1, round(view_px / zoom))
+    if window_px > image_px:  # the zoomed image is smaller than the view: all of it is seen, in the middle
+        region_px = min(view_px, max(1, round(image_px * zoom)))
+        start = (view_px - region_px) // 2
+        return slice(0, image_px), slice(start, start + region_px)
+    first = int(draw * (image_px - window_px + 1))
+    return slice(first, first + window_px), slice(0, view_px)
 
 
-def _jitter(light: float, hue: float) -> A.BasicTransform:
+def _color_jitter(light: float, hue: float) -> A.BasicTransform:
     around_one = (1.0 - light, 1.0 + light)
     return A.ColorJitter(around_one, around_one, around_one, (-hue, hue), p=0.8)
 
 
-def _weak(augment: AugmentConfig) -> list[A.BasicTransform]:
+def _weak_transforms(augment: AugmentConfig) -> list[A.BasicTransform]:
     transforms = []
     if augment.color > 0.0:
-        transforms.append(_jitter(0.4 * augment.color, 0.1 * augment.color))
+        transforms.append(_color_jitter(0.4 * augment.color, 0.1 * augment.color))
     if augment.blur > 0.0:
         transforms.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=augment.blur))
     return transforms
 
 
-def _strong() -> list[A.BasicTransform]:
-    return [_jitter(0.5, 0.25), A.ToGray(p=0.2), A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5)]
+def _strong_transforms() -> list[A.BasicTransform]:
+    return [_color_jitter(0.5, 0.25), A.ToGray(p=0.2), A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5)]

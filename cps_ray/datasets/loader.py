@@ -27,36 +27,39 @@ from cps_ray.datasets.subsets import LabeledSubset, labeled_subset
 from cps_ray.engine.batch import Batch, EvalBatch
 from cps_ray.errors import DataError
 
-_AHEAD = 2
-"""Steps prepared before they are asked for."""
-_RUN = 4
-"""Images that a thread takes on at once."""
-_SECOND = 2
-"""Marks the random numbers of an image's second view."""
-_KEPT_BYTES = 512 * 2**20
+_BATCHES_AHEAD = 2
+"""Most batches that wait in the queue until the training takes them."""
+_IMAGES_PER_TASK = 4
+"""Images that a thread of the pool gets at once."""
+_SECOND_VIEW = 2
+"""Ends the seed of an image's second crop, so that it is drawn apart from the first one."""
+_CACHE_BYTES = 512 * 2**20
 """Encoded labelled images held in memory, per worker; what does not fit is read again each time."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainData:
-    """The training split, and which of its images are labelled."""
+    """The index of the training split, and which of its images are labelled."""
 
     index: Index
     subset: LabeledSubset
 
     @property
     def labeled(self) -> ImageLocations:
-        """Where the labelled images lie, in the order of the index."""
+        """Locations of the labelled images, in the order of the index."""
         return self.index.locations.take(self.subset.labeled)
 
     @property
     def unlabeled(self) -> ImageLocations:
-        """Where the unlabelled images lie, in the order of the index."""
+        """Locations of the unlabelled images, in the order of the index."""
         return self.index.locations.take(self.subset.unlabeled)
 
 
 def train_data(shards: Shards, config: TrainConfig) -> TrainData:
-    """Divides the training split. Raises DataError where that leaves nothing to learn from."""
+    """Divides the training split as the config says.
+
+    DataError if that is impossible, or if a semi-supervised method would have no unlabelled image.
+    """
     index = shards.index("train")
     data = TrainData(index, labeled_subset(config.data, index))
     if config.semi_supervised and not data.subset.unlabeled.size:
@@ -70,14 +73,14 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
 def unlabeled_positions(
     config: TrainConfig, batch_shard: int, num_batch_shards: int, start_step: int
 ) -> ShardPositions:
-    """Positions of a batch shard's unlabelled images, from `start_step` to the last step."""
+    """Returns the positions of a batch shard's unlabelled images, from `start_step` to the last step."""
     return ShardPositions(start_step, config.schedule.steps, config.data.unlabeled_batch, batch_shard, num_batch_shards)
 
 
-def read_unlabeled(data: TrainData, config: TrainConfig, visited: ShardPositions) -> Iterator[Encoded]:
-    """Reads unlabelled images without a cluster, one at a time, in the order in which a batch shard has them."""
+def read_unlabeled(data: TrainData, config: TrainConfig, shard_positions: ShardPositions) -> Iterator[Encoded]:
+    """Reads unlabelled images without a cluster, one at a time, in the order of a batch shard's positions."""
     locations = data.unlabeled
-    for position in visited:
+    for position in shard_positions:
         yield from locations.read([image_at(position, len(locations), config.seed, UNLABELED)], masks=False)
 
 
@@ -91,10 +94,10 @@ def train_batches(
     unlabeled: Iterator[Encoded] | None = None,
     threads: int = 2,
 ) -> Generator[Batch, None, None]:
-    """Yields one shard of the global batch after the other, from `start_step` to the last step.
+    """Yields one worker's batch shard of each step, in order, from `start_step` to the last step.
 
-    `unlabeled`: its unlabelled images in the order of `unlabeled_positions`;
-    None with method supervised, else they are read here.
+    `unlabeled`: the unlabelled images of this batch shard, in the order of `unlabeled_positions`; None: they are read here.
+    Method `supervised` has none. `threads`: how many decode. Closing the generator stops all threads, without waiting for them.
     """
     if config.semi_supervised and unlabeled is None:
         unlabeled = read_unlabeled(data, config, unlabeled_positions(config, batch_shard, num_batch_shards, start_step))
@@ -107,26 +110,28 @@ def train_batches(
         producer.close()
 
 
-class _Labeled:
-    """Encoded labelled images by number; kept in memory as far as `_KEPT_BYTES` go. One object serves many threads."""
+class _LabeledCache:
+    """Encoded labelled images by number; kept in memory as far as `_CACHE_BYTES` go. One object serves many threads."""
 
     def __init__(self, locations: ImageLocations) -> None:
         self._locations = locations
-        self._kept: dict[int, Encoded] = {}
-        self._room = _KEPT_BYTES
+        self._cached: dict[int, Encoded] = {}
+        self._free_bytes = _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self._locations)
 
     def __getitem__(self, number: int) -> Encoded:
-        if number not in self._kept:
-            (read,) = self._locations.read([number])
-            size = len(read.image) + len(read.mask or b"")
-            if size > self._room:
-                return read
-            if self._kept.setdefault(number, read) is read:  # another thread may have read it meanwhile
-                self._room -= size
-        return self._kept[number]
+        # Nothing is removed, so what is found once stays; no lock, so two threads may read the same image at once.
+        if number not in self._cached:
+            (encoded,) = self._locations.read([number])
+            size = len(encoded.image) + len(encoded.mask or b"")
+            if size > self._free_bytes:
+                return encoded
+            # Of two threads that have read it, setdefault keeps the first one's, and only that thread counts the bytes.
+            if self._cached.setdefault(number, encoded) is encoded:
+                self._free_bytes -= size
+        return self._cached[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,107 +139,130 @@ class _PendingBatch:
     """A batch whose images are still being written."""
 
     batch: Batch
-    work: list[Future[None]]
+    tasks: list[Future[None]]
 
-    def done(self) -> Batch:
-        for run in self.work:
-            run.result()
+    def wait(self) -> Batch:
+        """Returns the batch when all of it is written. Raises what a task raised."""
+        for task in self.tasks:
+            task.result()
         return self.batch
 
 
-def _run_all(work: list[Callable[[], None]]) -> None:
-    for one in work:
-        one()
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 class _Producer:
-    """A thread that walks the steps and hands each image to a pool; the batches come out in order."""
+    """Makes batches ahead of the training, in order, in three kinds of threads:
+
+    - the producer's own goes through the steps: it allocates a batch, takes its unlabelled images from the stream, hands all
+      images to the pool, and puts the batch into a queue while its images are still being written;
+    - the pool's decode and augment; each image has a slice of the batch to itself, so their order does not matter;
+    - the training's takes a batch from the queue, and waits until the last of its images is written.
+    """
 
     def __init__(
         self,
         data: TrainData,
         config: TrainConfig,
-        shard: tuple[int, int],
+        batch_shard: tuple[int, int],
         start_step: int,
         unlabeled: Iterator[Encoded] | None,
         threads: int,
     ) -> None:
-        self._config, self._shard, self._start_step = config, shard, start_step
-        self._labeled = _Labeled(data.labeled)
+        """`batch_shard`: (its number, how many there are). The producer's thread starts at once."""
+        self._config, self._batch_shard, self._start_step = config, batch_shard, start_step
+        self._labeled = _LabeledCache(data.labeled)
         self._unlabeled = unlabeled
-        self._strong = config.method in ("mean_teacher", "fixmatch")
+        # What a second view of an unlabelled image is: the same crop in other colours, or another crop.
+        self._second_is_strong = config.method in ("mean_teacher", "fixmatch")
         cps = config.cps
-        self._elsewhere = config.method == "cps" and cps.mix == "cutmix" and cps.cutmix_partner == "self"
+        self._second_is_elsewhere = config.method == "cps" and cps.mix == "cutmix" and cps.cutmix_partner == "self"
         self._view = TrainView(config.augment, config.data.crop_px)
-        self._pin = torch.cuda.is_available()
+        self._pin_memory = torch.cuda.is_available()
         cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._ready: queue.Queue[_PendingBatch | BaseException | None] = queue.Queue(maxsize=_AHEAD)
+        # The queue's length is what holds the producer back: one batch more is in work while it waits for room.
+        self._queue: queue.Queue[_PendingBatch | BaseException | None] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        # A daemon, because it may be waiting inside the stream when the process wants to end. Starts when all is in place.
+        self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
         self._thread.start()
 
     def batches(self) -> Iterator[Batch]:
-        while (entry := self._ready.get()) is not None:
+        """Yields the batches; called by the training's thread."""
+        # Does not wait for ever: unless it was closed, the producer's last entry is None or an error.
+        while (entry := self._queue.get()) is not None:
+            # An error of the stream keeps its turn: the batches before it are trained on first.
             if isinstance(entry, BaseException):
                 raise entry
-            yield entry.done()
+            yield entry.wait()
 
     def close(self) -> None:
+        """Lets all threads end after what they have in hand; does not wait for them."""
+        # The flag first: the error that `submit` raises after the shutdown finds it set, and is dropped.
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self) -> None:
+    def _produce(self) -> None:
         try:
             for step in range(self._start_step, self._config.schedule.steps):
-                self._put(self._fill(step))
+                self._enqueue(self._start_batch(step))
                 if self._closed.is_set():
                     return
-            self._put(None)
+            self._enqueue(None)
         except BaseException as err:  # carried to the training, which raises it
             if not self._closed.is_set():
-                self._put(err)
+                self._enqueue(err)
         finally:
             if isinstance(self._unlabeled, Generator):
-                self._unlabeled.close()  # here, as nobody else may while this thread is in it
+                self._unlabeled.close()  # here, because Python lets no other thread close it while this one is in it
 
-    def _put(self, entry: _PendingBatch | BaseException | None) -> None:
+    def _enqueue(self, entry: _PendingBatch | BaseException | None) -> None:
+        # Not a blocking put: nobody takes from the queue after `close`, and this thread would never end.
         while not self._closed.is_set():
             try:
-                self._ready.put(entry, timeout=0.5)
+                self._queue.put(entry, timeout=0.5)
             except queue.Full:
                 continue
             return
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+    def _allocate(self, *shape: int) -> Tensor:
+        # New memory for each batch: the training may hold earlier ones, or still be copying from them to a GPU.
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
 
-    def _fill(self, step: int) -> _PendingBatch:
-        """Starts to write the batch of a step."""
+    def _start_batch(self, step: int) -> _PendingBatch:
+        """Starts to write the batch of a step, and returns without waiting for it."""
         data, (height, width) = self._config.data, self._config.data.crop_px
-        labeled = positions(step, data.labeled_batch, *self._shard)
-        unlabeled = positions(step, data.unlabeled_batch, *self._shard) if self._unlabeled is not None else range(0)
+        labeled = positions(step, data.labeled_batch, *self._batch_shard)
+        unlabeled = (
+            positions(step, data.unlabeled_batch, *self._batch_shard) if self._unlabeled is not None else range(0)
+        )
         batch = Batch(
-            labeled_image=self._empty(len(labeled), 3, height, width),
-            labeled_mask=self._empty(len(labeled), height, width),
-            unlabeled_image=self._empty(len(unlabeled), 3, height, width) if unlabeled else None,
-            unlabeled_second=self._empty(len(unlabeled), 3, height, width)
-            if unlabeled and (self._strong or self._elsewhere)
+            labeled_image=self._allocate(len(labeled), 3, height, width),
+            labeled_mask=self._allocate(len(labeled), height, width),
+            unlabeled_image=self._allocate(len(unlabeled), 3, height, width) if unlabeled else None,
+            unlabeled_second=self._allocate(len(unlabeled), 3, height, width)
+            if unlabeled and (self._second_is_strong or self._second_is_elsewhere)
             else None,
         )
-        work: list[Callable[[], None]] = [
+        writes: list[Callable[[], None]] = [
             partial(self._write_labeled, position, view, label)
             for position, view, label in zip(labeled, batch.labeled_image, batch.labeled_mask, strict=True)
         ]
-        for place, position in enumerate(unlabeled):
+        for row, position in enumerate(unlabeled):
             assert self._unlabeled is not None
             assert batch.unlabeled_image is not None
-            second = None if batch.unlabeled_second is None else batch.unlabeled_second[place]
-            view, encoded = batch.unlabeled_image[place], next(self._unlabeled)
-            work.append(partial(self._write_unlabeled, position, encoded, view, second))
+            second = None if batch.unlabeled_second is None else batch.unlabeled_second[row]
+            # Taken here and not in the pool: the stream's order is that of the positions, and it serves one thread.
+            view, encoded = batch.unlabeled_image[row], next(self._unlabeled)
+            writes.append(partial(self._write_unlabeled, position, encoded, view, second))
         # Handing over costs as much as a tenth of a small image: a few at a time.
-        runs = [work[first : first + _RUN] for first in range(0, len(work), _RUN)]
-        return _PendingBatch(batch, [self._pool.submit(_run_all, run) for run in runs])
+        chunks = [writes[first : first + _IMAGES_PER_TASK] for first in range(0, len(writes), _IMAGES_PER_TASK)]
+        return _PendingBatch(batch, [self._pool.submit(_call_all, chunk) for chunk in chunks])
+
+    # These two run in the pool; `numpy()` of a CPU tensor is a view of its memory, so they write into the batch itself.
 
     def _write_labeled(self, position: int, view: Tensor, label: Tensor) -> None:
         encoded = self._labeled[image_at(position, len(self._labeled), self._config.seed, LABELED)]
@@ -244,53 +272,61 @@ class _Producer:
 
     def _write_unlabeled(self, position: int, encoded: Encoded, view: Tensor, second: Tensor | None) -> None:
         image, seed = decode_image(encoded.image), (self._config.seed, UNLABELED, position)
-        strong = second.numpy() if second is not None and self._strong else None
+        strong = second.numpy() if second is not None and self._second_is_strong else None
         self._view(image, None, seed, view=view.numpy(), strong=strong)
-        if second is not None and self._elsewhere:
-            self._view(image, None, (*seed, _SECOND), view=second.numpy())
+        if second is not None and self._second_is_elsewhere:
+            self._view(image, None, (*seed, _SECOND_VIEW), view=second.numpy())
 
 
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
-    """Raises DataError unless there are images to train on, and masks in the splits that are `evaluated`."""
+    """Checks that there are images to train on, and masks in the splits that are `evaluated`. DataError if not."""
     train_data(shards, config)
     for split in evaluated:
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
 
 
-def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], further: Sequence[str] = ()) -> list[str]:
-    """Names of everything that an evaluation of this split measures: mIoU, and IoU of the classes that it shows, each also per
-    slice; and the scores `further` of the whole split.
+def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
+    """Returns the names of everything that an evaluation of this split measures: mIoU and the IoU of each class that is there,
+    for the whole split and per slice, and the scores `extra` of the whole split.
+
+    `slices`: name of each slice and the pattern of its ids. A slice without masks has no metrics.
     """
     index = shards.index(split)
-    parts = {"": index.labeled}
+    rows_of = {"": index.labeled}  # by the prefix of their metrics; the whole split has none
     for name, pattern in slices.items():
-        parts[f"{name}/"] = index.labeled & np.array([fnmatchcase(one, pattern) for one in index.ids])
+        rows_of[f"{name}/"] = index.labeled & np.array([fnmatchcase(image_id, pattern) for image_id in index.ids])
     names = []
-    for prefix, rows in parts.items():
+    for prefix, rows in rows_of.items():
         if rows.any():
             names.append(f"{split}/{prefix}miou")
-            shown = np.flatnonzero(index.presence[rows].sum(axis=0))
-            names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in shown]
-    return names + ([f"{split}/{name}" for name in further] if index.labeled.any() else [])
+            present = np.flatnonzero(index.presence[rows].sum(axis=0))
+            names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in present]
+    return names + ([f"{split}/{name}" for name in extra] if index.labeled.any() else [])
 
 
 def eval_batches(
     shards: Shards, split: str, *, batch_shard: int = 0, num_batch_shards: int = 1, size: int = 8, threads: int = 2
 ) -> Iterator[EvalBatch]:
-    """Yields every n-th image of a split, each exactly once over all n batch shards, in batches of one size of image."""
+    """Yields a batch shard's images with masks of a split, in batches of at most `size` images of one height and width.
+
+    Each image comes exactly once over all batch shards: no batch is filled up with repeated images.
+    """
     index = shards.index(split)
     rows = np.flatnonzero(index.labeled)[batch_shard::num_batch_shards]
-    same_size = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
-    chunks = [run[at : at + size] for run in (list(group) for _, group in same_size) for at in range(0, len(run), size)]
+    # Joins neighbours only, so that the order stays that of the index.
+    neighbors = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
+    same_size = [list(members) for _, members in neighbors]
+    chunks = [block[first : first + size] for block in same_size for first in range(0, len(block), size)]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        yield from _ahead(pool, index, chunks, threads)
+        yield from _decode_ahead(pool, index, chunks, threads)
 
 
 def hidden_batches(
     data: TrainData, hidden_images: int, *, batch_shard: int = 0, num_batch_shards: int = 1, threads: int = 2
 ) -> Iterator[EvalBatch]:
-    """Yields a batch shard's part of `hidden_images` unlabelled images whose masks exist, spread evenly over them, one by one.
+    """Yields a batch shard's part of `hidden_images` unlabelled images whose masks exist, spread evenly over all of these; one
+    image a batch.
 
     For measuring pseudo labels; nothing learns from these masks.
     """
@@ -299,23 +335,24 @@ def hidden_batches(
     spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), hidden_images)).round().astype(int)]
     chunks = [[int(row)] for row in spread[batch_shard::num_batch_shards]]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        yield from _ahead(pool, index, chunks, threads)
+        yield from _decode_ahead(pool, index, chunks, threads)
 
 
-def _ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], depth: int) -> Iterator[EvalBatch]:
-    """The batches in order, `depth` of them being decoded before they are asked for."""
-    waiting: list[Future[EvalBatch]] = []
+def _decode_ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], depth: int) -> Iterator[EvalBatch]:
+    """Yields the batches in order, while the pool works on the next `depth` of them."""
+    pending: list[Future[EvalBatch]] = []
     for chunk in chunks:
-        waiting.append(pool.submit(eval_batch, index, chunk))
-        if len(waiting) > depth:
-            yield waiting.pop(0).result()
-    for future in waiting:
+        pending.append(pool.submit(eval_batch, index, chunk))
+        # Only so many at a time: a pool takes any number of tasks, and would hold the whole split in memory.
+        if len(pending) > depth:
+            yield pending.pop(0).result()
+    for future in pending:
         yield future.result()
 
 
 def eval_batch(index: Index, rows: list[int]) -> EvalBatch:
-    """These rows of an index, which have masks and one size."""
+    """Reads and decodes these rows of an index, which have masks and one size."""
     encoded = index.locations.read(rows)
-    images = [torch.from_numpy(decode_image(one.image)).permute(2, 0, 1) for one in encoded]
-    masks = [torch.from_numpy(decode_mask(one.mask)) for one in encoded if one.mask is not None]
-    return EvalBatch(tuple(one.id for one in encoded), torch.stack(images), torch.stack(masks))
+    images = [torch.from_numpy(decode_image(item.image)).permute(2, 0, 1) for item in encoded]
+    masks = [torch.from_numpy(decode_mask(item.mask)) for item in encoded if item.mask is not None]
+    return EvalBatch(tuple(item.id for item in encoded), torch.stack(images), torch.stack(masks))

@@ -9,8 +9,8 @@ from cps_ray.errors import DataError
 def open_data(data: DataConfig) -> Shards:
     """Opens the shards of a config; synthetic ones are drawn on first use.
 
-    Processes may do so at once: one puts its folder in place, the others take that. DataError if the shards are missing,
-    or were drawn with other settings.
+    Several processes may do so at once: one of them puts its folder in place, and the others use that one. DataError if the
+    shards are missing, or were drawn with other settings.
     """
     if data.synthetic is None:
         return open_shards(data.shards, data.prepare)

@@ -1,6 +1,6 @@
-"""In which order images are visited: a function of (seed, position), so that any step can be the first one.
+"""The order in which images are read: a function of (seed, position), so that any step can be the first one.
 
-Positions count images over all passes. Step s of a global batch of B images visits positions s*B to (s+1)*B - 1, and
+Positions count images over all passes. Step s of a global batch of B images reads positions s*B to (s+1)*B - 1, and
 batch shard r of W is the r-th of W equal runs of them; the same images make a step on any number of workers.
 """
 
@@ -11,24 +11,26 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+# Streams: labelled and unlabelled images have random numbers of their own.
 LABELED = 1
 UNLABELED = 2
 
 
+# A few orders are alive at once: of both streams, and of two passes or more where a batch crosses a pass boundary.
 @lru_cache(maxsize=8)
-def permutation(count: int, seed: int, stream: int, number: int) -> NDArray[np.int64]:
-    """Order of pass `number` over `count` images of a stream: int64 (count,)."""
-    return np.random.default_rng((seed, stream, number)).permutation(count)
+def permutation(count: int, seed: int, stream: int, pass_number: int) -> NDArray[np.int64]:
+    """Returns the order of a pass over the `count` images of a stream: int64 (count,). Cached: do not write to it."""
+    return np.random.default_rng((seed, stream, pass_number)).permutation(count)
 
 
 def image_at(position: int, count: int, seed: int, stream: int) -> int:
-    """Which of `count` images is visited at `position`. Each pass visits every image once."""
-    number, place = divmod(position, count)
-    return int(permutation(count, seed, stream, number)[place])
+    """Returns which of `count` images is read at `position`. Each pass reads every image once."""
+    pass_number, offset = divmod(position, count)
+    return int(permutation(count, seed, stream, pass_number)[offset])
 
 
 def positions(step: int, batch: int, batch_shard: int, num_batch_shards: int) -> range:
-    """Positions of one batch shard in one step. `batch` is global and divides by `num_batch_shards`."""
+    """Returns the positions of one batch shard in one step. `batch` is global and divides by `num_batch_shards`."""
     images = batch // num_batch_shards
     first = step * batch + batch_shard * images
     return range(first, first + images)
@@ -36,7 +38,7 @@ def positions(step: int, batch: int, batch_shard: int, num_batch_shards: int) ->
 
 @dataclass(frozen=True, slots=True)
 class ShardPositions:
-    """Every position that one batch shard visits from `start_step` up to and without step `steps`, without a list of them."""
+    """Positions of one batch shard in the steps from `start_step` up to and without `steps`, computed rather than stored."""
 
     start_step: int
     steps: int
@@ -52,6 +54,7 @@ class ShardPositions:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> int:
-        """The position visited at `number`, in 0..len - 1."""
-        step, place = divmod(number, self.batch // self.num_batch_shards)
-        return positions(self.start_step + step, self.batch, self.batch_shard, self.num_batch_shards)[place]
+        """Returns the position with this number, in 0..len - 1."""
+        # Positions of later steps are not adjacent: the other batch shards' lie between them.
+        step, offset = divmod(number, self.batch // self.num_batch_shards)
+        return positions(self.start_step + step, self.batch, self.batch_shard, self.num_batch_shards)[offset]

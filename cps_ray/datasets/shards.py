@@ -1,10 +1,10 @@
 """Shards, the on-disk form of every data set, and their only reader.
 
 A shard is a Parquet file of encoded images and masks, one row an image. Beside the shards lie `manifest.json` and one index
-per split, a Parquet file too: all that is known of each image, and at which byte of which shard it is. So one image costs
-one read of its own bytes, whatever the size of shards and row groups, and a pass in random order is as fast as one in file
-order. Image bytes stay as they came (JPEG, PNG); masks are grey PNGs of train ids 0..C-1, or 255 where a pixel counts in
-no loss and no metric.
+per split, a Parquet file too: all that is known of each image, and at which byte of which shard it is. So reading an image
+reads its own bytes and nothing else, whatever the size of shards and row groups, and a pass in random order is as fast as
+one in file order. Image bytes stay as they came (JPEG, PNG); masks are grey PNGs of train ids 0..C-1, or 255 where a pixel
+counts in no loss and no metric.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
     ]
 )
+# `*_at` and `*_bytes`: where in its Parquet file an encoded image or mask begins, and how long it is, in bytes.
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -64,7 +65,7 @@ class MadeBy(Section):
 
 
 class ShardFile(Section):
-    """One Parquet file."""
+    """One Parquet file of images."""
 
     name: str
     images: int
@@ -73,7 +74,7 @@ class ShardFile(Section):
 
 
 class Split(Section):
-    """What the manifest says of one split."""
+    """One split, as the manifest lists it."""
 
     images: int
     masks: int
@@ -82,11 +83,11 @@ class Split(Section):
     """Name of the index file."""
     index_sha256: str
     class_pixels: tuple[int, ...]
-    """Per class, over all masks."""
+    """Number of pixels of each class, over all masks."""
     class_images: tuple[int, ...]
-    """Per class, the number of masks that show it."""
+    """Number of masks that show each class."""
     sha256: str
-    """Over the ids and checksums of all rows: two equal values are the same data in the same order."""
+    """Checksum of the ids and checksums of all rows: two equal values are the same data in the same order."""
 
 
 class LeftOut(Section):
@@ -97,7 +98,7 @@ class LeftOut(Section):
 
 
 class Manifest(Section):
-    """`manifest.json`."""
+    """Content of `manifest.json`."""
 
     version: Literal[2]
     made_by: MadeBy
@@ -109,22 +110,22 @@ class Manifest(Section):
     """What was decided, and what was found to be odd, when the raw files were read."""
     left_out: tuple[LeftOut, ...] = ()
     sha256: str = ""
-    """Over all of the above; empty: not checked, for who means to edit the file by hand."""
+    """Checksum of all of the above; empty: not checked, for those who edit the file by hand."""
 
     def signed(self) -> Self:
-        """The same with its checksum."""
+        """Returns the same manifest with its checksum."""
         return self.model_copy(update={"sha256": _checksum(self.model_dump(mode="json"))})
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    """Of a manifest as JSON, without its own checksum. Over content, not over spaces and the order of keys."""
+    """Returns the SHA-256 of a manifest as JSON, without its own checksum: of its content, not of spaces and the order of keys."""
     text = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
     return sha256(text.encode()).hex()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One image as it was read, with its mask if it has one and masks were asked for."""
+    """The bytes of one image as they were read, and those of its mask if it has one and masks were asked for."""
 
     id: str
     image: bytes
@@ -132,33 +133,33 @@ class Encoded:
 
 
 def sha256(data: bytes) -> bytes:
-    """32 bytes."""
+    """Returns the SHA-256 checksum of `data`: 32 bytes."""
     return hashlib.sha256(data).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLocations:
-    """Where images lie: all that reading them takes. N images; small, and travels to any process."""
+    """Where N images lie: all that reading them takes. Small, and can be pickled and sent to any process."""
 
     files: tuple[str, ...]
-    """Absolute paths."""
+    """Absolute paths of the shards."""
     ids: tuple[str, ...]
     file: NDArray[np.int32]
-    """(N,) position in `files`."""
+    """(N,) index into `files`."""
     image: NDArray[np.int64]
-    """(N, 2) first byte in the file, number of bytes."""
+    """(N, 2) offset of the first byte in the file, number of bytes."""
     image_sha256: NDArray[np.uint8]
-    """(N, 32)."""
+    """(N, 32) checksums of the encoded images."""
     mask: NDArray[np.int64]
-    """(N, 2) of masks; 0 bytes without one."""
+    """(N, 2) the same for masks; 0 bytes without one."""
     mask_sha256: NDArray[np.uint8]
-    """(N, 32)."""
+    """(N, 32) checksums of the encoded masks."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: NDArray[np.int64]) -> "ImageLocations":
-        """Some of them, in the order asked."""
+        """Returns the locations of these rows, in their order."""
         return ImageLocations(
             files=self.files,
             ids=tuple(self.ids[row] for row in rows),
@@ -170,10 +171,11 @@ class ImageLocations:
         )
 
     def read(self, rows: Sequence[int], *, masks: bool = True) -> list[Encoded]:
-        """Encoded images, in the order asked; every file is opened once. DataError if one is missing or damaged.
+        """Reads encoded images, in the order of `rows`; opens every file once, and compares checksums.
 
-        `masks=False` reads no mask at all. Checksums are compared.
+        `masks=False` reads no mask at all. DataError if a file is missing or damaged.
         """
+        # Descriptors live for this call alone, so the object holds no open file: any process and any thread can use it.
         opened: dict[int, int] = {}
         try:
             return [self._read(int(row), masks, opened) for row in rows]
@@ -182,28 +184,29 @@ class ImageLocations:
                 os.close(descriptor)
 
     def _read(self, row: int, masks: bool, opened: dict[int, int]) -> Encoded:
-        number = int(self.file[row])
-        if number not in opened:
+        file = int(self.file[row])
+        if file not in opened:
             try:
-                opened[number] = os.open(self.files[number], os.O_RDONLY)
+                opened[file] = os.open(self.files[file], os.O_RDONLY)
             except OSError as error:
-                raise DataError(f"{self.files[number]}: cannot be read ({error.strerror}); prepare again.") from None
-        image = self._part(opened[number], row, "image", self.image, self.image_sha256)
+                raise DataError(f"{self.files[file]}: cannot be read ({error.strerror}); prepare again.") from None
+        image = self._read_bytes(opened[file], row, "image", self.image, self.image_sha256)
         has_mask = masks and self.mask[row, 1] > 0
-        mask = self._part(opened[number], row, "mask", self.mask, self.mask_sha256) if has_mask else None
+        mask = self._read_bytes(opened[file], row, "mask", self.mask, self.mask_sha256) if has_mask else None
         return Encoded(self.ids[row], image, mask)
 
-    def _part(
-        self, descriptor: int, row: int, name: str, place: NDArray[np.int64], checksum: NDArray[np.uint8]
+    def _read_bytes(
+        self, descriptor: int, row: int, kind: str, spans: NDArray[np.int64], checksums: NDArray[np.uint8]
     ) -> bytes:
-        first, count = map(int, place[row])
+        first, count = map(int, spans[row])
         try:
+            # Reads at an offset without moving one: no seek, and no state in the descriptor.
             data = os.pread(descriptor, count, first)
         except OSError as error:
             raise DataError(f"{self.files[self.file[row]]}: cannot be read ({error.strerror}).") from None
-        if len(data) < count or sha256(data) != checksum[row].tobytes():
+        if len(data) < count or sha256(data) != checksums[row].tobytes():
             raise DataError(
-                f"{self.files[self.file[row]]}: the {name} of {self.ids[row]} (bytes {first} to {first + count}) does not "
+                f"{self.files[self.file[row]]}: the {kind} of {self.ids[row]} (bytes {first} to {first + count}) does not "
                 "match its checksum; the file is damaged, prepare again."
             )
         return data
@@ -211,7 +214,7 @@ class ImageLocations:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All that is known of the N images of one split without decoding them; C classes."""
+    """What is known of the N images of one split without decoding them; C classes."""
 
     locations: ImageLocations
     height: NDArray[np.int32]
@@ -219,26 +222,26 @@ class Index:
     width: NDArray[np.int32]
     """(N,) in px."""
     pixels: NDArray[np.int64]
-    """(N, C) of each class; zeros without a mask."""
+    """(N, C) number of pixels of each class; zeros without a mask."""
     perceptual_hash: NDArray[np.uint64]
-    """(N,) of the pixels; see `images.perceptual_hash`."""
+    """(N,) hashes of the images' pixels; see `images.perceptual_hash`."""
 
     def __len__(self) -> int:
         return len(self.locations)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Of every image."""
+        """Ids of the images, N of them."""
         return self.locations.ids
 
     @property
     def labeled(self) -> NDArray[np.bool_]:
-        """(N,) whether there is a mask."""
+        """Whether each image has a mask: (N,)."""
         return self.locations.mask[:, 1] > 0
 
     @property
     def presence(self) -> NDArray[np.bool_]:
-        """(N, C) whether the mask shows the class; all False without a mask."""
+        """Whether each image's mask shows each class: (N, C); all False without a mask."""
         return self.pixels > 0
 
 
@@ -255,33 +258,36 @@ class Shards:
         return self.manifest.classes
 
     def index(self, split: str) -> Index:
-        """Every row of the split. DataError if there is no such split, or its index is missing or damaged."""
+        """Reads the index of a split. DataError if there is no such split, or its index is missing or damaged."""
         if split not in self.manifest.splits:
             raise DataError(f"{self.folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}.")
-        facts = self.manifest.splits[split]
-        path = self.folder / facts.index
+        entry = self.manifest.splits[split]
+        path = self.folder / entry.index
         try:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); prepare the data set again.") from None
-        if sha256(data).hex() != facts.index_sha256:
+        if sha256(data).hex() != entry.index_sha256:
             raise DataError(f"{path}: does not match its checksum in {MANIFEST}; it is damaged, prepare again.")
-        files = tuple(str(self.folder / file.name) for file in facts.files)
+        files = tuple(str(self.folder / file.name) for file in entry.files)
+        # Parses the bytes that were checked, and does not open the file again.
         return index_of(pq.read_table(io.BytesIO(data)), files, len(self.classes))
 
 
 def _checksums(column: pa.ChunkedArray) -> NDArray[np.uint8]:
+    # An image without a mask has no mask checksum: 32 zeros keep the rows aligned.
     return np.frombuffer(b"".join(value or bytes(32) for value in column.to_pylist()), np.uint8).reshape(-1, 32)
 
 
 def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
-    """Rows of INDEX_SCHEMA, whose `file` counts in `files` -> the index, with `classes` columns of pixels."""
+    """Returns the index with these rows of INDEX_SCHEMA; their `file` is an index into `files`. `classes`: how many there are."""
     pixels = np.zeros((rows.num_rows, classes), np.int64)
-    for number, (shown, counts) in enumerate(zip(rows["classes"].to_pylist(), rows["pixels"].to_pylist(), strict=True)):
-        pixels[number, shown] = counts
+    # A row stores only the classes that its mask shows: pairs of a class and its number of pixels.
+    for row, (labels, counts) in enumerate(zip(rows["classes"].to_pylist(), rows["pixels"].to_pylist(), strict=True)):
+        pixels[row, labels] = counts
     image, mask = (
-        np.stack([rows[f"{name}_{part}"].fill_null(0).to_numpy() for part in ("at", "bytes")], axis=1)
-        for name in ("image", "mask")
+        np.stack([rows[f"{kind}_{column}"].fill_null(0).to_numpy() for column in ("at", "bytes")], axis=1)
+        for kind in ("image", "mask")
     )
     locations = ImageLocations(
         files=files,
@@ -298,7 +304,11 @@ def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
 
 
 def open_shards(folder: Path, prepare: str | None = None) -> Shards:
-    """Opens a prepared folder. `prepare` is how to get it, shown in the DataError if it is missing."""
+    """Opens a prepared folder and checks its manifest.
+
+    DataError if there is none, if it is of another version, or damaged. `prepare` is the command that makes the shards; the
+    message shows it if they are missing.
+    """
     folder = folder.absolute()
     path = folder / MANIFEST
     try:
@@ -311,8 +321,9 @@ def open_shards(folder: Path, prepare: str | None = None) -> Shards:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(f"{path}: {place} is wrong ({first['msg']}); prepare the data set again.") from None
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(f"{path}: {key} is wrong ({first['msg']}); prepare the data set again.") from None
+    # Over the JSON as it stands in the file, before the model fills in defaults.
     if manifest.sha256 not in ("", _checksum(json.loads(text))):
         raise DataError(
             f"{path}: does not match its own checksum; if it was edited by hand, empty its `sha256`, else it is damaged: "

@@ -1,5 +1,6 @@
-"""Which training images are labelled and which are not."""
+"""The labelled subset: which training images are used with their mask, and which without."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,31 +14,34 @@ from cps_ray.errors import DataError
 
 SUBSETS_FOLDER = "subsets"
 _FORMER_FOLDER = "splits"
+"""Name that SUBSETS_FOLDER had in earlier versions."""
 _CANDIDATES = 16
+"""Random images of which `stratified_order` takes the best as its next."""
 LABELED_LIST = "labeled.txt"
 UNLABELED_LIST = "unlabeled.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class LabeledSubset:
-    """Which training images are labelled, and which are used without a mask: rows of the training index, int64, ascending."""
+    """Rows of the training index, int64, ascending: those of labelled images, and those of images used without a mask."""
 
     labeled: NDArray[np.int64]
     unlabeled: NDArray[np.int64]
 
 
 def labeled_subset(data: DataConfig, index: Index) -> LabeledSubset:
-    """Divides the training images as `data` says. Raises DataError when there are too few, or lists do not fit."""
+    """Divides the training images as `data` says. DataError if too few have masks, or lists do not fit the images."""
     unlabeled_list = data.unlabeled_list
     if data.labeled_list is not None:
         labeled = read_ids(data.labeled_list, index)
-        _refuse_bare(data.labeled_list, labeled, index)
+        _refuse_without_masks(data.labeled_list, labeled, index)
     else:
         assert data.labeled is not None
         labeled = labeled_rows(data.shards, index, data.labeled, data.subset_seed)
+        # `data.unlabeled_list` goes before the list that the subset's folder may hold.
         if isinstance(data.labeled, str) and unlabeled_list is None:
-            named = subset_folder(data.shards, data.labeled) / UNLABELED_LIST
-            unlabeled_list = named if named.exists() else None
+            subset_list = subset_folder(data.shards, data.labeled) / UNLABELED_LIST
+            unlabeled_list = subset_list if subset_list.exists() else None
     if unlabeled_list is not None:
         unlabeled = read_ids(unlabeled_list, index)
         both = np.intersect1d(labeled, unlabeled)
@@ -52,47 +56,54 @@ def labeled_subset(data: DataConfig, index: Index) -> LabeledSubset:
 
 
 def subset_folder(shards: Path, name: str) -> Path:
-    """Folder of the lists that `python -m cps_ray.subsets` puts beside the shards."""
+    """Returns the folder where `python -m cps_ray.subsets` puts the lists of a subset, beside the shards."""
     return shards / SUBSETS_FOLDER / name
 
 
 def labeled_rows(shards: Path, index: Index, wanted: int | float | str, seed: int) -> NDArray[np.int64]:
-    """Rows of the labelled images: a count, a fraction in (0, 1], or the name of a subset. DataError if there are too few."""
+    """Returns the rows of the labelled images, int64. `wanted`: a count, a fraction in (0, 1] of the images with a mask, or the
+    name of a subset; a count or fraction is drawn with `seed`. DataError if there are too few, or there is no such subset.
+    """
     if isinstance(wanted, str):
         path = subset_folder(shards, wanted) / LABELED_LIST
         if not path.exists():
             former = shards / _FORMER_FOLDER
             if (former / wanted / LABELED_LIST).exists():
+                folder = shards / SUBSETS_FOLDER
+                # `mv splits subsets` would put the one into the other where both are there.
+                source, target = (former / wanted, folder / wanted) if folder.exists() else (former, folder)
                 raise DataError(
-                    f"{former}: lists of labelled subsets must lie in {SUBSETS_FOLDER}/ now. Move them: mv {former} {shards / SUBSETS_FOLDER}"
+                    f"{former}: lists of labelled subsets must lie in {SUBSETS_FOLDER}/ now. "
+                    f"Move them: mv {shlex.quote(str(source))} {shlex.quote(str(target))}"
                 )
-            known = sorted(folder.name for folder in subset_folder(shards, "").glob("*") if folder.is_dir())
+            names = sorted(folder.name for folder in subset_folder(shards, "").glob("*") if folder.is_dir())
             raise DataError(
-                f"{shards}: no subset named {wanted!r} here; there are {', '.join(known) or 'none'}. "
+                f"{shards}: no subset named {wanted!r} here; there are {', '.join(names) or 'none'}. "
                 f"Bring in published lists, or draw one: python -m cps_ray.subsets --help"
             )
         rows = read_ids(path, index)
-        _refuse_bare(path, rows, index)
+        _refuse_without_masks(path, rows, index)
         return rows
-    masked = int(index.labeled.sum())
-    count = max(1, round(wanted * masked)) if isinstance(wanted, float) else wanted
-    if count > masked:
+    num_masks = int(index.labeled.sum())
+    # `labeled: 1` is one image and `labeled: 1.0` is all of them: the type says which is meant.
+    count = max(1, round(wanted * num_masks)) if isinstance(wanted, float) else wanted
+    if count > num_masks:
         raise DataError(
-            f"{shards}: data.labeled must be at most {masked}, the training images with a mask, but is {count}."
+            f"{shards}: data.labeled must be at most {num_masks}, the training images with a mask, but is {count}."
         )
     return stratified_order(index, seed, count)
 
 
-def _refuse_bare(path: Path, rows: NDArray[np.int64], index: Index) -> None:
-    bare = [index.ids[row] for row in rows if not index.labeled[row]]
-    if bare:
+def _refuse_without_masks(path: Path, rows: NDArray[np.int64], index: Index) -> None:
+    without = [index.ids[row] for row in rows if not index.labeled[row]]
+    if without:
         raise DataError(
-            f"{path}: every labelled image must have a mask, but {len(bare)} have none, the first is {bare[0]}."
+            f"{path}: every labelled image must have a mask, but {len(without)} have none, the first is {without[0]}."
         )
 
 
 def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
-    """`count` of the rows that have masks, drawn so that classes appear about as often as in all of them.
+    """Draws `count` of the rows that have masks, so that classes appear about as often as in all of them: int64 (count,).
 
     Nested: the first k rows of a longer draw are the draw of k rows. Each pick is the one of 16 random candidates that
     brings the fraction of images per class nearest to the whole set's; rare classes weigh as much as common ones.
@@ -102,31 +113,40 @@ def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
     presence = index.presence[rows].astype(np.float64)
     fraction_C = presence.mean(axis=0)  # noqa: N806
     weight_C = np.divide(1.0, fraction_C, out=np.zeros_like(fraction_C), where=fraction_C > 0)  # noqa: N806
-    waiting = list(range(len(rows)))
-    seen_C = np.zeros_like(fraction_C)  # noqa: N806
-    chosen: list[int] = []
-    while len(chosen) < count:
-        candidates = waiting[:_CANDIDATES]
-        gap = seen_C + presence[candidates] - (len(chosen) + 1) * fraction_C
+    remaining = list(range(len(rows)))
+    picked_C = np.zeros_like(fraction_C)  # noqa: N806
+    picked: list[int] = []
+    while len(picked) < count:
+        # The order is random already, so the head of the list is a random sample; those not picked stay for the next draw.
+        # No pick depends on `count`, hence nested.
+        candidates = remaining[:_CANDIDATES]
+        # Images that would show each class, minus those expected. Squared over the expected number and summed, this is
+        # the chi-squared statistic, up to a factor that is the same for all candidates.
+        gap = picked_C + presence[candidates] - (len(picked) + 1) * fraction_C
         best = int(np.argmin((weight_C * gap**2).sum(axis=1)))
-        chosen.append(waiting.pop(best))
-        seen_C += presence[chosen[-1]]  # noqa: N806
-    return rows[chosen].astype(np.int64)
+        picked.append(remaining.pop(best))
+        picked_C += presence[picked[-1]]  # noqa: N806
+    return rows[picked].astype(np.int64)
 
 
 def read_ids(path: Path, index: Index) -> NDArray[np.int64]:
-    """Rows of the images that a list file names. DataError if one is not there."""
+    """Returns the rows of the images that a list file names, int64, in its order.
+
+    DataError if the file cannot be read or is empty, or if an entry is no training image or names one for the second time.
+    """
     entries = read_list(path, "Paths are relative to the config file.")
-    rows = {name: row for row, name in enumerate(index.ids)}
+    row_of = {image_id: row for row, image_id in enumerate(index.ids)}
     match = matcher(index.ids)
-    found: dict[int, int] = {}
+    line_of: dict[int, int] = {}
     for entry, line in entries.items():
-        name = match(entry)
-        if name is None:
+        image_id = match(entry)
+        if image_id is None:
             raise DataError(
                 f"{path}:{line}: {entry!r} is no image of the training split, whose ids look like {index.ids[0]!r}."
             )
-        if rows[name] in found:
-            raise DataError(f"{path}:{line}: {entry!r} is listed twice, first in line {found[rows[name]]}.")
-        found[rows[name]] = line
-    return np.array(list(found), dtype=np.int64)
+        row = row_of[image_id]
+        # Two entries that differ may mean one image: an id, and its path.
+        if row in line_of:
+            raise DataError(f"{path}:{line}: {entry!r} is listed twice, first in line {line_of[row]}.")
+        line_of[row] = line
+    return np.array(list(line_of), dtype=np.int64)

@@ -104,7 +104,7 @@ def _sliding(evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tenso
 
 
 def _centred(image_N3HW: Tensor, window: tuple[int, int], mean: Tensor) -> tuple[Tensor, int, int]:
-    """Places the image amid a field of the mean colour, which the network sees as 0, at least as large as a window; returns its first
+    """Puts the image amid a field of the mean colour, which the network sees as 0, at least as large as a window; returns its first
     row and column, too.
 
     As the CPS reference does with VOC; an odd pixel goes below and to the right.
@@ -184,7 +184,8 @@ def evaluate(
     # A rank that has one network still tallies the names of all: the ranks' tallies are summed in one exchange.
     present = NETWORK_NAMES[: ranks.ranks_per_shard] if ranks.ranks_per_shard > 1 else networks
     names = evaluated_networks(evaluation, present)
-    tally = _tally([*names, *([ENSEMBLE] if len(names) > 1 else [])], slices, num_classes, ranks.device)
+    together = len(names) > 1
+    tally = _tally([*names, *([ENSEMBLE] if together else [])], slices, num_classes, ranks.device)
     mine = {name: network.eval() for name, network in networks.items() if name in names}
     for batch in batches if mine else ():
         image, target_NHW = batch.image.to(ranks.device), batch.mask.to(ranks.device)
@@ -197,29 +198,41 @@ def evaluate(
             matrices_NCC = confusion(labels_NHW, target_NHW, num_classes)
             tally.add(_network(name), matrices_NCC.sum(0))
             if name == "a":
-                for each, pattern in slices.items():
-                    member_N = [fnmatch.fnmatchcase(image_id, pattern) for image_id in batch.ids]
-                    tally.add(_slice(each), matrices_NCC[torch.tensor(member_N, device=ranks.device)].sum(0))
-            if len(names) > 1:
+                _count_slices(tally, slices, batch.ids, matrices_NCC)
+            if together:
                 own_NHWC = _probabilities(evaluation, scores_NCHW)
                 prob_NHWC = own_NHWC if prob_NHWC is None else prob_NHWC + own_NHWC
                 if name in "ab":
                     pair_PNHW["ab".index(name)] = labels_NHW
         if prob_NHWC is not None:
-            # Both are collectives of the batch shard's ranks: all of them take part, one of them counts.
+            # Collectives of the batch shard's ranks: all of them take part, and the one with network a counts.
             prob_NHWC, pair_PNHW = ranks.sum_over_networks(prob_NHWC), ranks.sum_over_networks(pair_PNHW)
             if "a" in mine:
-                # The largest sum of probabilities is the largest mean.
-                tally.add(_network(ENSEMBLE), confusion(prob_NHWC.argmax(dim=-1), target_NHW, num_classes).sum(0))
-                counted_NHW = target_NHW != IGNORE
-                agree_NHW = (pair_PNHW[0] == pair_PNHW[1]) & counted_NHW
-                tally.add(_AGREEMENT, torch.stack([agree_NHW.sum(), counted_NHW.sum()]))
-    counts = tally.reduce(ranks)
+                _count_together(tally, prob_NHWC, pair_PNHW, target_NHW)
+    return _counts(tally.reduce(ranks), slices)
+
+
+def _count_slices(tally: Tally, slices: Mapping[str, str], ids: Sequence[str], matrices_NCC: Tensor) -> None:
+    for name, pattern in slices.items():
+        member_N = torch.tensor([fnmatch.fnmatchcase(each, pattern) for each in ids], device=matrices_NCC.device)
+        tally.add(_slice(name), matrices_NCC[member_N].sum(0))
+
+
+def _count_together(tally: Tally, prob_NHWC: Tensor, pair_PNHW: Tensor, target_NHW: Tensor) -> None:
+    """Counts the ensemble, from the summed probabilities of all networks, and where the labels of a and b agree."""
+    ensemble_NHW = prob_NHWC.argmax(dim=-1)  # the largest sum is the largest mean
+    tally.add(_network(ENSEMBLE), confusion(ensemble_NHW, target_NHW, prob_NHWC.shape[-1]).sum(0))
+    counted_NHW = target_NHW != IGNORE
+    agree_NHW = (pair_PNHW[0] == pair_PNHW[1]) & counted_NHW
+    tally.add(_AGREEMENT, torch.stack([agree_NHW.sum(), counted_NHW.sum()]))
+
+
+def _counts(totals: dict[str, Tensor], slices: Iterable[str]) -> Counts:
     return Counts(
-        whole=counts.pop(_network("a")),
-        slices={name: counts.pop(_slice(name)) for name in slices},
-        agreement=counts.pop(_AGREEMENT),
-        others={name.removeprefix(_network("")): matrix for name, matrix in counts.items()},
+        whole=totals.pop(_network("a")),
+        slices={name: totals.pop(_slice(name)) for name in slices},
+        agreement=totals.pop(_AGREEMENT),
+        others={name.removeprefix(_network("")): matrix for name, matrix in totals.items()},
     )
 
 

@@ -1,6 +1,7 @@
 """Losses as what they are here: targets and their weights for `dense.cross_entropy`."""
 
 import math
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from cps_ray.engine.dense import pixel_cross_entropy
 # B images, C classes, H W pixels, h w cells of coarse logits. A tensor's name ends in its dims.
 
 Term = tuple[Tensor, Tensor | float]
-"""(target (B, H, W) with IGNORE where nothing counts, weight of each pixel)."""
+"""(target (B, H, W) with IGNORE where nothing counts, scalar by which the cross-entropy of every other pixel is multiplied)."""
 
 
 def supervised_term(loss: LossConfig, coarse_BChw: Tensor, mask_BHW: Tensor, valid_pixels: Tensor) -> Term:
@@ -21,7 +22,9 @@ def supervised_term(loss: LossConfig, coarse_BChw: Tensor, mask_BHW: Tensor, val
     """
     if loss.supervised == "ohem":
         return ohem_term(coarse_BChw, mask_BHW, loss.ohem_threshold, loss.ohem_min_kept)
-    return mask_BHW, 1.0 / valid_pixels.clamp(min=1)
+    if loss.supervised == "ce":
+        return mask_BHW, 1.0 / valid_pixels.clamp(min=1)
+    assert_never(loss.supervised)
 
 
 def ohem_term(coarse_BChw: Tensor, mask_BHW: Tensor, threshold: float, min_kept: int) -> Term:

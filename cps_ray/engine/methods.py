@@ -49,20 +49,20 @@ class MicroBatch:
 def supervised(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains network a alone on the labelled images."""
     coarse = _forward(config.compute, state.models["a"], micro.batch.labeled_image)
-    masks = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
-    loss, _ = _sum_of_terms(coarse, [masks])
+    mask_term = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
+    loss, _ = _sum_of_terms(coarse, [mask_term])
     yield {"loss": loss, "sup_a": loss.detach()}
 
 
 def cps(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
-    """Trains each network on the masks and on the hard labels of all others (Chen et al., CVPR 2021; more than two
+    """Trains each network on the masks and on the hard labels of all others (Chen et al., CVPR 2021, eq. 1-4; more than two
     networks: Filipiak et al. 2021).
     """
     return (_cps_with_cutmix if config.cps.mix == "cutmix" else _cps_plain)(config, state, micro)
 
 
 def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
-    """Trains on unmixed images, as equations 1 to 3 of the paper: teacher and student are the same pass.
+    """Trains on unmixed images (eq. 1 to 4 of the paper): teacher and student are the same pass.
 
     L_cps(unlabelled) = CE(P1, Y2) + CE(P2, Y1), where Y is the arg-max of P; `images: all` adds the same on labelled images.
     """
@@ -83,8 +83,8 @@ def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Ite
 
 
 def _cps_with_cutmix(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
-    """Trains on mixed images, as equation 4 of the paper: teachers label the clean images in a pass of their own, then images and labels
-    are mixed alike.
+    """Trains on mixed images (the paper's CPS with CutMix): teachers label the clean images in a pass of their own, then images and
+    labels are mixed alike.
 
     L_cps(unlabelled) = CE(P1(mix(u, u')), mix(Y2(u), Y2(u'))) + the same with 1 and 2 exchanged.
     """
@@ -121,11 +121,11 @@ def _cps_losses(
     pixels = labels_U[0].numel() + (labels_L[0].numel() if labels_L else 0)
     mean = 1.0 / (pixels * (len(labels_U) - 1))
     weight = ramped_weight(config.cps, state.step, config.schedule.steps)
-    masks = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms_L = _sum_of_terms(coarse_LChw, [masks, *_peer_terms(labels_L, own, weight * mean)])
+    mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms_L = _sum_of_terms(coarse_LChw, [mask_term, *_peer_terms(labels_L, own, weight * mean)])
     loss_U, terms_U = _sum_of_terms(coarse_UChw, _peer_terms(labels_U, own, weight * mean))
     cross = (terms_L[1:].sum() + terms_U.sum()) * mean
-    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * masks[1], "cps": cross}
+    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * mask_term[1], "cps": cross}
 
 
 def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -136,12 +136,12 @@ def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> I
     if micro.observe:
         _count_labels(micro, [_pseudo_labels(micro, teacher_U)])
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
-    masks = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms = _sum_of_terms(coarse_L, [masks])
+    mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms = _sum_of_terms(coarse_L, [mask_term])
     mean = 1.0 / (weak.shape[0] * micro.size[0] * micro.size[1] * coarse_U.shape[1])
     weight = ramped_weight(config.mean_teacher, state.step, config.schedule.steps)
     loss_U, difference = squared_difference(coarse_U, teacher_U, micro.size, weight * mean)
-    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * masks[1], "consistency": difference[0] * mean}
+    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term[1], "consistency": difference[0] * mean}
 
 
 def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -155,12 +155,12 @@ def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     if settings.mix == "cutmix":
         strong, labels = _cutmix(settings, config.seed, state, micro, _with_labels(strong, labels))
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
-    masks = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms_L = _sum_of_terms(coarse_L, [masks])
+    mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
+    loss_L, terms_L = _sum_of_terms(coarse_L, [mask_term])
     mean = 1.0 / labels[0].numel()
     weight = ramped_weight(settings, state.step, config.schedule.steps)
     loss_U, terms_U = _sum_of_terms(coarse_U, [(labels[0], weight * mean)])
-    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * masks[1], "pseudo": terms_U[0] * mean}
+    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * mask_term[1], "pseudo": terms_U[0] * mean}
 
 
 METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Losses]]] = {

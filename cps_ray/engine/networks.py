@@ -71,6 +71,7 @@ def build_networks(config: TrainConfig, num_classes: int) -> dict[str, Segmenter
         NETWORK_NAMES[number]: build_network(config.model.of(number), num_classes, seed=many * config.seed + number)
         for number in range(config.networks)
     }
+    # After all were built: with hub weights they are alike anyway, and from scratch each has drawn its own decoder.
     if config.model.backbone_init == "shared":
         for network in networks.values():
             network.network.encoder.load_state_dict(networks["a"].network.encoder.state_dict())  # type: ignore[union-attr, operator]
@@ -105,7 +106,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
 def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
     if config.architecture == ARCHITECTURE:
         return build_deeplab(config.encoder, weights, num_classes, **config.options)  # type: ignore[arg-type]
-    import segmentation_models_pytorch as smp
+    import segmentation_models_pytorch as smp  # late: takes seconds, and commands that build nothing load this module, too
 
     network: nn.Module = smp.create_model(
         config.architecture,

@@ -87,7 +87,7 @@ class Ranks:
 
 
 def join(config: TrainConfig, rank: int, world: int, device: torch.device) -> Ranks:
-    """Places this process among the others as `resources.placement` says. A collective: every rank calls it at the same time."""
+    """Gives this process its place among the others, as `resources.placement` says. A collective: every rank calls it at the same time."""
     if config.resources.placement == "replicated":
         return Ranks(rank, world, device)
     n = config.networks

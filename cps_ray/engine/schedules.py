@@ -1,6 +1,7 @@
 """Learning rate, weights of losses, and decay of the average, as functions of the step."""
 
 import math
+from typing import assert_never
 
 from cps_ray.config.train import OptimConfig, RampedLoss
 
@@ -15,7 +16,9 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
         return optim.lr * math.pow(1.0 - done, optim.power)
     if optim.decay == "cosine":
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return optim.lr
+    if optim.decay == "constant":
+        return optim.lr
+    assert_never(optim.decay)
 
 
 def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
@@ -26,7 +29,9 @@ def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
     done = step / ramp_steps
     if loss.ramp_shape == "sigmoid":
         return loss.weight * math.exp(-5.0 * (1.0 - done) ** 2)
-    return loss.weight * done
+    if loss.ramp_shape == "linear":
+        return loss.weight * done
+    assert_never(loss.ramp_shape)
 
 
 def average_decay(decay: float, step: int) -> float:

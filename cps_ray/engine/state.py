@@ -7,7 +7,7 @@ step holds both: a resumed training equals the unbroken one.
 import contextlib
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,8 @@ class TrainState:
 
     networks: dict[str, Segmenter]
     models: dict[str, nn.Module]
-    """Each network itself, or DDP around it: so one network's pass forward and back ends before the next one's begins."""
+    """What learns: each network itself, or DDP around it, which exchanges gradients. Teachers are passed as `networks`. One model per network, so
+    that one's pass forward and back ends before the next one's begins."""
     optimizers: dict[str, torch.optim.Optimizer]
     averages: dict[str, Segmenter]
     """Networks with averaged weights, if there is an `ema.decay`: these are evaluated."""
@@ -179,7 +180,9 @@ def _optimizer(optim: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
     ]
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+    assert_never(optim.name)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
                     optimizer.zero_grad(set_to_none=True)
         for term, value in micro.measured.items():
             totals[term] = totals.get(term, 0.0) + value / accumulate
-    state.scaler.update()  # once per step, for all networks: they share one scale
+    state.scaler.update()  # once per step, for all networks: they have one scale in common
     if state.averages:
         update_averages(config.ema, state)
     state.step += 1
@@ -107,5 +107,5 @@ def _to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> Ba
 
 
 def _cut(batch: Batch, index: int, count: int) -> Batch:
-    """Micro-batch `index` of `count`."""
+    """Returns part `index` of `count`: a micro-batch."""
     return batch if count == 1 else batch.map(lambda images: torch.chunk(images, count)[index])

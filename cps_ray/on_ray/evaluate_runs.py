@@ -87,7 +87,7 @@ def evaluate_checkpoints(
     """Evaluates each (config, checkpoint), spread over the connected cluster; scores in the same order."""
     import ray
 
-    task = ray.remote(evaluate_checkpoint)
+    task = ray.remote(evaluate_checkpoint)  # by reference: workers import this module
     waiting = []
     for config, checkpoint in runs:
         resources = config.resources

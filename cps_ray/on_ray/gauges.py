@@ -24,7 +24,7 @@ class TrainGauges:
         self._memory = Gauge("cps_peak_bytes", "Most memory that a worker has held.", keys)
         gauges = (self._miou, self._step, self._loss, self._rate, self._wait, self._pseudo, self._norm, self._memory)
         for metric in (*gauges, self._images):
-            metric.set_default_tags(tags)
+            metric.set_default_tags(tags)  # `term`, `kind` and `network` come with each value
 
     def set(self, metrics: dict[str, Any], images: int) -> None:
         """Takes the `metrics` of an evaluation, and the number of `images` seen since the last one."""

@@ -63,6 +63,7 @@ class Lines:
         text = _sentence(event)
         if text:
             clock = _clock(time.monotonic() - self._start)
+            # No markup: a failure's text may hold square brackets. Soft wrap: a log's line is never broken.
             self._console.print(f"{clock}  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -112,7 +113,7 @@ class LiveTable:
         if kind == "best":
             self._best = (event["run"], event["value"])
             return
-        if "run" not in event:
+        if "run" not in event:  # the end of a session
             return
         row = self._rows.setdefault(event["run"], {"state": "", "since": time.monotonic(), "params": {}, "steps": 0})
         if kind == "started":
@@ -125,7 +126,7 @@ class LiveTable:
         elif kind == "report":
             best = max(row.get("best", event["value"]), event["value"])
             row |= {"state": "running", "step": event["step"], "last": event["value"], "best": best}
-        else:
+        else:  # finished, pruned or failed: the clock of this row stops
             row |= {"state": kind, "seconds": time.monotonic() - row["since"], "failure": event.get("failure", "")}
 
     def _render(self) -> Group:
@@ -133,6 +134,7 @@ class LiveTable:
         head = Text(f"{self._name}", style="bold")
         head.append(f"   {self._phase}   {_clock(time.monotonic() - self._start)}   ", style="not bold")
         for state, style in (("finished", "green"), ("pruned", "yellow"), ("failed", "red"), ("running", "cyan")):
+            # Starting takes seconds and no decision: for the count it is running.
             count = states.count(state) + (states.count("starting") if state == "running" else 0)
             head.append(f"{count} {state}   ", style=style if count else "dim")
         best = Text("best  ", style="bold")
@@ -157,9 +159,11 @@ class LiveTable:
         running = [entry for entry in rows if entry[1]["state"] in ("starting", "running")]
         done = [entry for entry in rows if entry not in running]
         styles = {"finished": "green", "pruned": "yellow", "failed": "red", "running": "cyan", "starting": "dim"}
+        # Running ones last, and only a few of the ended ones: rich cannot redraw what has scrolled out of the window.
         for name, row in [*done[-_FINISHED_SHOWN:], *running]:
             seconds = row.get("seconds", time.monotonic() - row["since"])
             last, best = (f"{row[key]:.4f}" if key in row else "" for key in ("last", "best"))
+            # Why it failed is worth more than what it tried; that stands in trials.csv.
             about = row.get("failure") or show_params(row["params"])
             step = f"{row.get('step', 0)}/{row['steps']}"
             table.add_row(name, row["state"], step, last, best, _clock(seconds), about, style=styles.get(row["state"]))

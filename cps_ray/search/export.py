@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Manifest
-from cps_ray.datasets.show.picture import painted
+from cps_ray.datasets.show.picture import paint_mask
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.state import load_networks
 from cps_ray.files import write_json, write_text
@@ -37,11 +37,13 @@ def export_model(
 ) -> Path:
     """Writes best/: network a as safetensors, what is needed to build and use it, its config and its scores."""
     folder = root / MODEL_FOLDER
+    # Written beside it, so that a kill leaves the model of before.
     unfinished = root / f".{MODEL_FOLDER}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     network = load_networks(config, read_checkpoint(checkpoint), len(manifest.classes), source=checkpoint)["a"]
     # safetensors stores memory as it lies and would refuse channels_last.
+    # Of the inner network, so that smp loads the file by itself; normalisation is described in model.json.
     weights = {name: value.contiguous() for name, value in network.network.state_dict().items()}
     save_file(weights, unfinished / "model.safetensors")
     model = config.model
@@ -50,7 +52,7 @@ def export_model(
         "create_model": {
             "arch": model.architecture,
             "encoder_name": model.encoder,
-            "encoder_weights": None,
+            "encoder_weights": None,  # all weights are in the file: whoever builds it must not fetch any
             "classes": len(manifest.classes),
             **model.options,
         },
@@ -75,6 +77,7 @@ def export_model(
 def write_seeds(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes seeds.csv, one line per final run."""
     with path.open("w", newline="") as file:
+        # Arms may measure different things (a pair has b/miou): columns are those of all, in the order of their first row.
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -89,18 +92,21 @@ def write_picture(path: Path, scores: dict[str, CheckpointScores], manifest: Man
         predictions = [each.examples[number][3] for each in scores.values()]
         # Pixels that count nowhere are hatched in the truth, and in the predictions so that eyes compare like with like.
         masks = [np.where(truth == IGNORE, IGNORE, mask).astype(np.uint8) for mask in (truth, *predictions)]
-        tiles = [_tile(picture, height_px) for picture in (image, *(painted(mask, manifest.palette) for mask in masks))]
+        tiles = [
+            _tile(picture, height_px) for picture in (image, *(paint_mask(mask, manifest.palette) for mask in masks))
+        ]
         rows.append(np.hstack(tiles))
     width = max(row.shape[1] for row in rows)
     white = (255, 255, 255)
     rows = [cv2.copyMakeBorder(r, 0, 0, 0, width - r.shape[1], cv2.BORDER_CONSTANT, value=white) for r in rows]
     sheet = np.vstack([_heading(titles, rows[0].shape[1]), *rows])
-    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))  # OpenCV writes BGR
 
 
 def _tile(picture: NDArray[np.uint8], height_px: int) -> NDArray[np.uint8]:
     height, width = picture.shape[:2]
     size = (round(width * height_px / height), height_px)
+    # Nearest: masks are painted already, and colours between two classes would be those of a third.
     scaled = cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
     return np.asarray(
         cv2.copyMakeBorder(scaled, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=(255, 255, 255)), dtype=np.uint8

@@ -55,7 +55,7 @@ def drop_stale(runs: list[FinalRun]) -> None:
     for run in runs:
         config = run.job.folder / CONFIG_FILE
         if config.exists() and load_train(config) != run.job.config:
-            shutil.rmtree(run.job.folder)
+            shutil.rmtree(run.job.folder)  # else Ray Train would continue from its checkpoint, with other settings
 
 
 def is_done(job: TrainingJob) -> bool:
@@ -68,6 +68,7 @@ class FinalPhase:
     """Final runs as a phase of a session: those that are not done yet."""
 
     def __init__(self, runs: list[FinalRun], metric: str, events: Events) -> None:
+        # A run that was cut off is not done: its folder makes it continue from its latest checkpoint.
         self._waiting = deque(run.job for run in runs if not is_done(run.job))
         self._metric, self._events = metric, events
         self.failed: dict[str, str] = {}
@@ -86,6 +87,7 @@ class FinalPhase:
 
     def tell(self, job: TrainingJob, failure: str | None) -> None:
         if failure is not None:
+            # The others go on: they are kept, and a resume has only this one to do.
             self.failed[job.name] = failure
             self._events("failed", run=job.name, failure=failure)
         else:
@@ -112,7 +114,7 @@ class EvaluatedRun:
 def evaluate_final_runs(runs: list[FinalRun], metric: str) -> list[EvaluatedRun]:
     """Evaluates each run's best checkpoint, chosen on the validation split, on the test split."""
     chosen = [(run, best_checkpoint(run.job.folder, metric)) for run in runs]
-    there = [(run, found) for run, found in chosen if found is not None]
+    there = [(run, found) for run, found in chosen if found is not None]  # for the type checker: each has ended well
     scores = evaluate_checkpoints([(run.job.config, found[0]) for run, found in there], "test", _EXAMPLES)
     return [
         EvaluatedRun(run, folder, meta["step"], meta["metrics"][metric], each)

@@ -37,6 +37,7 @@ class Events:
 
     def __call__(self, kind: str, **facts: Any) -> None:
         event = {"time": round(time.time(), 3), "event": kind, **facts}
+        # Opened for each line: it is on disk before anybody acts on it, and nothing is lost with the process.
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         for notify in self.subscribers:
@@ -61,6 +62,7 @@ def trial_rows(study: SweepStudy, config: SweepConfig) -> list[dict[str, Any]]:
                 "number": trial.number,
                 "state": state_name(trial),
                 "failure": trial.user_attrs.get("failure"),
+                # Optuna gives a pruned trial its last intermediate value, which compares with nothing.
                 "score": trial.value if trial.state == TrialState.COMPLETE else None,
                 "score_best": None if best_step is None else curve[best_step],
                 "step_best": best_step,
@@ -85,7 +87,7 @@ def _cell(value: Any, param: Param) -> Any:
 def write_tables(root: Path, study: SweepStudy, config: SweepConfig) -> None:
     """Writes trials.parquet, trials.csv and history.parquet, whole and new each time: derived, they cannot drift from the study."""
     rows = trial_rows(study, config)
-    if rows:
+    if rows:  # a table without rows would have no columns
         table = pa.Table.from_pylist(rows)
         write_whole(root / "trials.parquet", lambda path: pq.write_table(table, path))
         write_whole(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))

@@ -45,6 +45,7 @@ class SearchPhase:
         return limit is not None and self.seconds > limit
 
     def ask(self) -> TrainingJob | None:
+        # The session is stopped for these, too, a moment later: until then nothing new begins.
         if self.limit or self.out_of_time:
             return None
         found = self.study.ask()
@@ -52,7 +53,7 @@ class SearchPhase:
             return None
         number, config = found
         job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config)
-        params = self.study.study.trials[number].params
+        params = self.study.study.trials[number].params  # after `ask`, which draws them
         self.events("started", run=job.name, params=params, steps=config.schedule.steps)
         self._publish()
         return job
@@ -65,7 +66,7 @@ class SearchPhase:
 
     def tell(self, job: TrainingJob, failure: str | None) -> None:
         number = int(job.name)
-        before = self.study.best()
+        before = self.study.best()  # only `tell` changes it
         state = self.study.tell(number, failure=failure)
         curve = self.study.study.trials[number].intermediate_values
         if state == TrialState.FAIL:
@@ -105,6 +106,7 @@ class SearchPhase:
         limits = self.config.failures
         total, in_a_row = self.study.failures()
         where = f"Last: {failure}. Details: {self.root / 'trials'}/*/error.txt"
+        # In a row first: it is the sharper sign that the sweep itself is wrong.
         if in_a_row >= limits.max_consecutive:
             self.limit = f"{in_a_row} trials in a row failed (failures.max_consecutive). {where}"
         elif total >= limits.max_failed:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -39,7 +39,9 @@ def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseS
         return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
     if config.type == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials)
+    if config.type == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials)
+    assert_never(config.type)
 
 
 def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
@@ -47,7 +49,9 @@ def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.grace, reduction_factor=config.reduction)
     if config.type == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=config.grace - 1)
-    return optuna.pruners.NopPruner()
+    if config.type == "none":
+        return optuna.pruners.NopPruner()
+    assert_never(config.type)
 
 
 class SweepStudy:

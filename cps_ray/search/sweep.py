@@ -85,8 +85,8 @@ class Sweep:
             try:
                 with connected(self._address) as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
-                    self._at_once = self._fit([self._config.train])
-                    self._finals_at_once = self._fit(final_training_configs(self._config))
+                    self._at_once = self._how_many_fit([self._config.train])
+                    self._finals_at_once = self._how_many_fit(final_training_configs(self._config))
                     for line in cluster.banner():
                         self._say(line)
                     self._say(f"Sweep folder: {display_path(self._root)}, {self._at_once} training(s) at once")
@@ -98,8 +98,8 @@ class Sweep:
                 raise
         return 0
 
-    def _fit(self, trainings: list[TrainConfig]) -> int:
-        """How many of these may run at once; ResourceError if one never could."""
+    def _how_many_fit(self, trainings: list[TrainConfig]) -> int:
+        """Number of these that may run at once. ResourceError if one never could."""
         asked, there = self._config.concurrency, nodes()
         each = [trainings_at_once(c.resources, asked, there, streams=c.semi_supervised) for c in trainings]
         return min(each, default=1)

@@ -34,6 +34,7 @@ def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
     Raises ConfigError if the folder holds a sweep or anything else; `fresh` moves it aside instead.
     """
     root = config.output / config.name
+    # A lock file alone is left by a sweep that was refused.
     if root.exists() and any(path.name != LOCK_FILE for path in root.iterdir()):
         with locked(root):  # else a running sweep's folder would be moved away under it
             if fresh:
@@ -52,6 +53,7 @@ def _clear(root: Path) -> None:
         raise ConfigError(
             f"{root}: must be empty or a sweep's, but holds other files. Take another --name or --output."
         )
+    # Its first trial's folder: before that, a sweep has cost nothing, and a corrected file may take its place.
     if (root / TRIALS_FOLDER).exists():
         summary = read_json(root / SUMMARY_FILE) or {}
         done = summary.get("trials", {})
@@ -75,6 +77,7 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
 def check(config: SweepConfig) -> Shards:
     """Checks everything that can be wrong before a cluster starts: networks, data and metric, of trials and of final runs."""
     shards = open_data(config.train.data)
+    # Building a network takes seconds: each model and each data set is checked once, however many trainings have it.
     models: list[ModelConfig] = []
     data: list[tuple[DataConfig, str]] = []
     for changed in (*_network_choices(config), *final_training_configs(config)):
@@ -94,6 +97,7 @@ def check(config: SweepConfig) -> Shards:
 
 def _network_choices(config: SweepConfig) -> Iterator[TrainConfig]:
     yield config.train
+    # One choice at a time, not all combinations.
     for name, param in config.search_space.items():
         if name.startswith("model.") and isinstance(param, ChoiceParam):
             for value in param.values:

@@ -40,7 +40,7 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     lines = [
         f"Best trial {best['trial']}: {summary['objective']} {best['value']:.4f} at step {best['step']}  {show_params(best['params'])}"
     ]
-    final = summary.get("final")
+    final = summary.get("final")  # None: `final.retrain: none`, or the sweep has not come so far
     if final:
         for arm, row in final["arms"].items():
             score = row["test/miou"]

@@ -1,3 +1,5 @@
+"""`bench methods`: its variants, and runs on record."""
+
 import json
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def test_every_variant_is_a_training_and_changes_something(tiny: TrainConfig) ->
         variants(tiny, ["cutmix"])
 
 
-def test_a_variant_is_trained_and_judged_on_the_split(tiny: TrainConfig) -> None:
+def test_a_variant_is_trained_and_evaluated_on_the_split(tiny: TrainConfig) -> None:
     figures = train_and_evaluate(variants(tiny, ["cps + cutmix"])["cps + cutmix"].dump(), "test", threads=1)
     assert figures["step"] == 6
     assert figures["seconds"] > 0.0
@@ -39,12 +41,12 @@ def test_runs_on_record_are_kept_and_those_of_another_training_refused(
     capsys.readouterr()
     assert main([*words, "--seeds", "1", "2"]) == 0
     assert "seed" not in capsys.readouterr().out.split("evaluated on test")[0], "nothing was left to train"
-    for change, said in [
+    for change, message in [
         (["--set", "optim.lr=0.5"], "`optim` was {'name': 'sgd', 'lr': 0.01"),
         (["--split", "val"], "evaluated on test, not on val"),
     ]:
         assert main([*words, *change]) == 2
-        assert said in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
     (tmp_path / "methods.json").write_text("[]")
     assert main(words) == 2
     assert "must be a record of `bench methods`" in " ".join(capsys.readouterr().err.split())

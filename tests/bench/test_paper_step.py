@@ -1,3 +1,5 @@
+"""`bench step`: the paper's step and ours, and the command."""
+
 import argparse
 import json
 from pathlib import Path
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from cps_ray.bench.__main__ import main
-from cps_ray.bench.step import PAPER, PAPER_TUNED, contestants, prepared
+from cps_ray.bench.step import PAPER, PAPER_TUNED, contestants, make_step
 
 ARGS = argparse.Namespace(
     architecture="deeplabv3plus", crop=64, batch=2, classes=5, device="cpu", threads=1, bf16=False, compile=False
@@ -18,7 +20,7 @@ FAITHFUL = "ours, the paper's switches"
 def test_the_papers_step_and_ours_with_its_switches_have_the_same_loss() -> None:
     """They are written independently of each other."""
     torch.set_num_threads(1)
-    first = {name: prepared(ARGS, ENCODER, name)() for name in contestants(ARGS)}
+    first = {name: make_step(ARGS, ENCODER, name)() for name in contestants(ARGS)}
     assert first[PAPER_TUNED] == first[PAPER]
     assert first[FAITHFUL] == pytest.approx(first[PAPER], rel=1e-5)
     assert first["ours"] == pytest.approx(first[PAPER], rel=0.1), "it pastes other images"

@@ -15,7 +15,7 @@ SPACE = {
     "mid": ChoiceParam(type="choice", values=[True, False], when={"mode": ["b", "c"]}),
     "mode": ChoiceParam(type="choice", values=["a", "b", "c"]),
     "rate": FloatParam(type="float", low=1e-4, high=1e-1, log=True),
-    "share": FloatParam(type="float", low=0.0, high=0.95, step=0.05),
+    "fraction": FloatParam(type="float", low=0.0, high=0.95, step=0.05),
     "width": IntParam(type="int", low=1, high=64, log=True),
 }
 
@@ -32,10 +32,10 @@ def test_draws_follow_when_and_stay_in_range():
         assert ("late" in point) == (point.get("mid") is True)
         assert point.get("late", 1) in (1, 5, 9)
         assert 1e-4 <= point["rate"] <= 1e-1
-        assert point["share"] in [k / 100 for k in range(0, 100, 5)]
+        assert point["fraction"] in [k / 100 for k in range(0, 100, 5)]
         assert 1 <= point["width"] <= 64
     assert {point.get("late") for point in points} == {None, 1, 5, 9}
-    assert {point["share"] for point in points} == {k / 100 for k in range(0, 100, 5)}
+    assert {point["fraction"] for point in points} == {k / 100 for k in range(0, 100, 5)}
     assert 60 < sum(point["rate"] < 10**-2.5 for point in points) < 140
 
 

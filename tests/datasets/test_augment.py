@@ -23,16 +23,16 @@ def coded(height: int = 40, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
     return np.dstack([mask * 30, np.full_like(mask, 100), np.full_like(mask, 50)]), mask
 
 
-def seen(
+def view_of(
     augment: AugmentConfig,
     crop: tuple[int, int],
     image: np.ndarray,
     mask: np.ndarray | None,
     seed: int,
-    **more: np.ndarray,
+    **outputs: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     view, label = np.full((3, *crop), 7, np.uint8), np.full(crop, 7, np.uint8)
-    TrainView(augment, crop)(image, mask, (seed,), view=view, label=label, **more)
+    TrainView(augment, crop)(image, mask, (seed,), view=view, label=label, **outputs)
     return view, label
 
 
@@ -40,7 +40,7 @@ def seen(
 def test_image_and_mask_stay_aligned(scale: tuple[float, float]) -> None:
     image, mask = coded()
     for seed in range(30):
-        view, label = seen(AugmentConfig(scale=scale), (32, 48), image, mask, seed)
+        view, label = view_of(AugmentConfig(scale=scale), (32, 48), image, mask, seed)
         counted = label != IGNORE
         assert counted.any()
         same = (view[0] / 30).round()[counted] == label[counted]
@@ -50,7 +50,7 @@ def test_image_and_mask_stay_aligned(scale: tuple[float, float]) -> None:
 
 def test_padding_is_ignored_and_mean_coloured_around_the_image() -> None:
     image, mask = coded(16, 16)
-    view, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=0.0), (32, 32), image, mask, 0)
+    view, label = view_of(AugmentConfig(scale=(1.0, 1.0), flip=0.0), (32, 32), image, mask, 0)
     padded = label == IGNORE
     assert not padded[8:24, 8:24].any()
     assert int(padded.sum()) == 32 * 32 - 16 * 16
@@ -61,7 +61,7 @@ def test_padding_is_ignored_and_mean_coloured_around_the_image() -> None:
 @pytest.mark.parametrize("zoom", [0.5, 0.75, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("crop", [(32, 48), (64, 64)])
 def test_the_view_is_what_zooming_the_whole_image_and_then_cropping_shows(zoom: float, crop: tuple[int, int]) -> None:
-    """RandomScale and PadIfNeeded of albumentations, then a crop at the place that was drawn here."""
+    """The reference is albumentations' RandomScale and PadIfNeeded, then a crop at the position that was drawn here."""
     rng = np.random.default_rng(3)
     image = cv2.resize(rng.integers(0, 256, (3, 5, 3), np.uint8), (120, 72), interpolation=cv2.INTER_CUBIC)
     mask = np.asarray(image[..., 0] // 64, np.uint8)
@@ -71,82 +71,84 @@ def test_the_view_is_what_zooming_the_whole_image_and_then_cropping_shows(zoom: 
     padding = A.PadIfNeeded(*crop, border_mode=cv2.BORDER_CONSTANT, fill=tuple(MEAN), fill_mask=IGNORE)
     zoomed = A.Compose([zooming, padding])(image=image, mask=mask)
     for seed in range(8):
-        view, label = seen(AugmentConfig(scale=(zoom, zoom), flip=0.0), crop, image, mask, seed)
+        view, label = view_of(AugmentConfig(scale=(zoom, zoom), flip=0.0), crop, image, mask, seed)
         draws = np.random.default_rng((seed,)).random(4)[1:3]
-        spans = [min(length, round(wanted / zoom)) for length, wanted in zip(image.shape, crop, strict=False)]
-        firsts = [int(d * (length - span + 1)) for d, length, span in zip(draws, image.shape, spans, strict=False)]
-        room = [zoomed["mask"].shape[axis] - crop[axis] for axis in (0, 1)]
-        y, x = (min(round(first * zoom), spare) for first, spare in zip(firsts, room, strict=True))
-        wanted = zoomed["image"][y : y + crop[0], x : x + crop[1]].transpose(2, 0, 1)
-        assert np.abs(wanted.astype(int) - view).mean() < 7
+        windows = [min(length, round(view_px / zoom)) for length, view_px in zip(image.shape, crop, strict=False)]
+        firsts = [
+            int(d * (length - window + 1)) for d, length, window in zip(draws, image.shape, windows, strict=False)
+        ]
+        last = [zoomed["mask"].shape[axis] - crop[axis] for axis in (0, 1)]
+        y, x = (min(round(first * zoom), limit) for first, limit in zip(firsts, last, strict=True))
+        expected = zoomed["image"][y : y + crop[0], x : x + crop[1]].transpose(2, 0, 1)
+        assert np.abs(expected.astype(int) - view).mean() < 7
         assert (zoomed["mask"][y : y + crop[0], x : x + crop[1]] == label).mean() > 0.9
 
 
-def test_every_place_and_zoom_is_drawn_alike() -> None:
-    """A ramp tells from its values where the window lay, and how large it was."""
+def test_every_position_and_zoom_is_drawn_equally_often() -> None:
+    """The values of a ramp show where the window lay, and how large it was."""
     image = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (40, 200, 3)).copy()
     augment = AugmentConfig(scale=(0.8, 1.6), flip=0.0)
-    views = [seen(augment, (32, 32), image, None, seed)[0][0, 16].astype(float) for seed in range(600)]
+    views = [view_of(augment, (32, 32), image, None, seed)[0][0, 16].astype(float) for seed in range(600)]
     widths = np.array([view[-1] - view[0] + 1 for view in views])
-    places = np.array([view[0] for view in views]) / (200 - widths)
-    assert np.quantile(places, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.06)
+    positions = np.array([view[0] for view in views]) / (200 - widths)
+    assert np.quantile(positions, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.06)
     zooms = 32 / widths
     assert np.quantile(zooms, [0.1, 0.5, 0.9]) == pytest.approx([0.88, 1.2, 1.52], abs=0.06)
 
 
 def noise() -> tuple[np.ndarray, np.ndarray]:
-    """An image and a mask that look different at every zoom and place."""
+    """An image and a mask that look different at every zoom and position."""
     rng = np.random.default_rng(5)
     return rng.integers(0, 256, (70, 90, 3), np.uint8), rng.integers(0, 9, (70, 90), np.uint8)
 
 
 def zoomed(zoom: float, seed: int) -> tuple[bytes, bytes]:
-    """The bits of a view at one zoom."""
-    view, label = seen(AugmentConfig(scale=(zoom, zoom)), (32, 48), *noise(), seed)
+    """Returns the bits of a view at one zoom."""
+    view, label = view_of(AugmentConfig(scale=(zoom, zoom)), (32, 48), *noise(), seed)
     return view.tobytes(), label.tobytes()
 
 
-def test_listed_zooms_alone_are_drawn_all_as_often() -> None:
+def test_only_listed_zooms_are_drawn_and_each_equally_often() -> None:
     zooms = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     counts = dict.fromkeys(zooms, 0)
     for seed in range(600):
-        view, label = seen(AugmentConfig(scales=zooms), (32, 48), *noise(), seed)
+        view, label = view_of(AugmentConfig(scales=zooms), (32, 48), *noise(), seed)
         (zoom,) = [zoom for zoom in zooms if zoomed(zoom, seed) == (view.tobytes(), label.tobytes())]
         counts[zoom] += 1
     assert all(75 < count < 125 for count in counts.values()), counts
 
 
 def test_without_listed_zooms_any_in_the_range_is_drawn() -> None:
-    """The first draw of a seed is the place in the range, as before there were lists."""
+    """The first draw of a seed is the position in the range, as before there were lists."""
     for seed in range(50):
         zoom = 0.5 + (2.0 - 0.5) * np.random.default_rng((seed,)).random()
-        view, label = seen(AugmentConfig(scale=(0.5, 2.0), scales=None), (32, 48), *noise(), seed)
+        view, label = view_of(AugmentConfig(scale=(0.5, 2.0), scales=None), (32, 48), *noise(), seed)
         assert (view.tobytes(), label.tobytes()) == zoomed(zoom, seed)
 
 
 def test_a_view_is_a_function_of_the_seed_on_any_thread() -> None:
     image, mask = coded()
     augment = AugmentConfig(color=0.5, blur=0.5)
-    alone = [seen(augment, (32, 48), image, mask, seed) for seed in range(16)]
+    alone = [view_of(augment, (32, 48), image, mask, seed) for seed in range(16)]
     view = TrainView(augment, (32, 48))
 
-    def one(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        made = np.empty((3, 32, 48), np.uint8), np.empty((32, 48), np.uint8)
-        view(image, mask, (seed,), view=made[0], label=made[1])
-        return made
+    def make(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels, label = np.empty((3, 32, 48), np.uint8), np.empty((32, 48), np.uint8)
+        view(image, mask, (seed,), view=pixels, label=label)
+        return pixels, label
 
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(one, range(16)))
-    for (a, b), (c, d) in zip(alone, together, strict=True):
-        assert np.array_equal(a, c)
-        assert np.array_equal(b, d)
+        in_threads = list(pool.map(make, range(16)))
+    for (view_alone, label_alone), (view_in_thread, label_in_thread) in zip(alone, in_threads, strict=True):
+        assert np.array_equal(view_alone, view_in_thread)
+        assert np.array_equal(label_alone, label_in_thread)
     assert not np.array_equal(alone[0][0], alone[1][0])
 
 
 def test_half_of_the_views_are_flipped() -> None:
     image, _ = coded(32, 48)
     plain = image.transpose(2, 0, 1)
-    views = [seen(AugmentConfig(scale=(1.0, 1.0), flip=0.5), (32, 48), image, None, seed)[0] for seed in range(200)]
+    views = [view_of(AugmentConfig(scale=(1.0, 1.0), flip=0.5), (32, 48), image, None, seed)[0] for seed in range(200)]
     flipped = sum(np.array_equal(view, plain[:, :, ::-1]) for view in views)
     assert flipped + sum(np.array_equal(view, plain) for view in views) == 200
     assert 70 < flipped < 130
@@ -154,13 +156,13 @@ def test_half_of_the_views_are_flipped() -> None:
 
 def test_a_flip_turns_the_mask_too() -> None:
     image, mask = coded(32, 48)
-    _, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=1.0), (32, 48), image, mask, 0)
+    _, label = view_of(AugmentConfig(scale=(1.0, 1.0), flip=1.0), (32, 48), image, mask, 0)
     assert np.array_equal(label, mask[:, ::-1])
 
 
 def test_colour_changes_the_image_alone() -> None:
     image, mask = coded(32, 48)
-    view, label = seen(AugmentConfig(scale=(1.0, 1.0), flip=0.0, color=1.0), (32, 48), image, mask, 1)
+    view, label = view_of(AugmentConfig(scale=(1.0, 1.0), flip=0.0, color=1.0), (32, 48), image, mask, 1)
     assert np.array_equal(label, mask)
     assert not np.array_equal(view, image.transpose(2, 0, 1))
 
@@ -171,10 +173,10 @@ def test_the_strong_view_shows_the_same_place_in_other_colours() -> None:
     changed = 0
     for seed in range(20):
         strong = np.zeros((3, 32, 48), np.uint8)
-        view, _ = seen(augment, (32, 48), image, mask, seed, strong=strong)
+        view, _ = view_of(augment, (32, 48), image, mask, seed, strong=strong)
         assert np.array_equal(view, image.transpose(2, 0, 1))
         changed += not np.array_equal(strong, view)
         # Blocks of one class keep one colour: edges lie where they lay.
-        edges = [np.abs(np.diff(one.astype(int).sum(0), axis=1)) > 40 for one in (view, strong)]
+        edges = [np.abs(np.diff(pixels.astype(int).sum(0), axis=1)) > 40 for pixels in (view, strong)]
         assert (edges[1] & ~edges[0]).mean() < 0.12
     assert changed >= 18

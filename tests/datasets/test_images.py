@@ -1,4 +1,4 @@
-"""Raw images of every kind to what shards hold: the same pixels, the right way up, or a sentence."""
+"""Raw images of every kind become what shards hold: the same pixels, the right way up, or a sentence that says why not."""
 
 import io
 from typing import Any
@@ -31,7 +31,7 @@ def with_orientation(kind: str, orientation: int, **options: Any) -> bytes:
 
 
 def deep(values: Any, kind: str = ".tiff") -> bytes:
-    """16-bit or float pixels, encoded."""
+    """Returns 16-bit or float pixels, encoded."""
     return bytes(cv2.imencode(kind, np.asarray(values))[1])
 
 
@@ -49,28 +49,28 @@ def deep(values: Any, kind: str = ".tiff") -> bytes:
 )
 def test_lossless_kinds_keep_every_pixel(kind: str, options: dict[str, Any]) -> None:
     data = encoded(PIXELS, kind, **options)
-    found = read_image(data)
-    assert np.array_equal(found.pixels, PIXELS)
-    assert np.array_equal(decode_image(found.data), PIXELS)
-    assert (found.data == data) == (kind == "PNG")
-    assert found.peak is None
+    picture = read_image(data)
+    assert np.array_equal(picture.pixels, PIXELS)
+    assert np.array_equal(decode_image(picture.data), PIXELS)
+    assert (picture.data == data) == (kind == "PNG")
+    assert picture.peak is None
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"subsampling": 0}], ids=str)
 def test_jpegs_are_kept_byte_for_byte(options: dict[str, Any]) -> None:
     data = encoded(PIXELS, "JPEG", **options)
-    found = read_image(data)
-    assert found.data == data
-    assert np.array_equal(decode_image(data), found.pixels)
+    picture = read_image(data)
+    assert picture.data == data
+    assert np.array_equal(decode_image(data), picture.pixels)
 
 
 def test_a_phones_jpeg_with_a_preview_behind_it_is_a_jpeg() -> None:
     buffer = io.BytesIO()
     photo = Image.fromarray(PIXELS)
     photo.save(buffer, "MPO", save_all=True, append_images=[photo.resize((8, 6))])
-    found = read_image(buffer.getvalue())
-    assert found.data == buffer.getvalue()
-    assert found.pixels.shape == PIXELS.shape
+    picture = read_image(buffer.getvalue())
+    assert picture.data == buffer.getvalue()
+    assert picture.pixels.shape == PIXELS.shape
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
@@ -80,29 +80,29 @@ def test_grey_alpha_and_palette_become_rgb(mode: str) -> None:
         image.putalpha(7)  # what lies below the alpha is kept
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    found = read_image(buffer.getvalue()).pixels
-    assert found.shape == PIXELS.shape
-    assert np.array_equal(found, np.asarray(image.convert("RGB")))
+    pixels = read_image(buffer.getvalue()).pixels
+    assert pixels.shape == PIXELS.shape
+    assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
 
 
 def test_cmyk_jpegs_become_rgb() -> None:
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).convert("CMYK").save(buffer, "JPEG", quality=100)
-    found = read_image(buffer.getvalue()).pixels
-    assert np.abs(found.astype(int) - PIXELS).mean() < 5
+    pixels = read_image(buffer.getvalue()).pixels
+    assert np.abs(pixels.astype(int) - PIXELS).mean() < 5
 
 
 @pytest.mark.parametrize("kind", [".png", ".tiff"])
 def test_16_bits_become_8_over_the_whole_range(kind: str) -> None:
-    found = read_image(deep(np.array([[0, 257, 32896, 65535]], np.uint16), kind))
-    assert found.pixels[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert found.peak == 65535
-    assert np.array_equal(decode_image(found.data), found.pixels)
+    picture = read_image(deep(np.array([[0, 257, 32896, 65535]], np.uint16), kind))
+    assert picture.pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert picture.peak == 65535
+    assert np.array_equal(decode_image(picture.data), picture.pixels)
 
 
 def test_a_value_range_says_what_is_black_and_white() -> None:
-    found = read_image(deep(np.array([[0, 100, 2100, 4100, 9000]], np.uint16)), (100, 4100))
-    assert found.pixels[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    picture = read_image(deep(np.array([[0, 100, 2100, 4100, 9000]], np.uint16)), (100, 4100))
+    assert picture.pixels[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_floats_need_a_value_range_and_lose_nan() -> None:
@@ -120,18 +120,18 @@ def test_16_bit_colours_stay_in_order() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_lie_as_their_exif_says_in_training_too(kind: str, orientation: int) -> None:
+def test_images_are_turned_as_their_exif_says_in_training_too(kind: str, orientation: int) -> None:
     options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
-    found = read_image(with_orientation(kind, orientation, **options))
+    picture = read_image(with_orientation(kind, orientation, **options))
     wanted = np.stack([turned(PIXELS[..., channel], orientation) for channel in range(3)], axis=-1)
-    assert found.pixels.shape == wanted.shape
-    assert np.abs(found.pixels.astype(int) - wanted).mean() < (6 if kind == "JPEG" else 0.001)
-    assert np.array_equal(decode_image(found.data), found.pixels)
-    assert found.orientation == orientation
+    assert picture.pixels.shape == wanted.shape
+    assert np.abs(picture.pixels.astype(int) - wanted).mean() < (6 if kind == "JPEG" else 0.001)
+    assert np.array_equal(decode_image(picture.data), picture.pixels)
+    assert picture.orientation == orientation
 
 
 def test_turning_is_what_the_exif_standard_says() -> None:
-    """Where row 0 and column 0 of the file are to be seen, from the table of the standard."""
+    """The first pixel of the file is seen in the corner that the table of the standard gives for each orientation."""
     stored = np.array([[1, 2, 3], [4, 5, 6]])
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     for orientation, (row, column) in corner.items():
@@ -147,14 +147,14 @@ def test_a_nonsense_orientation_is_upright() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
 def test_a_file_that_was_cut_short_anywhere_is_refused(kind: str) -> None:
     data = encoded(PIXELS, kind)
-    for share in np.linspace(0, 0.999, 25):
+    for fraction in np.linspace(0, 0.999, 25):
         with pytest.raises(
             DataError, match=r"image (is empty|cannot be decoded .* damaged or cut short; get the file)"
         ):
-            read_image(data[: int(share * len(data))])
+            read_image(data[: int(fraction * len(data))])
 
 
-def test_pointers_and_files_of_something_else_are_told() -> None:
+def test_messages_name_pointers_and_files_of_something_else() -> None:
     with pytest.raises(DataError, match=r"is a Git LFS pointer, not an image; fetch the files with `git lfs pull`"):
         read_image(POINTER)
     with pytest.raises(DataError, match=r"cannot be decoded \(9 bytes, the first are b'<html><b'\)"):
@@ -194,7 +194,7 @@ def test_masks_survive_and_nothing_else_is_one() -> None:
         decode_mask(b"")
 
 
-def bits(first: np.ndarray, second: np.ndarray) -> int:
+def differing_bits(first: np.ndarray, second: np.ndarray) -> int:
     return (perceptual_hash(first) ^ perceptual_hash(second)).bit_count()
 
 
@@ -203,7 +203,7 @@ def test_the_perceptual_hash_is_of_the_scene_not_of_the_file() -> None:
     small = cv2.resize(photo, (61, 47), interpolation=cv2.INTER_AREA)
     worse = decode_image(encoded(photo, "JPEG", quality=40))
     brighter = np.clip(photo.astype(int) + 12, 0, 255).astype(np.uint8)
-    assert all(bits(photo, other) <= 6 for other in (np.asarray(small), worse, brighter))
-    others = [bits(photo, scene(f"street {number}", (120, 160))) for number in range(20)]
+    assert all(differing_bits(photo, other) <= 6 for other in (np.asarray(small), worse, brighter))
+    others = [differing_bits(photo, scene(f"street {number}", (120, 160))) for number in range(20)]
     assert min(others) > 12
     assert 24 < np.mean(others) < 40

@@ -30,7 +30,7 @@ def test_the_first_column_of_every_line_counts(path: Path, text: str) -> None:
     assert list(read_list(path)) == ["a_1", "b_2"]
 
 
-def test_lines_are_known_for_messages(path: Path) -> None:
+def test_the_line_of_each_entry_is_kept_for_messages(path: Path) -> None:
     path.write_text("a\n\nb\n")
     assert read_list(path) == {"a": 1, "b": 3}
 

@@ -1,3 +1,5 @@
+"""Batches are a function of (config, step, batch shard): on any number of batch shards, and from any step."""
+
 from pathlib import Path
 
 import pytest
@@ -41,11 +43,11 @@ def test_batches_keep_the_contract(tiny: TrainConfig) -> None:
         assert batch.labeled_image.dtype == batch.labeled_mask.dtype == batch.unlabeled_image.dtype == torch.uint8
 
 
-def test_two_ranks_make_the_batches_of_one(tiny: TrainConfig) -> None:
+def test_two_batch_shards_make_the_batches_of_one(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    whole = list(train_batches(data, tiny))
-    halves = [list(train_batches(data, tiny, batch_shard=rank, num_batch_shards=2, threads=1)) for rank in range(2)]
-    for one, a, b in zip(whole, *halves, strict=True):
+    batches = list(train_batches(data, tiny))
+    halves = [list(train_batches(data, tiny, batch_shard=shard, num_batch_shards=2, threads=1)) for shard in range(2)]
+    for batch, a, b in zip(batches, *halves, strict=True):
         assert a.unlabeled_image is not None
         assert b.unlabeled_image is not None
         joined = Batch(
@@ -53,7 +55,7 @@ def test_two_ranks_make_the_batches_of_one(tiny: TrainConfig) -> None:
             torch.cat([a.labeled_mask, b.labeled_mask]),
             torch.cat([a.unlabeled_image, b.unlabeled_image]),
         )
-        assert same(one, joined)
+        assert same(batch, joined)
 
 
 @pytest.mark.parametrize(
@@ -69,23 +71,23 @@ def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, ch
     config = changed(tiny, **changes)
     data = train_data(open_shards(config.data.shards), config)
     plain = list(train_batches(train_data(open_shards(tiny.data.shards), tiny), tiny))
-    found = list(train_batches(data, config))
+    batches = list(train_batches(data, config))
     assert all(batch.unlabeled_second is None for batch in plain)
     differing = 0
-    for batch, without in zip(found, plain, strict=True):
+    for batch, without in zip(batches, plain, strict=True):
         assert torch.equal(batch.unlabeled_image, without.unlabeled_image)
         assert torch.equal(batch.labeled_image, without.labeled_image)
         for view, second in zip(batch.unlabeled_image, batch.unlabeled_second, strict=True):
             differing += not torch.equal(view, second)
     assert differing > 20  # of 24
-    again = list(train_batches(data, config, batch_shard=1, num_batch_shards=2, start_step=3))
-    assert torch.equal(again[0].unlabeled_second, found[3].unlabeled_second[2:])
+    second_half = list(train_batches(data, config, batch_shard=1, num_batch_shards=2, start_step=3))
+    assert torch.equal(second_half[0].unlabeled_second, batches[3].unlabeled_second[2:])
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    ids = lambda config, **ranks: [  # noqa: E731
-        name for batch in hidden_batches(data, config.evaluation.hidden_images, **ranks) for name in batch.ids
+    ids = lambda config, **shard: [  # noqa: E731
+        image_id for batch in hidden_batches(data, config.evaluation.hidden_images, **shard) for image_id in batch.ids
     ]
     unlabeled = {data.index.ids[row] for row in data.subset.unlabeled}
     assert set(ids(tiny)) == unlabeled
@@ -99,14 +101,14 @@ def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:
 
 def test_starting_late_gives_the_later_batches(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    whole = list(train_batches(data, tiny))
+    batches = list(train_batches(data, tiny))
     late = list(train_batches(data, tiny, start_step=4))
-    assert all(same(a, b) for a, b in zip(whole[4:], late, strict=True))
+    assert all(same(a, b) for a, b in zip(batches[4:], late, strict=True))
 
 
 def test_labelled_images_never_come_unlabelled(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
-    seen = {one.id for one in read_unlabeled(data, tiny, unlabeled_positions(tiny, 0, 1, 0))}
+    seen = {encoded.id for encoded in read_unlabeled(data, tiny, unlabeled_positions(tiny, 0, 1, 0))}
     assert len(seen) == 18  # 24 positions, a pass of 18 images and more
     assert not seen & {data.index.ids[row] for row in data.subset.labeled}
 
@@ -141,13 +143,15 @@ def test_all_labelled_leaves_cps_nothing(tiny: TrainConfig) -> None:
         train_data(open_shards(config.data.shards), config)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 7])
-def test_evaluation_sees_every_image_once(shards: Path, world: int) -> None:
+@pytest.mark.parametrize("num_batch_shards", [1, 2, 4, 7])
+def test_evaluation_sees_every_image_once(shards: Path, num_batch_shards: int) -> None:
     ids = [
-        name
-        for rank in range(world)
-        for b in eval_batches(open_shards(shards), "val", batch_shard=rank, num_batch_shards=world, size=2)
-        for name in b.ids
+        image_id
+        for shard in range(num_batch_shards)
+        for batch in eval_batches(
+            open_shards(shards), "val", batch_shard=shard, num_batch_shards=num_batch_shards, size=2
+        )
+        for image_id in batch.ids
     ]
     assert sorted(ids) == [f"val_{n:05d}" for n in range(6)]
 

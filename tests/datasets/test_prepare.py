@@ -1,4 +1,4 @@
-"""The command `prepare`: shards and a summary, or what is wrong and what to do; through Ray, killed and finished."""
+"""The command `prepare`: writes shards and a summary, or says what is wrong and what to do; also through Ray, and after a kill."""
 
 import os
 import signal
@@ -135,7 +135,7 @@ def test_errors_are_one_line_and_exit_2(
     assert not Path("out").exists()
 
 
-def test_bad_files_are_listed_by_trouble_and_in_a_file_one_by_one(
+def test_bad_files_are_listed_by_problem_and_in_a_file_one_by_one(
     raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("images/a", "images/b"):
@@ -150,10 +150,10 @@ def test_bad_files_are_listed_by_trouble_and_in_a_file_one_by_one(
     listed = every.read_text().splitlines()
     assert len([line for line in listed if "Git LFS pointer" in line]) == 2
     assert lines[-1].startswith("error: ")
-    assert "3 files cannot be used. Mend what is listed and run the same command again" in lines[-1]
+    assert "3 files cannot be used. Fix what is listed and run the same command again" in lines[-1]
 
 
-def test_skip_bad_goes_on_and_lists_what_it_left_out(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skip_bad_continues_and_lists_what_it_left_out(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "images/a.png").write_bytes(POINTER)
     assert prepared(raw) == 2
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_skip_bad_goes_on_and_lists_what_it_left_out(raw: Path, capsys: pytest.C
 
 
 def descendants(pid: int) -> set[int]:
-    """Of a process that this test started: itself, its children, theirs, and so on."""
+    """Returns the ids of a process that this test started, of its children, of theirs, and so on."""
     parents = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -183,7 +183,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """The command and all that Ray has started for it: nobody is left to clean up."""
+    """Kills the command and all that Ray has started for it: nobody is left to clean up."""
     os.killpg(process.pid, signal.SIGSTOP)
     group = descendants(process.pid)
     os.killpg(process.pid, signal.SIGKILL)
@@ -213,7 +213,7 @@ def test_killed_and_finished_through_ray_the_shards_are_those_of_threads(tmp_pat
         time.sleep(0.002)
     assert running.poll() is None, (tmp_path / "said").read_text()
     kill(running)
-    assert not (tmp_path / "shards").exists(), "it was killed before it was through"
+    assert not (tmp_path / "shards").exists(), "it was killed before it was finished"
     before = {path.name: path.with_suffix(".parquet").stat().st_ino for path in growing.glob("*.json")}
     assert before
 

@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, any image alone, and a flipped byte is found."""
+"""Shards: what goes in comes out, one image at a time if need be, and a flipped byte is found."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ from cps_ray.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`train`: five images in three shards, b without a mask, d of another size; `val`: one."""
+    """Folder of shards with five images of `train` in three files, b without a mask, d of another size, and one of `val`."""
     monkeypatch.setattr(writing, "_SHARD_IMAGES", 2)
     raw = tmp_path / "raw"
     train = [
@@ -34,14 +34,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def everything(folder: Path) -> tuple[object, list[Encoded]]:
-    """All that a training can see of a shard folder, its notes apart."""
+    """Returns all that a training can see of a shard folder: manifest and indexes, and every image."""
     shards = open_shards(folder)
-    indexes = {name: shards.index(name) for name in shards.manifest.splits}
-    facts = [
+    indexes = [shards.index(split) for split in shards.manifest.splits]
+    description = [
         shards.manifest,
-        *((one.height.tolist(), one.width.tolist(), one.pixels.tolist()) for one in indexes.values()),
+        *((index.height.tolist(), index.width.tolist(), index.pixels.tolist()) for index in indexes),
     ]
-    return facts, [encoded for one in indexes.values() for encoded in one.locations.read(range(len(one)))]
+    return description, [encoded for index in indexes for encoded in index.locations.read(range(len(index)))]
 
 
 def test_the_index_describes_every_image(folder: Path) -> None:
@@ -59,20 +59,20 @@ def test_the_index_describes_every_image(folder: Path) -> None:
 
 def test_images_come_in_the_order_asked_bytes_as_they_were(folder: Path) -> None:
     locations = open_shards(folder).index("train").locations
-    found = locations.read([4, 1, 3, 0, 4])
-    assert [encoded.id for encoded in found] == ["e", "b", "d", "a", "e"]
-    for encoded in found:
+    images = locations.read([4, 1, 3, 0, 4])
+    assert [encoded.id for encoded in images] == ["e", "b", "d", "a", "e"]
+    for encoded in images:
         assert encoded.image == (folder.parent / f"raw/{encoded.id}.png").read_bytes()
-    assert found[1].mask is None
-    assert found[3].mask is not None
-    assert np.array_equal(decode_mask(found[3].mask), patches("a", (0, 2, 255)))
+    assert images[1].mask is None
+    assert images[3].mask is not None
+    assert np.array_equal(decode_mask(images[3].mask), patches("a", (0, 2, 255)))
 
 
-def test_places_are_taken_and_travel(folder: Path) -> None:
+def test_locations_of_some_rows_can_be_pickled(folder: Path) -> None:
     locations = open_shards(folder).index("train").locations
-    some = pickle.loads(pickle.dumps(locations.take(np.array([3, 0]))))
-    assert some.ids == ("d", "a")
-    assert some.read([0, 1]) == locations.read([3, 0])
+    pickled = pickle.loads(pickle.dumps(locations.take(np.array([3, 0]))))
+    assert pickled.ids == ("d", "a")
+    assert pickled.read([0, 1]) == locations.read([3, 0])
 
 
 def test_masks_are_left_out_on_demand(folder: Path) -> None:
@@ -100,14 +100,14 @@ def test_shards_are_parquet_that_anything_reads(folder: Path) -> None:
 
 
 def test_missing_shards_say_how_to_make_them(tmp_path: Path) -> None:
-    said = r"shards: no shards here \(manifest.json is missing\). Make them: "
-    with pytest.raises(DataError, match=said + "make data"):
+    message = r"shards: no shards here \(manifest.json is missing\). Make them: "
+    with pytest.raises(DataError, match=message + "make data"):
         open_shards(tmp_path / "shards", "make data")
-    with pytest.raises(DataError, match=said + "python -m cps_ray.prepare"):
+    with pytest.raises(DataError, match=message + "python -m cps_ray.prepare"):
         open_shards(tmp_path / "shards")
 
 
-def test_an_unknown_split_lists_those_there(folder: Path) -> None:
+def test_an_unknown_split_lists_the_known_ones(folder: Path) -> None:
     with pytest.raises(DataError, match="no split 'test'; it has train, val"):
         open_shards(folder).index("test")
 
@@ -150,9 +150,9 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 def test_a_flipped_byte_names_the_shard_and_the_image(folder: Path, kind: str) -> None:
     path = folder / "train-00001.parquet"
     locations = open_shards(folder).index("train").locations
-    place = locations.image if kind == "image" else locations.mask
+    spans = locations.image if kind == "image" else locations.mask
     data = bytearray(path.read_bytes())
-    data[int(place[3, 0] + place[3, 1] // 2)] ^= 1
+    data[int(spans[3, 0] + spans[3, 1] // 2)] ^= 1
     path.write_bytes(data)
     assert [encoded.id for encoded in locations.read([0, 1, 2, 4])] == ["a", "b", "c", "e"]
     with pytest.raises(
@@ -169,12 +169,12 @@ def test_a_shard_that_was_cut_short_is_found(folder: Path) -> None:
 
 
 def test_any_flipped_byte_is_an_error_or_changes_nothing(folder: Path) -> None:
-    """The same data or a DataError that names the file: never other data."""
+    """Reading gives the same data or a DataError that names the file: never other data."""
     before = everything(folder)
     rng = np.random.default_rng(0)
     paths = sorted(folder.iterdir())
     assert {path.suffix for path in paths} == {".json", ".parquet"}
-    found = dict.fromkeys((path.name for path in paths), 0)
+    errors_in = dict.fromkeys((path.name for path in paths), 0)
     for attempt in range(210):
         path = paths[attempt % len(paths)]
         good = path.read_bytes()
@@ -184,12 +184,12 @@ def test_any_flipped_byte_is_an_error_or_changes_nothing(folder: Path) -> None:
         try:
             assert everything(folder) == before, f"{path.name} was read with other content"
         except DataError as error:
-            found[path.name] += str(path) in str(error)
+            errors_in[path.name] += str(path) in str(error)
         path.write_bytes(good)
     attempts = 210 // len(paths)
-    assert all(count >= attempts // 2 for count in found.values()), found
-    assert found["train.index.parquet"] == attempts, "of an index every byte counts"
-    assert found["manifest.json"] >= 0.7 * attempts, "of a manifest all but spaces"
+    assert all(count >= attempts // 2 for count in errors_in.values()), errors_in
+    assert errors_in["train.index.parquet"] == attempts, "every byte of an index counts"
+    assert errors_in["manifest.json"] >= 0.7 * attempts, "all of a manifest counts but its spaces"
 
 
 def test_no_image_is_decoded_to_read_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The embedded data set: a function of its settings, with every class, drawn once however many ask."""
+"""The embedded data set: a function of its settings, with every class, drawn once however many processes ask."""
 
 import fcntl
 from concurrent.futures import ThreadPoolExecutor
@@ -40,14 +40,14 @@ def test_scene_shapes_and_types(height: int, width: int) -> None:
 
 def test_scenes_show_every_class_and_leave_none_out() -> None:
     masks = np.stack([draw_scene(np.random.default_rng((0, k)), 64, 96)[1] for k in range(40)])
-    share = np.bincount(masks.ravel(), minlength=len(CLASSES)) / masks.size
-    assert len(share) == len(CLASSES)
-    assert share.min() > 0.02
-    assert share.max() < 0.5
+    fractions = np.bincount(masks.ravel(), minlength=len(CLASSES)) / masks.size
+    assert len(fractions) == len(CLASSES)
+    assert fractions.min() > 0.02
+    assert fractions.max() < 0.5
 
 
-def test_colours_alone_do_not_tell_the_class() -> None:
-    """Between scenes a class's mean colour varies more than the classes' mean colours lie apart."""
+def test_colours_alone_do_not_show_the_class() -> None:
+    """The mean colour of a class varies more from scene to scene than from one class to another."""
     scenes = [draw_scene(np.random.default_rng((1, k)), 64, 96) for k in range(60)]
     means = [
         [image[mask == label].mean(axis=0) for image, mask in scenes if (mask == label).any()] for label in range(7)
@@ -86,13 +86,15 @@ def test_second_use_does_not_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     open_data(data(tmp_path / "shards"))
-    said = r"shards are \(.*seed=0\), but the config asks for \(.*seed=3\); remove the folder or set `data.shards`"
-    with pytest.raises(DataError, match=said):
+    message = r"shards are \(.*seed=0\), but the config asks for \(.*seed=3\); remove the folder or set `data.shards`"
+    with pytest.raises(DataError, match=message):
         open_data(data(tmp_path / "shards", SMALL.model_copy(update={"seed": 3})))
 
 
 def test_another_data_set_in_the_folder_is_refused(tmp_path: Path) -> None:
-    plan = DataSetPlan({"train": [Source("train_00000")]}, synthetic.Drawn(SMALL), CLASSES, synthetic.PALETTE, "camvid")
+    plan = DataSetPlan(
+        {"train": [Source("train_00000")]}, synthetic.FromDrawing(SMALL), CLASSES, synthetic.PALETTE, "camvid"
+    )
     write_shards(tmp_path / "shards", plan)
     with pytest.raises(DataError, match=r"these shards are \(camvid\)"):
         open_data(data(tmp_path / "shards"))
@@ -104,15 +106,15 @@ def test_without_synthetic_the_shards_must_exist(tmp_path: Path) -> None:
 
 
 def test_many_at_once_use_one_folder(tmp_path: Path) -> None:
-    """Threads here; between processes the same lock decides."""
+    """Threads use the same lock as processes."""
     shards = tmp_path / "deep/er/shards"
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: open_data(data(shards)), range(4)))
-    assert all(one == found[0] for one in found)
+    assert all(shards == found[0] for shards in found)
     assert [path.name for path in shards.parent.iterdir()] == ["shards"]
 
 
-def test_who_comes_second_uses_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_waited_uses_what_the_first_has_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards, flock = tmp_path / "shards", fcntl.flock
 
     def overtaken(lock: int, how: int) -> None:

@@ -77,7 +77,7 @@ def test_cross_entropy_and_its_gradient_are_torchs(size: tuple[int, int], layout
 
 
 def test_gradient_in_double_precision() -> None:
-    """By finite differences; logits at full resolution, as networks without an upsampling at their end make them."""
+    """Checks by finite differences, with logits at full resolution as networks without an upsampling at their end make them."""
     coarse = torch.randn(1, 3, 32, 32, dtype=torch.float64)[:, :, ::4, ::4].clone().requires_grad_()
     labels = torch.randint(0, 3, (1, 32, 32)).to(torch.uint8)
     before = torch.Tensor.float
@@ -125,15 +125,15 @@ def test_squared_difference_is_that_of_probabilities(size: tuple[int, int]) -> N
 @pytest.mark.parametrize("size", SIZES)
 def test_hard_labels_are_the_argmax_where_it_is_sure(size: tuple[int, int]) -> None:
     coarse = random_logits(0).requires_grad_()
-    share, label = plain(coarse.detach(), size).softmax(1).max(1)
+    confidence, label = plain(coarse.detach(), size).softmax(1).max(1)
     found = dense.hard_labels(coarse, size)
     assert found.dtype == torch.uint8
     assert not found.requires_grad
     assert torch.equal(found.long(), label)
     sure = dense.hard_labels(coarse, size, 0.6)
     assert 0 < (sure == IGNORE).sum() < sure.numel()
-    assert torch.equal(sure.long(), label.masked_fill(share < 0.6, IGNORE))
-    assert float(dense.mean_confidence(coarse, size)) == pytest.approx(float(share.mean()), rel=1e-5)
+    assert torch.equal(sure.long(), label.masked_fill(confidence < 0.6, IGNORE))
+    assert float(dense.mean_confidence(coarse, size)) == pytest.approx(float(confidence.mean()), rel=1e-5)
 
 
 def test_pixel_cross_entropy_is_torchs() -> None:

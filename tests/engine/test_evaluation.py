@@ -15,7 +15,7 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.evaluation import ENSEMBLE, Counts, further_scores, summarise, windows
+from cps_ray.engine.evaluation import ENSEMBLE, Counts, Tally, further_scores, summarise, windows
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 
@@ -432,6 +432,19 @@ def test_any_number_of_ranks_counts_the_same(
             assert list(counts.others) == list(alone.others)
             assert all(torch.equal(counts.others[name], alone.others[name]) for name in alone.others)
             assert torch.equal(counts.agreement, alone.agreement)
+
+
+def test_a_tally_adds_by_name_and_keeps_shapes() -> None:
+    tally = Tally({"matrix": (2, 2), "pair": (2,), "nobody": (3,)}, torch.device("cpu"))
+    for _ in range(2):
+        tally.add("matrix", torch.tensor([[1, 2], [3, 4]]))
+    tally.add("pair", torch.tensor([5, 6]))
+    counts = tally.reduce(Ranks())
+    assert {name: total.tolist() for name, total in counts.items()} == {
+        "matrix": [[2, 4], [6, 8]],
+        "pair": [5, 6],
+        "nobody": [0, 0, 0],
+    }
 
 
 # --- names of scores ---

@@ -60,12 +60,7 @@ def never_waiting() -> Iterator[None]:
 def test_a_step_never_waits_for_the_gpu(tiny: TrainConfig, batch: Batch, method: str, supervised: str) -> None:
     config = on_gpu(tiny, method=method, ema__decay=0.9, loss__supervised=supervised, loss__ohem_min_kept=100)
     state = build_state(config, 7, Ranks(device=GPU))
-    pinned = Batch(
-        *(
-            t.pin_memory()
-            for t in (batch.labeled_image, batch.labeled_mask, batch.unlabeled_image, batch.unlabeled_second)
-        )
-    )
+    pinned = batch.map(lambda tensor: tensor.pin_memory())
     train_step(config, state, pinned)
     with never_waiting():
         for _ in range(OBSERVE_EVERY):

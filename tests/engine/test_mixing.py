@@ -7,15 +7,15 @@ from cps_ray.engine.mixing import boxes_mask, cutmix_masks, paste
 
 def test_one_box_has_the_area_asked_for() -> None:
     cps = CpsConfig(cutmix_boxes=1, cutmix_area=(0.4, 0.4))
-    shares = [boxes_mask(cps, 200, 300, np.random.default_rng(seed)).mean() for seed in range(200)]
-    assert abs(np.mean(shares) - 0.4) < 0.01
+    fractions = [boxes_mask(cps, 200, 300, np.random.default_rng(seed)).mean() for seed in range(200)]
+    assert abs(np.mean(fractions) - 0.4) < 0.01
 
 
 def test_three_boxes_paste_about_a_quarter() -> None:
     # Measured on the reference's generator: mean 0.25, 5 to 95 % 0.15 to 0.37.
-    shares = [boxes_mask(CpsConfig(), 128, 128, np.random.default_rng(seed)).mean() for seed in range(400)]
-    assert 0.22 < np.mean(shares) < 0.28
-    assert 0.10 < np.quantile(shares, 0.05) < np.quantile(shares, 0.95) < 0.42
+    fractions = [boxes_mask(CpsConfig(), 128, 128, np.random.default_rng(seed)).mean() for seed in range(400)]
+    assert 0.22 < np.mean(fractions) < 0.28
+    assert 0.10 < np.quantile(fractions, 0.05) < np.quantile(fractions, 0.95) < 0.42
 
 
 def test_masks_depend_on_seed_step_and_position_only() -> None:

@@ -24,7 +24,7 @@ def test_means_are_over_the_steps_that_measured() -> None:
 
 
 def test_pseudo_labels_are_summed_up() -> None:
-    """Of 100 pixels a and b agree on 30 of class 0 and 20 of class 1, differ on 30; a is unsure of 10, b alone of 10."""
+    """100 pixels: a and b agree on 30 of class 0 and 20 of class 1, differ on 30; a is unsure of 10, b alone of 10."""
     labels = torch.zeros(256, 256, dtype=torch.float64)
     labels[0, 0], labels[1, 1], labels[0, 1], labels[1, 0] = 30, 20, 20, 10
     labels[IGNORE, 0], labels[1, IGNORE] = 10, 10

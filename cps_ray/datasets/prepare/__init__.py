@@ -1,1 +1,1 @@
-"""Raw data sets -> checked shards: layouts, recipes, masks, checks, writing. Imports no torch."""
+"""From raw data sets to checked shards: layouts, recipes, masks, checks, writing. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What is wrong with a data set as a whole: one image in two splits, classes that nothing shows, masks of nothing."""
+"""What is wrong with a data set as a whole: one image in two splits, classes that no mask shows, masks that are empty."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -6,66 +6,72 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from cps_ray.datasets.prepare.findings import Finding, first_few
+from cps_ray.datasets.prepare.findings import Finding
 from cps_ray.datasets.prepare.masks import MaskReader
 from cps_ray.datasets.shards import Index
 from cps_ray.engine.batch import IGNORE
+from cps_ray.text import first_few
 
 SAME_IMAGE = "one image in two splits"
-_NEAR_BITS = 6
-"""Copies of CamVid images at JPEG quality 50, at 0.37 of their size or a fifth brighter differ in at most 8 bits, 3 on
-average; of its pairs of images from different splits none differs in fewer than 7."""
-_SOFT_STEPS = 0.2
-"""CamVid's masks: 0.01; resized by linear interpolation: 0.43."""
-_MOSTLY = 0.5
+_MAX_NEAR_BITS = 6
+"""Largest number of differing bits between the perceptual hashes of two images that look alike. Copies of CamVid images at
+JPEG quality 50, at 0.37 of their size or a fifth brighter differ in at most 8 bits, 3 on average; of its pairs of images
+from different splits none differs in fewer than 7."""
+_MAX_SMOOTH_FRACTION = 0.2
+"""Largest fraction of smooth edges in sharp masks. CamVid's masks have 0.01; resized by linear interpolation, 0.43."""
+_MAX_IGNORED_FRACTION = 0.5
 _ROWS_AT_ONCE = 256
 _EVALUATED = ("test", "val")
-"""Splits that keep an image which others hold too."""
+"""Splits that models are evaluated on, in the order in which they keep an image that others hold too."""
 
 
 def same_images(indexes: Mapping[str, Index]) -> list[tuple[str, str, str, str]]:
-    """Images that two splits hold, byte for byte: (split that should lose it, its id, split that keeps it, its id)."""
-    kept: dict[bytes, tuple[str, str]] = {}
-    found = []
+    """Finds images that two splits hold, byte for byte: (split that should lose it, id there, split that keeps it, id there)."""
+    owners: dict[bytes, tuple[str, str]] = {}
+    duplicates = []
+    # The split that comes first keeps an image: test, then val, then the others by name.
     for split in sorted(
         indexes, key=lambda name: (_EVALUATED.index(name) if name in _EVALUATED else len(_EVALUATED), name)
     ):
         locations = indexes[split].locations
         for key, checksum in zip(locations.ids, locations.image_sha256, strict=True):
-            other = kept.setdefault(checksum.tobytes(), (split, key))
-            if other[0] != split:
-                found.append((split, key, *other))
-    return found
+            owner = owners.setdefault(checksum.tobytes(), (split, key))
+            if owner[0] != split:
+                duplicates.append((split, key, *owner))
+    return duplicates
 
 
-def one_split_each(same: Iterable[tuple[str, str, str, str]]) -> list[Finding]:
-    """One finding per image of `same_images`; `where` is SPLIT/ID."""
-    twice = "an image must be in one split, or scores are too good"
+def same_image_findings(duplicates: Iterable[tuple[str, str, str, str]]) -> list[Finding]:
+    """Returns one fatal finding per entry of `same_images`; `where` is SPLIT/ID."""
+    rule = "an image must be in one split, or scores are too good"
     return [
         Finding(
-            SAME_IMAGE, f"{split}/{key}", f"{twice}, but {other}/{theirs} is the very same", f"take it out of {split}"
+            SAME_IMAGE,
+            f"{split}/{key}",
+            f"{rule}, but {owner}/{owner_key} is the very same",
+            f"take it out of {split}",
         )
-        for split, key, other, theirs in same
+        for split, key, owner, owner_key in duplicates
     ]
 
 
-def whole(indexes: Mapping[str, Index], classes: Sequence[str]) -> list[Finding]:
-    """Every check of a prepared data set. Only one image in two splits is fatal."""
-    findings = one_split_each(same_images(indexes))
+def check_prepared(indexes: Mapping[str, Index], classes: Sequence[str]) -> list[Finding]:
+    """Runs every check that the indexes of a prepared data set allow. Only one image in two splits is fatal."""
+    findings = same_image_findings(same_images(indexes))
     for name, index in indexes.items():
-        findings += _repeated(name, index) + _classes(name, index, classes) + _masks(name, index)
+        findings += _check_repeats(name, index) + _check_classes(name, index, classes) + _check_masks(name, index)
     for first, second in combinations(indexes, 2):
-        findings += _near(first, indexes[first], second, indexes[second])
+        findings += _check_near(first, indexes[first], second, indexes[second])
     return findings
 
 
-def _repeated(split: str, index: Index) -> list[Finding]:
-    seen: dict[bytes, str] = {}
+def _check_repeats(split: str, index: Index) -> list[Finding]:
+    first_ids: dict[bytes, str] = {}
     pairs = []
     for key, checksum in zip(index.ids, index.locations.image_sha256, strict=True):
-        other = seen.setdefault(checksum.tobytes(), key)
-        if other != key:
-            pairs.append(f"{other} = {key}")
+        first_id = first_ids.setdefault(checksum.tobytes(), key)
+        if first_id != key:
+            pairs.append(f"{first_id} = {key}")
     if not pairs:
         return []
     found = f"{len(pairs)} images should be in the split once, but are there again ({first_few(pairs)})"
@@ -73,81 +79,95 @@ def _repeated(split: str, index: Index) -> list[Finding]:
 
 
 def near_pairs(first: Index, second: Index) -> list[tuple[int, int, int]]:
-    """Images that look alike: (row of first, row of second, bits in which their perceptual hashes differ), not equal ones."""
-    found: list[tuple[int, int, int]] = []
+    """Finds images that look alike but are not equal: (row of first, row of second, bits in which their hashes differ)."""
+    near: list[tuple[int, int, int]] = []
+    # In blocks: all pairs at once would take 8 bytes each, 400 MB for 10 000 images against 5 000.
     for start in range(0, len(first), _ROWS_AT_ONCE):
-        part = first.perceptual_hash[start : start + _ROWS_AT_ONCE]
-        bits: NDArray[np.uint8] = np.bitwise_count(part[:, None] ^ second.perceptual_hash[None])
-        rows, columns = np.nonzero(bits <= _NEAR_BITS)
-        found += [(start + int(r), int(c), int(bits[r, c])) for r, c in zip(rows, columns, strict=True)]
+        hashes = first.perceptual_hash[start : start + _ROWS_AT_ONCE]
+        bits: NDArray[np.uint8] = np.bitwise_count(hashes[:, None] ^ second.perceptual_hash[None])
+        rows, columns = np.nonzero(bits <= _MAX_NEAR_BITS)
+        near += [(start + int(r), int(c), int(bits[r, c])) for r, c in zip(rows, columns, strict=True)]
     a, b = first.locations.image_sha256, second.locations.image_sha256
-    return [(r, c, bits) for r, c, bits in found if not np.array_equal(a[r], b[c])]
+    return [(r, c, bits) for r, c, bits in near if not np.array_equal(a[r], b[c])]
 
 
-def _near(name: str, first: Index, other: str, second: Index) -> list[Finding]:
+def _check_near(first_name: str, first: Index, second_name: str, second: Index) -> list[Finding]:
     pairs = near_pairs(first, second)
     if not pairs:
         return []
-    shown = [f"{first.ids[r]} ~ {second.ids[c]}" for r, c, _ in sorted(pairs, key=lambda pair: pair[2])]
-    found = f"images of two splits should differ, but {len(pairs)} pairs look nearly the same ({first_few(shown)})"
+    names = [f"{first.ids[r]} ~ {second.ids[c]}" for r, c, _ in sorted(pairs, key=lambda pair: pair[2])]
+    found = f"images of two splits should differ, but {len(pairs)} pairs look nearly the same ({first_few(names)})"
     remedy = "look at them; frames of one video belong in one split"
-    return [Finding("near duplicates", f"{name} and {other}", found, remedy, fatal=False)]
+    return [Finding("near duplicates", f"{first_name} and {second_name}", found, remedy, fatal=False)]
 
 
-def absent(rows: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """Classes that no mask shows; `rows` (N, C) pixels per mask and class."""
-    return [label for label, count in zip(classes, rows.sum(axis=0), strict=True) if not count]
+def absent_classes(pixels: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+    """Returns the classes that no mask shows; `pixels` (N, C) counts the pixels per mask and class."""
+    return [label for label, count in zip(classes, pixels.sum(axis=0), strict=True) if not count]
 
 
-def _classes(split: str, index: Index, classes: Sequence[str]) -> list[Finding]:
-    missing = absent(index.pixels[index.labeled], classes) if index.labeled.any() else []
+def _check_classes(split: str, index: Index, classes: Sequence[str]) -> list[Finding]:
+    missing = absent_classes(index.pixels[index.labeled], classes) if index.labeled.any() else []
     if not missing:
         return []
     consequence = "is never learnt" if split not in _EVALUATED else "counts in no mean IoU of this split"
     found = f"every class should be seen, but no mask shows {first_few(missing)}: such a class {consequence}"
-    return [Finding("class is absent", split, found, "mend the class table, or move images", fatal=False)]
+    return [Finding("class is absent", split, found, "fix the class table, or move images", fatal=False)]
 
 
-def _masks(split: str, index: Index) -> list[Finding]:
-    shown = np.flatnonzero(index.labeled)
-    if not shown.size:
+def _check_masks(split: str, index: Index) -> list[Finding]:
+    labeled = np.flatnonzero(index.labeled)
+    if not labeled.size:
         return []
     findings = []
-    empty = [index.ids[row] for row in shown if not index.pixels[row].any()]
+    empty = [index.ids[row] for row in labeled if not index.pixels[row].any()]
     if empty:
         found = f"a mask should have pixels that count, but {len(empty)} have none ({first_few(empty)})"
         findings.append(Finding("mask is empty", split, found, "list such images as unlabelled", fatal=False))
-    area = (index.height.astype(np.int64) * index.width)[shown].sum()
-    ignored = 1 - index.pixels[shown].sum() / area
-    if ignored > _MOSTLY:
+    area = (index.height.astype(np.int64) * index.width)[labeled].sum()
+    ignored = 1 - index.pixels[labeled].sum() / area
+    if ignored > _MAX_IGNORED_FRACTION:
         found = f"most pixels should count, but {100 * ignored:.0f} % of the masks is ignored"
         findings.append(Finding("most is ignored", split, found, "check `ids` and `ignore_ids`", fatal=False))
     return findings
 
 
-def of_values(split: str, example: str, values: Mapping[int, int], reader: MaskReader) -> list[Finding]:
-    """255 beside a single class, over all masks of a split, is a foreground written as white, not pixels to ignore."""
+def check_mask_values(split: str, example: str, values: Mapping[int, int], reader: MaskReader) -> list[Finding]:
+    """Finds white that is meant as a class: masks that hold 255 and one other value, where 255 means ignore by default.
+
+    `values` counts the pixels per raw value over all masks of the split; `example` is the file that the finding names. The
+    finding is fatal for the whole split.
+    """
     others = sorted(value for value in values if value != IGNORE)
     undeclared = reader.coding == "ids" and reader.void_by_default
     if not (undeclared and IGNORE in values and len(others) == 1):
         return []
     found = f"255 means ignore, but the masks of split {split} hold only {others[0]} and 255"
     remedy = "if 255 is a class here, give that class `ids: [255]`; if not, list 255 in `ignore_ids`"
-    return [Finding("255 is a class", example, found, remedy, whole=True)]
+    return [Finding("255 is a class", example, found, remedy, whole_split=True)]
 
 
-def of_steps(split: str, example: str, sharp: int, soft: int) -> list[Finding]:
-    """Masks whose edges pass through the ids between were resized with interpolation."""
-    share = soft / max(1, sharp + soft)
-    if share <= _SOFT_STEPS:
+def check_mask_edges(split: str, example: str, sharp: int, smooth: int) -> list[Finding]:
+    """Warns of masks that were resized with interpolation: too many of their edges pass through the ids between.
+
+    `sharp` and `smooth` are the sums of `masks.count_edges` over the split; `example` is the file that the finding names.
+    """
+    fraction = smooth / max(1, sharp + smooth)
+    if fraction <= _MAX_SMOOTH_FRACTION:
         return []
-    found = f"edges between classes must be sharp, but {100 * share:.0f} % of those in split {split} pass through ids between"
+    found = f"edges between classes must be sharp, but {100 * fraction:.0f} % of those in split {split} pass through ids between"
     remedy = "the masks seem to have been resized with interpolation or smoothed: export them again"
     return [Finding("edges are smooth", example, found, remedy, fatal=False)]
 
 
-def of_peak(split: str, example: str, peak: int | None, value_range: tuple[float, float] | None) -> list[Finding]:
-    """Images of more than 8 bits that use little of their range become nearly black."""
+def check_image_peak(
+    split: str, example: str, peak: int | None, value_range: tuple[float, float] | None
+) -> list[Finding]:
+    """Warns of images with more than 8 bits that use so little of their range that they become nearly black.
+
+    `peak` is the largest value in the split, None if every image has 8 bits; `example` is the file that the finding names.
+    """
+    # Below an eighth of the range, the brightest pixel of all becomes less than 32 of 255.
     if peak is None or value_range is not None or peak >= 65535 / 8:
         return []
     found = (

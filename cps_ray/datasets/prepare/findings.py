@@ -1,17 +1,15 @@
-"""What is wrong with a data set: one finding per file, reported in one line where many files have the same trouble."""
+"""What is wrong with a data set: one finding per file, reported in one line where many files have the same problem."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 from cps_ray.errors import DataError
 
-_NAMED = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One trouble of one file, or of one split."""
+    """One problem of a file, or of a split."""
 
     rule: str
     """What was checked; findings of one rule and remedy are reported in one line."""
@@ -21,13 +19,13 @@ class Finding:
     """What must hold and what was found."""
     remedy: str
     fatal: bool = True
-    """Whether the item cannot be used; else it is a warning."""
-    whole: bool = False
-    """Whether it spoils the whole split, so that leaving out this file would not help."""
+    """Whether the item cannot be used; False: a warning."""
+    whole_split: bool = False
+    """Whether the whole split is spoilt, so that leaving out this file would not help."""
 
     @property
     def line(self) -> str:
-        """The whole finding."""
+        """The finding as one sentence: where, what was found, what to do."""
         return f"{self.where}: {self.found}; {self.remedy}."
 
 
@@ -38,24 +36,21 @@ class BadItemError(DataError):
         super().__init__(finding.line)
         self.finding = finding
 
+    # By default an exception is unpickled by passing its message to its class, but this class takes a finding.
     def __reduce__(self) -> tuple[type["BadItemError"], tuple[Finding]]:
         return BadItemError, (self.finding,)
 
 
 def summary_lines(findings: Iterable[Finding]) -> list[str]:
-    """One line per trouble, whatever the number of files that have it; fatal ones first. Warnings are about splits, a line each."""
+    """Returns one line per fatal problem, however many files have it, then one per warning; warnings are about splits."""
 
-    def trouble(finding: Finding) -> tuple[bool, str, str, str]:
+    def problem(finding: Finding) -> tuple[bool, str, str, str]:
         return not finding.fatal, finding.rule, finding.remedy, "" if finding.fatal else finding.where
 
     lines = []
-    for _, group in groupby(sorted(findings, key=trouble), key=trouble):
+    # groupby joins only neighbours, so it needs the order of its own key.
+    for _, group in groupby(sorted(findings, key=problem), key=problem):
         same = list(group)
         where = same[0].where if len(same) == 1 else f"{same[0].where} and {len(same) - 1} more"
         lines.append(f"{where}: {same[0].found}; {same[0].remedy}.")
     return lines
-
-
-def first_few(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

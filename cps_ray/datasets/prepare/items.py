@@ -1,4 +1,4 @@
-"""Sources to items: one raw image and its mask, read, checked and brought to the form that shards hold."""
+"""From sources to items: one raw image and its mask are read, checked and brought to the form that shards hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cps_ray.datasets.images import Picture, encode_image, encode_mask, is_jpeg, perceptual_hash, read_image
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.masks import MaskReader, aligned, ramps
+from cps_ray.datasets.prepare.masks import MaskReader, align_mask, count_edges
 from cps_ray.errors import DataError
 
 
@@ -21,13 +21,14 @@ class Source:
 
     id: str
     image: str = ""
-    """Path; empty for what is drawn."""
+    """Path of the image file; empty where the image is drawn."""
     mask: str | None = None
+    """Path of the mask file; None for an unlabelled image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image to be written, with its mask if it has one, and what was seen while it was made."""
+    """One image to be written, its mask if it has one, and what the checks of the whole data set need to know of both."""
 
     id: str
     image: bytes
@@ -37,78 +38,85 @@ class Item:
     size: tuple[int, int]
     """(height, width) in px."""
     pixels: NDArray[np.int64]
-    """(C,) of each class; zeros without a mask."""
+    """(C,) number of pixels of each class; zeros without a mask."""
     perceptual_hash: int
+    """64 bits; see `images.perceptual_hash`."""
     values: Mapping[int, int] = field(default_factory=dict)
-    """Pixels per raw mask value."""
-    steps: tuple[int, int] = (0, 0)
-    """See `masks.ramps`."""
+    """Number of pixels per raw mask value."""
+    edges: tuple[int, int] = (0, 0)
+    """Number of (sharp, smooth) edges of the mask; see `masks.count_edges`."""
     peak: int | None = None
-    """Largest value of an image with more than 8 bits."""
+    """Largest value of an image with more than 8 bits; None where it has 8."""
 
 
-class Make(Protocol):
-    """Makes the item of a source. A frozen dataclass: it travels to processes, and its repr tells settings apart."""
+class MakeItem(Protocol):
+    """Makes the item of a source. A frozen dataclass: it travels to other processes, and its repr tells settings apart."""
 
     def __call__(self, source: Source) -> Item:
         """Raises BadItemError where image or mask cannot be used."""
         ...
 
 
-def item_of(key: str, image: bytes, shown: NDArray[np.uint8], mask: NDArray[np.uint8] | None, classes: int) -> Item:
-    """The item of encoded bytes, their pixels uint8 (H, W, 3) and train ids uint8 (H, W)."""
-    height, width = shown.shape[:2]
+def build_item(
+    key: str, image: bytes, image_pixels: NDArray[np.uint8], mask: NDArray[np.uint8] | None, num_classes: int
+) -> Item:
+    """Builds an item from the encoded image, its pixels uint8 (H, W, 3) and its train ids uint8 (H, W)."""
+    height, width = image_pixels.shape[:2]
+    image_hash = perceptual_hash(image_pixels)
     if mask is None:
-        return Item(key, image, None, (height, width), np.zeros(classes, np.int64), perceptual_hash(shown))
-    pixels = np.bincount(mask.ravel(), minlength=256)[:classes].astype(np.int64)
-    return Item(key, image, encode_mask(mask), (height, width), pixels, perceptual_hash(shown))
+        return Item(key, image, None, (height, width), np.zeros(num_classes, np.int64), image_hash)
+    class_pixels = np.bincount(mask.ravel(), minlength=256)[:num_classes].astype(np.int64)
+    return Item(key, image, encode_mask(mask), (height, width), class_pixels, image_hash)
 
 
 @dataclass(frozen=True)
 class FromFiles:
-    """Items of raw files."""
+    """Makes items from raw files."""
 
     reader: MaskReader
     value_range: tuple[float, float] | None = None
-    """Of images with more than 8 bits; see `images.read_image`."""
+    """Values that become black and white in images with more than 8 bits; see `images.read_image`."""
     scale: float = 1.0
     """Fraction of their sides, in (0, 1], that images and masks are shrunk to. Scores then hold for that size."""
     compressed: bool = True
     """False: PNG images are stored without compression. JPEGs stay as they are."""
 
     def __call__(self, source: Source) -> Item:
-        picture = self._picture(source)
-        mask, values = self._mask(source, picture) if source.mask else (None, {})
-        image, shown = picture.data, picture.pixels
-        steps = (0, 0) if mask is None else ramps(mask)
+        picture = self._read_picture(source)
+        mask, values = self._read_mask(source, picture) if source.mask else (None, {})
+        image, pixels = picture.data, picture.pixels
+        # Counted at full size, because shrinking by nearest neighbour hides edges that interpolation has smoothed.
+        edges = (0, 0) if mask is None else count_edges(mask)
         if self.scale < 1.0:
-            size = (max(1, round(shown.shape[1] * self.scale)), max(1, round(shown.shape[0] * self.scale)))
-            shown = np.asarray(cv2.resize(shown, size, interpolation=cv2.INTER_AREA), np.uint8)
-            image = encode_image(shown, compressed=self.compressed)  # a second JPEG would lose again
+            size = (max(1, round(pixels.shape[1] * self.scale)), max(1, round(pixels.shape[0] * self.scale)))
+            pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+            image = encode_image(pixels, compressed=self.compressed)  # a second JPEG would lose again
             if mask is not None:
+                # INTER_NEAREST would take the first pixel of each block, not the middle one, and shift the mask.
                 mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
         elif not self.compressed and not is_jpeg(image):
-            image = encode_image(shown, compressed=False)
-        made = item_of(source.id, image, shown, mask, self.reader.classes)
-        return replace(made, values=values, steps=steps, peak=picture.peak)
+            image = encode_image(pixels, compressed=False)
+        item = build_item(source.id, image, pixels, mask, self.reader.num_classes)
+        return replace(item, values=values, edges=edges, peak=picture.peak)
 
-    def _picture(self, source: Source) -> Picture:
+    def _read_picture(self, source: Source) -> Picture:
         try:
-            return read_image(_bytes(source.image), self.value_range)
+            return read_image(_read_bytes(source.image), self.value_range)
         except DataError as error:
+            # `read_image` knows no path; its messages read "FOUND; REMEDY."
             found, _, remedy = str(error).removesuffix(".").partition("; ")
             raise BadItemError(Finding("image is unreadable", source.image, found, remedy)) from None
 
-    def _mask(self, source: Source, picture: Picture) -> tuple[NDArray[np.uint8], Mapping[int, int]]:
+    def _read_mask(self, source: Source, picture: Picture) -> tuple[NDArray[np.uint8], Mapping[int, int]]:
         path = source.mask or ""
-        raw = self.reader.read(path, _bytes(path))
+        raw = self.reader.read(path, _read_bytes(path))
         height, width = picture.pixels.shape[:2]
-        return self.reader.train_ids(path, aligned(path, raw, (height, width), picture.orientation))
+        return self.reader.train_ids(path, align_mask(path, raw, (height, width), picture.orientation))
 
 
-def _bytes(path: str) -> bytes:
+def _read_bytes(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        found, remedy = f"the file cannot be read ({error.strerror})", "get it again, or mend its permissions"
+        found, remedy = f"the file cannot be read ({error.strerror})", "get it again, or fix its permissions"
         raise BadItemError(Finding("file is unreadable", path, found, remedy)) from None

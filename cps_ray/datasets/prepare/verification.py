@@ -1,4 +1,4 @@
-"""Whether shards still are what was written: every file, image and mask read once, against manifest and index."""
+"""Whether shards are still what was written: compares every file, image and mask with manifest and index."""
 
 import hashlib
 import os
@@ -19,93 +19,95 @@ from cps_ray.errors import DataError
 _ROWS_AT_ONCE = 16
 
 
-def verified(manifest: Manifest, indexes: Mapping[str, Index]) -> Iterator[tuple[int, list[Finding]]]:
-    """Reads everything, in threads: (images that were looked at, what is wrong with them), in no certain order.
+def verify(manifest: Manifest, indexes: Mapping[str, Index]) -> Iterator[tuple[int, list[Finding]]]:
+    """Reads everything, in threads, and yields (number of images checked, what is wrong with them), in no certain order.
 
     All findings are fatal and name a file. The numbers of images add up to those of the indexes.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: list[Future[tuple[int, list[Finding]]]] = []
+        futures: list[Future[tuple[int, list[Finding]]]] = []
         for split, index in indexes.items():
             for number, file in enumerate(manifest.splits[split].files):
                 path, rows = index.locations.files[number], np.flatnonzero(index.locations.file == number)
-                if not os.access(path, os.R_OK):  # said once, not for each of its images
-                    finding = _finding(path, "the file is missing or cannot be read")
-                    waiting.append(pool.submit(lambda done: done, (len(rows), [finding])))
+                if not os.access(path, os.R_OK):  # reported once, not for each of its images
+                    finding = _damage(path, "the file is missing or cannot be read")
+                    futures.append(pool.submit(lambda result: result, (len(rows), [finding])))
                     continue
                 # A file's images follow its checksum while it is still in the page cache.
-                waiting.append(pool.submit(partial(_file, path, file)))
-                parts = [rows[at : at + _ROWS_AT_ONCE].tolist() for at in range(0, len(rows), _ROWS_AT_ONCE)]
-                waiting += [pool.submit(partial(_rows, index, part)) for part in parts]
+                futures.append(pool.submit(partial(_check_file, path, file)))
+                parts = [rows[first : first + _ROWS_AT_ONCE].tolist() for first in range(0, len(rows), _ROWS_AT_ONCE)]
+                futures += [pool.submit(partial(_check_rows, index, part)) for part in parts]
         try:
-            for future in as_completed(waiting):
+            for future in as_completed(futures):
                 yield future.result()
         finally:
+            # Also where the caller stops early: leaving the pool would otherwise wait for all that is queued.
             pool.shutdown(cancel_futures=True)
 
 
-def damage(path: str | Path, error: DataError) -> Finding:
-    """What an error says of a file, as a finding."""
-    return _finding(str(path), _sentence(str(error).removeprefix(f"{path}: ")))
+def damage_finding(path: str | Path, error: DataError) -> Finding:
+    """Returns as a finding what an error says about a file."""
+    return _damage(str(path), _without_remedy(str(error).removeprefix(f"{path}: ")))
 
 
-def _finding(path: str, found: str) -> Finding:
+def _damage(path: str, found: str) -> Finding:
     return Finding("shards are damaged", path, found, "prepare the data set again")
 
 
-def _sentence(text: str) -> str:
-    """Without the remedy, which is the same for all damage."""
+def _without_remedy(text: str) -> str:
+    """Cuts the remedy off a message, because it is the same for all damage."""
     return text.partition(";")[0].removesuffix(".")
 
 
-def _file(path: str, file: ShardFile) -> tuple[int, list[Finding]]:
+def _check_file(path: str, file: ShardFile) -> tuple[int, list[Finding]]:
+    """Compares a file's size and checksum with the manifest. Counts no images: `_check_rows` does."""
     try:
         with open(path, "rb") as stream:
             size, digest = os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        return 0, [_finding(path, f"the file cannot be read ({error.strerror})")]
+        return 0, [_damage(path, f"the file cannot be read ({error.strerror})")]
     if size != file.bytes:
-        return 0, [_finding(path, f"the file has {size} bytes, but the manifest says {file.bytes}")]
+        return 0, [_damage(path, f"the file has {size} bytes, but the manifest says {file.bytes}")]
     if digest != file.sha256:
-        return 0, [
-            _finding(path, f"the file's sha256 is {digest[:12]}..., but the manifest says {file.sha256[:12]}...")
-        ]
+        return 0, [_damage(path, f"the file's sha256 is {digest[:12]}..., but the manifest says {file.sha256[:12]}...")]
     return 0, []
 
 
-def _rows(index: Index, rows: list[int]) -> tuple[int, list[Finding]]:
-    return len(rows), list(chain.from_iterable(_row(index, row) for row in rows))
+def _check_rows(index: Index, rows: list[int]) -> tuple[int, list[Finding]]:
+    return len(rows), list(chain.from_iterable(_check_row(index, row) for row in rows))
 
 
-def _row(index: Index, row: int) -> Iterator[Finding]:
+def _check_row(index: Index, row: int) -> Iterator[Finding]:
     path = index.locations.files[index.locations.file[row]]
     try:
-        one = index.locations.read([row])[0]
+        encoded = index.locations.read([row])[0]
     except DataError as error:
-        yield damage(path, error)
+        yield damage_finding(path, error)
         return
-    yield from (_finding(path, trouble) for trouble in _troubles(index, row, one))
+    yield from (_damage(path, problem) for problem in _pixel_problems(index, row, encoded))
 
 
-def _troubles(index: Index, row: int, one: Encoded) -> Iterator[str]:
-    """What the pixels say against the index."""
+def _pixel_problems(index: Index, row: int, encoded: Encoded) -> Iterator[str]:
+    """Decodes image and mask, and yields what in their pixels contradicts the index."""
     size = (int(index.height[row]), int(index.width[row]))
     try:
-        image = decode_image(one.image)
-        mask = None if one.mask is None else decode_mask(one.mask)
+        image = decode_image(encoded.image)
+        mask = None if encoded.mask is None else decode_mask(encoded.mask)
     except DataError as error:
-        yield f"{one.id}: {_sentence(str(error))}"
+        yield f"{encoded.id}: {_without_remedy(str(error))}"
         return
+    where = f"of {encoded.id}"
     if image.shape[:2] != size:
-        yield f"the image of {one.id} has {image.shape[1]}x{image.shape[0]} px, but the index says {size[1]}x{size[0]}"
+        yield f"the image {where} has {image.shape[1]}x{image.shape[0]} px, but the index says {size[1]}x{size[0]}"
     if mask is None:
         return
     if mask.shape != size:
-        yield f"the mask of {one.id} has {mask.shape[1]}x{mask.shape[0]} px, but the index says {size[1]}x{size[0]}"
+        yield f"the mask {where} has {mask.shape[1]}x{mask.shape[0]} px, but the index says {size[1]}x{size[0]}"
     counts = np.bincount(mask.ravel(), minlength=256)
-    classes = index.pixels.shape[1]
-    strange = [value for value in np.flatnonzero(counts).tolist() if value >= classes and value != IGNORE]
-    if strange:
-        yield f"the mask of {one.id} should hold 0..{classes - 1} and {IGNORE}, but holds {', '.join(map(str, strange))}"
-    if not np.array_equal(counts[:classes], index.pixels[row]):
-        yield f"the mask of {one.id} has not the pixels per class that the index says"
+    num_classes = index.pixels.shape[1]
+    unknown = [value for value in np.flatnonzero(counts).tolist() if value >= num_classes and value != IGNORE]
+    if unknown:
+        listed = ", ".join(map(str, unknown))
+        yield f"the mask {where} should hold 0..{num_classes - 1} and {IGNORE}, but holds {listed}"
+    if not np.array_equal(counts[:num_classes], index.pixels[row]):
+        yield f"the mask {where} has other numbers of pixels per class than the index says"

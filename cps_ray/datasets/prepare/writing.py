@@ -1,7 +1,7 @@
-"""Sources to one shard: the unit of parallel work. Any process may do any job, in any order, again and again.
+"""From sources to one shard, the unit of parallel work: any process may do any job, in any order, and repeatedly.
 
-A shard is complete when its report lies beside it; both appear whole or not at all. A report names what it was made from,
-so that work that was killed goes on where it was, and a raw file that changed is read again.
+A shard is complete when its report lies beside it; both appear whole or not at all. A report names what its shard was made
+from, so that work that was killed continues where it was, and a raw file that changed is read again.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 
 from cps_ray import __version__
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.items import Item, Make, Source
+from cps_ray.datasets.prepare.items import Item, MakeItem, Source
 from cps_ray.datasets.shards import SHARD_SCHEMA, sha256
+from cps_ray.files import write_text, write_whole
 
 _SHARD_BYTES = 64 * 2**20
 _SHARD_IMAGES = 512
-"""Bounds of one shard: what one task does, and what a kill costs. Reading does not depend on them: see `ImageLocations`."""
+"""Limits of one shard: what one task does, and what a kill costs. Reading does not depend on them: see `ImageLocations`."""
 
 
 @dataclass(frozen=True)
@@ -35,100 +36,108 @@ class ShardJob:
     folder: str
     split: str
     number: int
+    """Position of the shard in its split, from 0."""
     sources: tuple[Source, ...]
-    make: Make
+    make_item: MakeItem
 
     @property
     def path(self) -> Path:
-        """Of the shard."""
+        """Path of the shard; its report has the same name with the suffix .json."""
         return Path(self.folder) / f"{self.split}-{self.number:05d}.parquet"
 
     def key(self) -> str:
-        """Tells apart what it is made from: settings, files, their sizes and times."""
-        digest = hashlib.sha256(f"{__version__} {self.split} {self.make!r}".encode())
+        """Returns a checksum of what the shard is made from: version, settings, ids, and the files' sizes and times."""
+        digest = hashlib.sha256(f"{__version__} {self.split} {self.make_item!r}".encode())
         for source in self.sources:
-            digest.update(repr((source.id, *(_state(path) for path in (source.image, source.mask)))).encode())
+            digest.update(repr((source.id, *(_file_state(path) for path in (source.image, source.mask)))).encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a job did: one line per image, and what was found."""
+    """What a job did: one row per image written, and what was found."""
 
     key: str
+    """See `ShardJob.key`."""
     split: str
     number: int
     images: int
-    """Images looked at."""
+    """Number of images read, also those that cannot be used."""
     rows: list[dict[str, Any]]
-    """Of INDEX_SCHEMA without `file`; checksums in hex."""
+    """Rows of INDEX_SCHEMA without `file`; checksums in hex."""
     bytes: int
+    """Size of the shard; 0 without rows."""
     sha256: str
-    """Of the shard; both empty without rows."""
+    """Checksum of the shard in hex; empty without rows."""
     values: dict[int, int]
-    """Pixels per raw mask value."""
-    steps: tuple[int, int]
-    """See `masks.ramps`."""
+    """Number of pixels per raw mask value."""
+    edges: tuple[int, int]
+    """Number of (sharp, smooth) edges of all masks; see `masks.count_edges`."""
     peak: int | None
+    """Largest value of the images with more than 8 bits; None if there are none."""
     findings: tuple[Finding, ...]
+    """Images and masks that cannot be used."""
 
 
-def cut(folder: Path, split: str, sources: Sequence[Source], make: Make) -> list[ShardJob]:
-    """The jobs of a split. Where shards end depends on the sources alone, hence the same input gives the same bytes."""
+def cut_into_jobs(folder: Path, split: str, sources: Sequence[Source], make_item: MakeItem) -> list[ShardJob]:
+    """Returns the jobs of a split. Where shards end depends on the sources alone, so the same input gives the same bytes."""
     jobs: list[ShardJob] = []
-    part: list[Source] = []
-    size = 0
+    batch: list[Source] = []
+    batch_bytes = 0
     for source in sources:
-        more = sum(_state(path)[1] for path in (source.image, source.mask))
-        if part and (size + more > _SHARD_BYTES or len(part) == _SHARD_IMAGES):
-            jobs.append(ShardJob(str(folder), split, len(jobs), tuple(part), make))
-            part, size = [], 0
-        part.append(source)
-        size += more
-    if part:
-        jobs.append(ShardJob(str(folder), split, len(jobs), tuple(part), make))
+        source_bytes = sum(_file_state(path)[1] for path in (source.image, source.mask))
+        if batch and (batch_bytes + source_bytes > _SHARD_BYTES or len(batch) == _SHARD_IMAGES):
+            jobs.append(ShardJob(str(folder), split, len(jobs), tuple(batch), make_item))
+            batch, batch_bytes = [], 0
+        batch.append(source)
+        batch_bytes += source_bytes
+    if batch:
+        jobs.append(ShardJob(str(folder), split, len(jobs), tuple(batch), make_item))
     return jobs
 
 
-def _state(path: str | None) -> tuple[str, int, int]:
-    """(path, bytes, time) of a raw file; zeros where there is none."""
+def _file_state(path: str | None) -> tuple[str, int, int]:
+    """Returns (path, bytes, modification time in ns) of a file; zeros where there is none."""
     if not path:
         return "", 0, 0
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return path, 0, 0
-    return path, found.st_size, found.st_mtime_ns
+    return path, status.st_size, status.st_mtime_ns
 
 
-def finished(job: ShardJob) -> ShardReport | None:
-    """The report of a job that was done before; None if it was not, or was made from something else, or did not last."""
+def finished_report(job: ShardJob) -> ShardReport | None:
+    """Returns the report of a job that was done before; None if there is none, its input has changed, or its shard is cut off."""
     try:
-        known = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
+        fields = json.loads(job.path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if known["key"] != job.key() or (known["rows"] and _state(str(job.path))[1] != known["bytes"]):
+    # The size shows whether a shard was cut off; other damage shows when images are read and compared with checksums.
+    if fields["key"] != job.key() or (fields["rows"] and _file_state(str(job.path))[1] != fields["bytes"]):
         return None
-    findings = tuple(Finding(**finding) for finding in known.pop("findings"))
-    values = {int(value): count for value, count in known.pop("values").items()}
-    return ShardReport(**known | {"findings": findings, "values": values, "steps": tuple(known["steps"])})
+    findings = tuple(Finding(**finding) for finding in fields.pop("findings"))
+    # JSON has neither tuples nor keys that are numbers.
+    values = {int(value): count for value, count in fields.pop("values").items()}
+    return ShardReport(**fields | {"findings": findings, "values": values, "edges": tuple(fields["edges"])})
 
 
 def write_shard(job: ShardJob) -> ShardReport:
-    """Does a job: reads, checks and writes its images; those that cannot be used are left out and reported."""
+    """Does a job: reads, checks and writes its images. Those that cannot be used are left out and reported."""
+    # Before any file is read: a file that changes meanwhile gives another key next time, and is read again.
     key = job.key()
     items: list[Item] = []
     findings: list[Finding] = []
     for source in job.sources:
         try:
-            items.append(job.make(source))
+            items.append(job.make_item(source))
         except BadItemError as bad:
             findings.append(bad.finding)
     values: Counter[int] = Counter()
     for item in items:
         values.update(item.values)
     peaks = [item.peak for item in items if item.peak is not None]
-    rows, size, checksum = _write(job.path, items) if items else ([], 0, "")
+    rows, size, checksum = _write_parquet(job.path, items) if items else ([], 0, "")
     report = ShardReport(
         key=key,
         split=job.split,
@@ -138,22 +147,17 @@ def write_shard(job: ShardJob) -> ShardReport:
         bytes=size,
         sha256=checksum,
         values=dict(values),
-        steps=(sum(item.steps[0] for item in items), sum(item.steps[1] for item in items)),
+        edges=(sum(item.edges[0] for item in items), sum(item.edges[1] for item in items)),
         peak=max(peaks, default=None),
         findings=tuple(findings),
     )
-    _put(job.path.with_suffix(".json"), json.dumps(asdict(report)).encode())
+    # Last, because a report says that the shard beside it is complete.
+    write_text(job.path.with_suffix(".json"), json.dumps(asdict(report)))
     return report
 
 
-def _put(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-def _write(path: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int, str]:
-    """The shard's rows for the index, its size and its checksum."""
+def _write_parquet(path: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int, str]:
+    """Writes the shard; returns its rows for the index, its size in bytes and its checksum in hex."""
     columns: Mapping[str, list[Any]] = {
         "id": [item.id for item in items],
         "image": [item.image for item in items],
@@ -161,42 +165,48 @@ def _write(path: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int
         "height": [item.size[0] for item in items],
         "width": [item.size[1] for item in items],
     }
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # Plain and uncompressed, so that each image lies in the file as it is, to be read without Parquet.
     plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), part, version="2.6", **plain)
-    with part.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        images, masks = (_locate(data, columns[name]) for name in ("image", "mask"))
-        size, checksum = len(data), hashlib.sha256(data).hexdigest()
-    part.replace(path)
-    return [_row(item, *at) for item, *at in zip(items, images, masks, strict=True)], size, checksum
+    table = pa.table(columns, schema=SHARD_SCHEMA)
+
+    def write(temporary: Path) -> tuple[list[int | None], list[int | None], int, str]:
+        pq.write_table(table, temporary, version="2.6", **plain)
+        # Read back before it is in place: a shard whose bytes cannot be found is never there.
+        with temporary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            image_offsets, mask_offsets = (_value_offsets(data, columns[name]) for name in ("image", "mask"))
+            return image_offsets, mask_offsets, len(data), hashlib.sha256(data).hexdigest()
+
+    image_offsets, mask_offsets, size, checksum = write_whole(path, write)
+    rows = [_index_row(item, *offsets) for item, *offsets in zip(items, image_offsets, mask_offsets, strict=True)]
+    return rows, size, checksum
 
 
-def _locate(data: mmap.mmap, values: Sequence[bytes | None]) -> list[int | None]:
-    """The first byte of every value of a column. They lie in order, each behind its length."""
-    places: list[int | None] = []
-    at = 0
+def _value_offsets(data: mmap.mmap, values: Sequence[bytes | None]) -> list[int | None]:
+    """Returns the first byte of every value of a column, None where the value is null."""
+    offsets: list[int | None] = []
+    offset = 0
     for value in values:
         if value is not None:
-            at = data.find(len(value).to_bytes(4, "little") + value, at) + 4
-            assert at >= 4, "Parquet's plain encoding has changed"
-        places.append(None if value is None else at)
-    return places
+            # Parquet's plain encoding: values in order, each behind its length in 4 bytes. pyarrow does not say where.
+            offset = data.find(len(value).to_bytes(4, "little") + value, offset) + 4
+            assert offset >= 4, "Parquet's plain encoding has changed"
+        offsets.append(None if value is None else offset)
+    return offsets
 
 
-def _row(item: Item, image_at: int | None, mask_at: int | None) -> dict[str, Any]:
-    shown = np.flatnonzero(item.pixels)
+def _index_row(item: Item, image_offset: int | None, mask_offset: int | None) -> dict[str, Any]:
+    present = np.flatnonzero(item.pixels)
     return {
         "id": item.id,
-        "image_at": image_at,
+        "image_at": image_offset,
         "image_bytes": len(item.image),
         "image_sha256": sha256(item.image).hex(),
-        "mask_at": mask_at,
+        "mask_at": mask_offset,
         "mask_bytes": None if item.mask is None else len(item.mask),
         "mask_sha256": None if item.mask is None else sha256(item.mask).hex(),
         "height": item.size[0],
         "width": item.size[1],
-        "classes": shown.tolist(),
-        "pixels": item.pixels[shown].tolist(),
+        "classes": present.tolist(),
+        "pixels": item.pixels[present].tolist(),
         "perceptual_hash": item.perceptual_hash,
     }

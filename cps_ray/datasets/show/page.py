@@ -1,4 +1,4 @@
-"""What is known of a data set as one HTML page: no script, nothing fetched, fit to be mailed."""
+"""A data set as one HTML page: its findings, numbers and examples; no script, nothing fetched, so that it can be mailed."""
 
 import base64
 import math
@@ -15,84 +15,93 @@ from cps_ray.datasets.show.picture import IGNORED, NO_MASK, Thumbnail
 from cps_ray.datasets.show.statistics import Size, Statistics, percent, size_text
 
 _DECADES = 5
-"""Of the bars: from 0.001 to 100 %."""
-_MANY_SIZES = 8
+"""Powers of ten that a bar spans: from 0.001 to 100 %."""
+_MAX_LISTED_SIZES = 8
+"""Most distinct sizes that are listed one by one; more are summed up."""
 _JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A split, or the labelled part of one."""
+class ImageSet:
+    """Images that the page describes apart: a split, or its labelled subset."""
 
     name: str
     statistics: Statistics
     thumbnails: tuple[Thumbnail, ...]
+    """Examples; none if none can be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """Sentences, one for each trouble or decision."""
+class Messages:
+    """Sentences for the top of the page, one for each finding or decision."""
 
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def page(name: str, manifest: Manifest, parts: Sequence[Part], said: Said) -> str:
-    """The whole page. `name`: of the data set."""
-    masked = [part for part in parts if part.statistics.masks]
+def page(name: str, manifest: Manifest, image_sets: Sequence[ImageSet], messages: Messages) -> str:
+    """Returns the whole page as HTML. `name`: of the data set."""
+    masked = [image_set for image_set in image_sets if image_set.statistics.masks]
+    # An index that is damaged hides its split, so there may be no image set at all; sections without content are left out.
     sections = [
-        _header(name, manifest, parts),
-        _findings(manifest, said),
+        _header(name, manifest, image_sets),
+        _findings(manifest, messages),
         _classes(manifest, masked) if masked else "",
         _cooccurrence(manifest, masked) if masked else "",
-        _sizes(parts) if parts else "",
-        _images(manifest, parts) if parts else "",
+        _sizes(image_sets) if image_sets else "",
+        _images(manifest, image_sets) if image_sets else "",
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(name)}</title>\n<style>{_STYLE}{_heat()}</style>\n</head>\n<body>\n"
+        f"<title>{escape(name)}</title>\n<style>{_STYLE}{_heat_style()}</style>\n</head>\n<body>\n"
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
 
 
-def _header(name: str, manifest: Manifest, parts: Sequence[Part]) -> str:
-    made = (
+def _header(name: str, manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
+    origin = (
         f"{manifest.made_by.format} · prepared by cps_ray {manifest.made_by.cps_ray} · {len(manifest.classes)} classes"
     )
-    cards = "".join(_card(part) for part in parts)
-    return f'<header>\n<h1>{escape(name)}</h1>\n<p>{escape(made)}</p>\n<div class="cards">{cards}</div>\n</header>'
+    cards = "".join(_card(image_set) for image_set in image_sets)
+    return f'<header>\n<h1>{escape(name)}</h1>\n<p>{escape(origin)}</p>\n<div class="cards">{cards}</div>\n</header>'
 
 
-def _card(part: Part) -> str:
-    known = part.statistics
-    facts = [f"{known.masks:,} with a mask"]
-    if known.unlabeled:
-        facts.append(f"{known.unlabeled:,} without")
-    if known.masks:
-        facts.append(f"{percent(known.ignored).replace('-', '0')} % {IGNORED}")
-    facts.append(decimal(known.bytes))
+def _card(image_set: ImageSet) -> str:
+    statistics = image_set.statistics
+    facts = [f"{statistics.masks:,} with a mask"]
+    if statistics.unlabeled:
+        facts.append(f"{statistics.unlabeled:,} without")
+    if statistics.masks:
+        # `percent` writes nothing as `-`, for columns of numbers; in a sentence it is 0.
+        facts.append(f"{percent(statistics.ignored).replace('-', '0')} % {IGNORED}")
+    facts.append(decimal(statistics.bytes))
     lines = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     return (
-        f'<div class="card"><h2>{escape(part.name)}</h2>'
-        f'<p class="big">{known.images:,} <small>images</small></p><ul>{lines}</ul></div>'
+        f'<div class="card"><h2>{escape(image_set.name)}</h2>'
+        f'<p class="big">{statistics.images:,} <small>images</small></p><ul>{lines}</ul></div>'
     )
 
 
-def _findings(manifest: Manifest, said: Said) -> str:
-    left_out = [f"{one.file}: {one.why}" for one in manifest.left_out]
-    groups = [("error", said.errors), ("warning", said.warnings), ("note", said.notes), ("left out", left_out)]
-    rows = "".join(_finding(kind, list(lines)) for kind, lines in groups)
-    if not (said.errors or said.warnings):
+def _findings(manifest: Manifest, messages: Messages) -> str:
+    left_out = [f"{item.file}: {item.why}" for item in manifest.left_out]
+    by_kind = [
+        ("error", messages.errors),
+        ("warning", messages.warnings),
+        ("note", messages.notes),
+        ("left out", left_out),
+    ]
+    rows = "".join(_finding_rows(kind, list(lines)) for kind, lines in by_kind)
+    if not (messages.errors or messages.warnings):
         good = "Every file matches its checksum, every image and mask was decoded, and no check found anything."
-        rows = f'<li class="good"><b>whole</b><span>{good}</span></li>{rows}'
+        rows = f'<li class="good"><b>intact</b><span>{good}</span></li>{rows}'
     return f'<section>\n<h2>Findings</h2>\n<ul class="findings">{rows}</ul>\n</section>'
 
 
-def _finding(kind: str, lines: Sequence[str]) -> str:
+def _finding_rows(kind: str, lines: Sequence[str]) -> str:
     return "".join(
         f'<li class="{kind.replace(" ", "-")}"><b>{kind}</b><span>{escape(line)}</span></li>' for line in lines
     )
@@ -106,78 +115,84 @@ def _color(color: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _label(name: str, color: tuple[int, int, int]) -> str:
+def _class_label(name: str, color: tuple[int, int, int]) -> str:
     return f'<i class="swatch" style="background:{_color(color)}"></i>{escape(name)}'
 
 
-def _classes(manifest: Manifest, parts: Sequence[Part]) -> str:
-    heads = "".join(f'<th scope="col">{escape(part.name)}</th>' for part in parts)
+def _classes(manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
+    heads = "".join(f'<th scope="col">{escape(image_set.name)}</th>' for image_set in image_sets)
     rows = []
     for label, (name, color) in enumerate(zip(manifest.classes, manifest.palette, strict=True)):
-        cells = "".join(_frequency(part.statistics, label, color) for part in parts)
-        rows.append(f'<tr><th scope="row">{_label(name, color)}</th>{cells}</tr>')
+        cells = "".join(_frequency_cell(image_set.statistics, label, color) for image_set in image_sets)
+        rows.append(f'<tr><th scope="row">{_class_label(name, color)}</th>{cells}</tr>')
     return (
-        '<section>\n<h2>Classes</h2>\n<p class="about">Fraction of the counted pixels, and how many masks show the class. '
+        '<section>\n<h2>Classes</h2>\n<p class="about">Percentage of the counted pixels, and how many masks show the class. '
         "Bars are logarithmic, from 0.001 % to 100 %: each mark is ten times the one before.</p>\n"
         f'<div class="scroll"><table class="classes"><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
     )
 
 
-def _frequency(known: Statistics, label: int, color: tuple[int, int, int]) -> str:
-    share, masks = float(known.frequency[label]), int(known.shown[label])
+def _frequency_cell(statistics: Statistics, label: int, color: tuple[int, int, int]) -> str:
+    fraction, masks = float(statistics.frequency[label]), int(statistics.masks_per_class[label])
     if not masks:
         return '<td class="absent">no mask shows it</td>'
-    width = max(1.0, 100 * (1 + math.log10(share) / _DECADES))
+    # A class that a mask shows has pixels, so the logarithm exists; below 0.001 % the bar keeps 1 % of its width.
+    width = max(1.0, 100 * (1 + math.log10(fraction) / _DECADES))
     return (
-        f'<td><span class="numbers"><b>{percent(share)} %</b><span>{_count(masks, "mask")}</span></span>'
+        f'<td><span class="numbers"><b>{percent(fraction)} %</b><span>{_count(masks, "mask")}</span></span>'
         f'<span class="bar"><i style="width:{width:.0f}%;background:{_color(color)}"></i></span></td>'
     )
 
 
-def _heat() -> str:
+def _heat_style() -> str:
+    # Level n is for cells of up to 10 n %. See .heat in _STYLE: the number is how much blue there is.
     levels = (f".heat .h{level}{{--heat:{9 * level}%}}" for level in range(1, 11))
     return "".join(levels)
 
 
-def _cooccurrence(manifest: Manifest, parts: Sequence[Part]) -> str:
-    tables = "".join(_together(manifest, part, opened=number == 0) for number, part in enumerate(parts))
+def _cooccurrence(manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
+    tables = "".join(
+        _cooccurrence_table(manifest, image_set, opened=number == 0) for number, image_set in enumerate(image_sets)
+    )
     return (
-        '<section>\n<h2>Co-occurrence</h2>\n<p class="about">Of the masks that show the class on the left, the per cent '
-        f"that show the class above too. Empty: never.</p>\n{tables}\n</section>"
+        '<section>\n<h2>Co-occurrence</h2>\n<p class="about">Of the masks that show the class on the left, the percentage '
+        f"that shows the class above too. Empty: none.</p>\n{tables}\n</section>"
     )
 
 
-def _together(manifest: Manifest, part: Part, opened: bool) -> str:
-    shown = np.flatnonzero(part.statistics.shown).tolist()
-    labels = {k: _label(manifest.classes[k], manifest.palette[k]) for k in shown}
-    heads = "".join(f'<th scope="col"><span>{labels[k]}</span></th>' for k in shown)
+def _cooccurrence_table(manifest: Manifest, image_set: ImageSet, opened: bool) -> str:
+    present = np.flatnonzero(image_set.statistics.masks_per_class).tolist()
+    labels = {k: _class_label(manifest.classes[k], manifest.palette[k]) for k in present}
+    heads = "".join(f'<th scope="col"><span>{labels[k]}</span></th>' for k in present)
     rows = "".join(
-        f'<tr><th scope="row">{labels[a]}</th>{"".join(_cells(part.statistics, a, shown))}</tr>' for a in shown
+        f'<tr><th scope="row">{labels[a]}</th>{"".join(_heat_cells(image_set.statistics, a, present))}</tr>'
+        for a in present
     )
     return (
-        f"<details{' open' * opened}><summary>{escape(part.name)}</summary>"
+        f"<details{' open' * opened}><summary>{escape(image_set.name)}</summary>"
         f'<div class="scroll tall"><table class="heat"><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>"
     )
 
 
-def _cells(known: Statistics, a: int, shown: Iterable[int]) -> Iterator[str]:
-    for b in shown:
-        share = float(known.together[a, b])
+def _heat_cells(statistics: Statistics, a: int, present: Iterable[int]) -> Iterator[str]:
+    for b in present:
+        fraction = float(statistics.cooccurrence[a, b])
         if a == b:
             yield '<td class="self"></td>'
-        elif share:
+        elif fraction:
             # Only all is 100, and only none is empty.
-            text = "&lt;1" if share < 0.01 else str(min(99, round(100 * share)) if share < 1 else 100)
-            yield f'<td class="h{math.ceil(10 * share)}">{text}</td>'
+            text = "&lt;1" if fraction < 0.01 else str(min(99, round(100 * fraction)) if fraction < 1 else 100)
+            yield f'<td class="h{math.ceil(10 * fraction)}">{text}</td>'
         else:
             yield "<td></td>"
 
 
-def _sizes(parts: Sequence[Part]) -> str:
+def _sizes(image_sets: Sequence[ImageSet]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(part.name)}</th><td>{_some_sizes(part.statistics)}</td></tr>' for part in parts
+        f'<tr><th scope="row">{escape(image_set.name)}</th><td>{_size_chips(image_set.statistics)}</td></tr>'
+        for image_set in image_sets
     )
     return (
         '<section>\n<h2>Sizes</h2>\n<p class="about">Width and height in pixels.</p>\n'
@@ -185,44 +200,45 @@ def _sizes(parts: Sequence[Part]) -> str:
     )
 
 
-def _some_sizes(known: Statistics) -> str:
-    def chip(size: Size, said: str) -> str:
-        return f'<span class="chip"><b>{size_text(size).replace("x", " × ")}</b> {said}</span>'
+def _size_chips(statistics: Statistics) -> str:
+    def chip(size: Size, remark: str) -> str:
+        return f'<span class="chip"><b>{size_text(size).replace("x", " × ")}</b> {remark}</span>'
 
-    if len(known.sizes) <= _MANY_SIZES:
-        return "".join(chip(size, _count(count, "image")) for size, count in known.sizes.items())
-    named = zip(known.extremes(), ("smallest", "median", "largest"), strict=True)
-    most, count = next(iter(known.sizes.items()))
-    chips = [*(chip(size, word) for size, word in named), chip(most, f"most frequent, {_count(count, 'image')}")]
-    return f'<span class="chip">{len(known.sizes):,} sizes</span>{"".join(chips)}'
+    if len(statistics.sizes) <= _MAX_LISTED_SIZES:
+        return "".join(chip(size, _count(count, "image")) for size, count in statistics.sizes.items())
+    extremes = zip(statistics.extremes(), ("smallest", "median", "largest"), strict=True)
+    most, count = next(iter(statistics.sizes.items()))  # the most frequent size comes first
+    chips = [*(chip(size, word) for size, word in extremes), chip(most, f"most frequent, {_count(count, 'image')}")]
+    return f'<span class="chip">{len(statistics.sizes):,} sizes</span>{"".join(chips)}'
 
 
-def _images(manifest: Manifest, parts: Sequence[Part]) -> str:
-    entries = [_label(name, color) for name, color in zip(manifest.classes, manifest.palette, strict=True)]
-    entries.append(f'<i class="swatch ignored"></i>{IGNORED}')
-    legend = "".join(f"<li>{label}</li>" for label in entries)
+def _images(manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
+    labels = [_class_label(name, color) for name, color in zip(manifest.classes, manifest.palette, strict=True)]
+    labels.append(f'<i class="swatch ignored"></i>{IGNORED}')
+    legend = "".join(f"<li>{label}</li>" for label in labels)
     sheets = "".join(
-        f"<h3>{escape(part.name)}</h3>\n"
-        f'<div class="sheet">{"".join(_figure(one) for one in part.thumbnails) or "None can be read."}</div>\n'
-        for part in parts
+        f"<h3>{escape(image_set.name)}</h3>\n"
+        f'<div class="sheet">{"".join(map(_figure, image_set.thumbnails)) or "None can be read."}</div>\n'
+        for image_set in image_sets
     )
     return (
-        '<section>\n<h2>Images</h2>\n<p class="about">Drawn so that every class is shown; the mask lies over the grey '
-        f'image to the right.</p>\n<ul class="legend">{legend}</ul>\n{sheets}</section>'
+        '<section>\n<h2>Images</h2>\n<p class="about">Drawn so that every class is shown. To the right of an image, its mask '
+        f'lies over the image in grey.</p>\n<ul class="legend">{legend}</ul>\n{sheets}</section>'
     )
 
 
-def _figure(one: Thumbnail) -> str:
-    done, data = cv2.imencode(
-        ".jpg", cv2.cvtColor(one.picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
+def _figure(thumbnail: Thumbnail) -> str:
+    success, data = cv2.imencode(
+        ".jpg", cv2.cvtColor(thumbnail.picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
     )
-    assert done
-    height, width = one.picture.shape[:2]
-    mark = "" if one.labeled else f'<b class="mark">{NO_MASK}</b> '
+    assert success
+    height, width = thumbnail.picture.shape[:2]
+    mark = "" if thumbnail.labeled else f'<b class="mark">{NO_MASK}</b> '
+    # Embedded in the page as a data URL, because it must not need a file beside it.
     return (
-        f'<figure style="max-width:{max(width, 150)}px"><img width="{width}" height="{height}" alt="{escape(one.id)}" '
+        f'<figure style="max-width:{max(width, 150)}px"><img width="{width}" height="{height}" alt="{escape(thumbnail.id)}" '
         f'src="data:image/jpeg;base64,{base64.b64encode(bytes(data)).decode()}">'
-        f"<figcaption>{mark}{escape(one.id)}</figcaption></figure>"
+        f"<figcaption>{mark}{escape(thumbnail.id)}</figcaption></figure>"
     )
 
 

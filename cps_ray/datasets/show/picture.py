@@ -1,4 +1,4 @@
-"""Pictures of masks: overlays, and the contact sheet, a PNG that shows every class of a data set with its colour."""
+"""Pictures of masks: overlays, and the contact sheet, an image that shows every class of a data set with its colour."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,83 +21,85 @@ Pixels = NDArray[np.uint8]
 
 IGNORED = "ignored"
 NO_MASK = "no mask"
-SHOWN = 12
-"""Images of a sheet, unless the classes need more."""
-_BARE = 4
-"""Of them, those without a mask where others have one."""
+NUM_EXAMPLES = 12
+"""Number of images on a sheet, unless the classes need more."""
+_EXAMPLES_WITHOUT_MASK = 4
+"""Number of images without a mask among them, where others have one."""
 _CANDIDATES = 16
+"""Random images of which the one that shows most of a class is its example."""
 _VISIBLE = 0.005
 """Fraction of an image that makes a class easy to see."""
 _OVERLAY = 0.78
 """Fraction of the class's colour in an overlay. The rest is the image in grey, so that hues stay those of the legend."""
-_STRANGE = (255, 0, 255)
-"""Of ids that are no class."""
+_UNKNOWN_COLOR = (255, 0, 255)
+"""Colour of mask values that are no class."""
 _TILE_PX = (200, 400)
-"""Height and largest width of an image on the sheet."""
+"""Largest height and width of an image on the sheet."""
 _LEAST_PX, _MOST_PX = 960, 1640
-"""Width of a sheet without its margins."""
+"""Smallest and largest width of a sheet without its margins."""
 _MARGIN_PX, _GAP_PX, _SEAM_PX = 20, 16, 2
 _NARROWEST_PX = 150
-"""Of a captioned picture, so that the caption says something."""
+"""Smallest width of a picture with its caption, so that the caption says something."""
 _SWATCH_PX = 16
 _TAB_PX = 137
-"""Of the legend: twelve to the widest line."""
+"""Distance of the legend's tab stops: twelve to the widest line."""
 _PAPER, _INK, _FAINT, _ACCENT = (255, 255, 255), (31, 35, 40), (110, 118, 129), (180, 83, 9)
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """One image of a data set, small."""
+    """A small picture of one image of a data set."""
 
     id: str
     picture: Pixels
-    """(H, W, 3) RGB: the image, and to its right its overlay if it has a mask."""
+    """uint8 (H, W, 3) RGB: the image, and to its right its overlay if it has a mask."""
     labeled: bool
     """Whether it has a mask."""
 
 
-def painted(mask: Pixels, palette: Sequence[PaletteColor], image: Pixels | None = None) -> Pixels:
-    """uint8 (H, W) train ids -> uint8 (H, W, 3) RGB, over `image` (H, W, 3) if there is one; ignored pixels are hatched."""
-    table = np.full((256, 3), _STRANGE, np.uint8)
-    table[: len(palette)] = palette
-    colors = table[mask].astype(np.float32)
+def paint_mask(mask: Pixels, palette: Sequence[PaletteColor], image: Pixels | None = None) -> Pixels:
+    """Returns uint8 (H, W) train ids as uint8 (H, W, 3) RGB, over `image` (H, W, 3) if there is one; ignored pixels are hatched."""
+    color_of = np.full((256, 3), _UNKNOWN_COLOR, np.uint8)
+    color_of[: len(palette)] = palette
+    colors = color_of[mask].astype(np.float32)
     grey = np.full((*mask.shape, 1), 128, np.float32)
     if image is not None:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
         colors = _OVERLAY * colors + (1 - _OVERLAY) * grey
     rows, columns = np.indices(mask.shape)
-    line = np.asarray((rows + columns) % 8 < 2)[..., None]
-    hatched = np.where(line, 205, 0.5 * grey + 20)
+    on_line = np.asarray((rows + columns) % 8 < 2)[..., None]
+    hatched = np.where(on_line, 205, 0.5 * grey + 20)
     return np.asarray(np.where((mask == IGNORE)[..., None], hatched, colors).round(), np.uint8)
 
 
-def chosen(index: Index, rows: NDArray[np.int64], seed: int, count: int = SHOWN) -> NDArray[np.int64]:
-    """Some of these rows, those with masks first, so that every class that any of them shows is shown; `count`, or more if need be.
+def choose_examples(index: Index, rows: NDArray[np.int64], seed: int, count: int = NUM_EXAMPLES) -> NDArray[np.int64]:
+    """Draws `count` of these rows, or more if it takes more to show every class that any of them shows; those with masks first.
 
     Rare classes pick first: each takes, of some random images that show it, the one that shows most of it.
     """
     rng = np.random.default_rng((seed, 0x5EE))
     masked = rng.permutation(rows[index.labeled[rows]])
-    bare = rng.permutation(rows[~index.labeled[rows]])
+    unmasked = rng.permutation(rows[~index.labeled[rows]])
     area = index.height[masked].astype(np.float64) * index.width[masked]
-    share = index.pixels[masked] / area[:, None]  # (N, C)
-    picked: list[int] = []
-    seen = np.zeros(share.shape[1], np.bool_)
-    for label in np.argsort((share > 0).sum(axis=0), kind="stable"):
-        candidates = np.flatnonzero(share[:, label])[:_CANDIDATES]
-        if not seen[label] and candidates.size:
-            best = int(candidates[share[candidates, label].argmax()])
+    fraction = index.pixels[masked] / area[:, None]  # (N, C) of the image's pixels
+    picked: list[int] = []  # positions in `masked`
+    easy_to_see = np.zeros(fraction.shape[1], np.bool_)
+    for label in np.argsort((fraction > 0).sum(axis=0), kind="stable"):
+        candidates = np.flatnonzero(fraction[:, label])[:_CANDIDATES]  # random ones, because `masked` is shuffled
+        if not easy_to_see[label] and candidates.size:
+            best = int(candidates[fraction[candidates, label].argmax()])
             picked.append(best)
-            seen |= share[best] >= _VISIBLE
-    picked = list(dict.fromkeys(picked))
-    more = count - len(picked) - min(len(bare), _BARE)
-    picked += [place for place in range(len(masked)) if place not in picked][: max(0, more)]
-    rest = max(count - len(picked), min(len(bare), _BARE))
-    return np.concatenate([np.sort(masked[picked]), np.sort(bare[:rest])]).astype(np.int64)
+            # The image serves every class that is easy to see in it, not only the one that picked it.
+            easy_to_see |= fraction[best] >= _VISIBLE
+    picked = list(dict.fromkeys(picked))  # several classes may have picked one image
+    more = count - len(picked) - min(len(unmasked), _EXAMPLES_WITHOUT_MASK)
+    picked += [position for position in range(len(masked)) if position not in picked][: max(0, more)]
+    num_unmasked = max(count - len(picked), min(len(unmasked), _EXAMPLES_WITHOUT_MASK))
+    return np.concatenate([np.sort(masked[picked]), np.sort(unmasked[:num_unmasked])]).astype(np.int64)
 
 
 def thumbnails(index: Index, rows: NDArray[np.int64], palette: Sequence[PaletteColor]) -> list[Thumbnail]:
-    """Of these rows, without those that cannot be read."""
+    """Makes thumbnails of the images in these rows; leaves out those that cannot be read."""
     made = []
     for row in rows.tolist():
         try:
@@ -107,39 +109,40 @@ def thumbnails(index: Index, rows: NDArray[np.int64], palette: Sequence[PaletteC
     return made
 
 
-def _thumbnail(one: Encoded, palette: Sequence[PaletteColor]) -> Thumbnail:
-    image = decode_image(one.image)
+def _thumbnail(encoded: Encoded, palette: Sequence[PaletteColor]) -> Thumbnail:
+    image = decode_image(encoded.image)
     height, width = image.shape[:2]
     scale = min(_TILE_PX[0] / height, _TILE_PX[1] / width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # INTER_AREA averages what it shrinks; an enlarged image keeps its pixels as squares, like its mask.
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    if one.mask is None:
-        return Thumbnail(one.id, np.asarray(small, np.uint8), labeled=False)
-    mask = np.asarray(cv2.resize(decode_mask(one.mask), size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+    if encoded.mask is None:
+        return Thumbnail(encoded.id, np.asarray(small, np.uint8), labeled=False)
+    mask = np.asarray(cv2.resize(decode_mask(encoded.mask), size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
     seam = np.full((size[1], _SEAM_PX, 3), 255, np.uint8)
-    overlay = painted(mask, palette, np.asarray(small, np.uint8))
-    return Thumbnail(one.id, np.hstack([np.asarray(small, np.uint8), seam, overlay]), labeled=True)
+    overlay = paint_mask(mask, palette, np.asarray(small, np.uint8))
+    return Thumbnail(encoded.id, np.hstack([np.asarray(small, np.uint8), seam, overlay]), labeled=True)
 
 
-def swatch(label: int, palette: Sequence[PaletteColor], side_px: int = _SWATCH_PX) -> Pixels:
-    """uint8 (side, side, 3): how a class, or IGNORE, is painted."""
-    return painted(np.full((side_px, side_px), label, np.uint8), palette)
+def paint_swatch(label: int, palette: Sequence[PaletteColor], side_px: int = _SWATCH_PX) -> Pixels:
+    """Returns a square painted as a class, or as IGNORE: uint8 (side, side, 3)."""
+    return paint_mask(np.full((side_px, side_px), label, np.uint8), palette)
 
 
 def contact_sheet(
     title: str,
-    shown: Sequence[Thumbnail],
+    examples: Sequence[Thumbnail],
     classes: Sequence[str],
     palette: Sequence[PaletteColor],
     absent: Sequence[str] = (),
 ) -> Image.Image:
-    """Title, legend and images with their ids; RGB, as tall as need be. `absent`: classes that are marked so."""
+    """Draws title, legend and images with their ids; RGB, as tall as need be. `absent`: classes that are marked so."""
     names = [f"{name} (absent)" if name in absent else name for name in classes]
-    entries = [(swatch(label, palette), name) for label, name in enumerate(names)]
-    entries.append((swatch(IGNORE, palette), IGNORED))
-    lines = list(_wrapped(shown))
+    entries = [(paint_swatch(label, palette), name) for label, name in enumerate(names)]
+    entries.append((paint_swatch(IGNORE, palette), IGNORED))
+    lines = list(_wrap_lines(examples))
     width = max([_LEAST_PX, *map(_line_width, lines)])
-    strips = [_heading(title, width), _legend(entries, width), *(_line(line, width) for line in lines)]
+    strips = [_draw_heading(title, width), _draw_legend(entries, width), *(_draw_line(line, width) for line in lines)]
     height = sum(strip.height for strip in strips) + _GAP_PX * (len(strips) - 1)
     sheet = Image.new("RGB", (width + 2 * _MARGIN_PX, height + 2 * _MARGIN_PX), _PAPER)
     top = _MARGIN_PX
@@ -154,82 +157,88 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def fitted(text: str, width_px: int, size: int) -> str:
-    """The text, or as much of its head and tail as fits: file names differ at both ends."""
+def shorten_text(text: str, width_px: int, size: int) -> str:
+    """Returns the text, or as much of its head and tail as fits: file names differ at both ends."""
     font = _font(size)
     keep, short = len(text), text
     while font.getlength(short) > width_px and keep > 1:
         keep -= 1
+        # An odd character goes to the head.
         short = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
     return short
 
 
-def _strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _blank_strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     strip = Image.new("RGB", (width_px, height_px), _PAPER)
     return strip, ImageDraw.Draw(strip)
 
 
-def _heading(title: str, width_px: int) -> Image.Image:
-    strip, draw = _strip(width_px, 30)
-    draw.text((0, 15), fitted(title, width_px, 22), fill=_INK, font=_font(22), anchor="lm")
+# Pillow's anchor "lm": the position given is the left end of the text, at the middle of its height.
+
+
+def _draw_heading(title: str, width_px: int) -> Image.Image:
+    strip, draw = _blank_strip(width_px, 30)
+    draw.text((0, 15), shorten_text(title, width_px, 22), fill=_INK, font=_font(22), anchor="lm")
     return strip
 
 
-def _legend(entries: Sequence[tuple[Pixels, str]], width_px: int) -> Image.Image:
-    """Swatches and names from left to right, at tab stops; a long name takes several."""
-    size, line_px, beside_px, gap_px = 15, 24, _SWATCH_PX + 8, 20
+def _draw_legend(entries: Sequence[tuple[Pixels, str]], width_px: int) -> Image.Image:
+    """Draws swatches and names from left to right, at tab stops; a long name takes several."""
+    size, line_px, text_offset_px, gap_px = 15, 24, _SWATCH_PX + 8, 20
     font, left, line = _font(size), 0, 0
     placed = []
+    # Where everything goes comes first: the strip's height depends on the number of lines.
     for colors, name in entries:
-        name = fitted(name, width_px - beside_px, size)
-        tabs = math.ceil((beside_px + font.getlength(name) + gap_px) / _TAB_PX)
+        name = shorten_text(name, width_px - text_offset_px, size)
+        tabs = math.ceil((text_offset_px + font.getlength(name) + gap_px) / _TAB_PX)
+        # The last gap of a line may lie beyond its end.
         if left and left + tabs * _TAB_PX > width_px + gap_px:
             left, line = 0, line + 1
         placed.append((left, line * line_px + line_px // 2, colors, name))
         left += tabs * _TAB_PX
-    strip, draw = _strip(width_px, (line + 1) * line_px)
+    strip, draw = _blank_strip(width_px, (line + 1) * line_px)
     for left, middle, colors, name in placed:
         top = middle - _SWATCH_PX // 2
         strip.paste(Image.fromarray(colors), (left, top))
         draw.rectangle((left, top, left + _SWATCH_PX - 1, top + _SWATCH_PX - 1), outline=_FAINT)
-        draw.text((left + beside_px, middle), name, fill=_INK, font=font, anchor="lm")
+        draw.text((left + text_offset_px, middle), name, fill=_INK, font=font, anchor="lm")
     return strip
 
 
-def _width(one: Thumbnail) -> int:
-    return max(_NARROWEST_PX, int(one.picture.shape[1]))
+def _captioned_width(thumbnail: Thumbnail) -> int:
+    return max(_NARROWEST_PX, int(thumbnail.picture.shape[1]))
 
 
-def _line_width(shown: Sequence[Thumbnail]) -> int:
-    return sum(map(_width, shown)) + _GAP_PX * (len(shown) - 1)
+def _line_width(line: Sequence[Thumbnail]) -> int:
+    return sum(map(_captioned_width, line)) + _GAP_PX * (len(line) - 1)
 
 
-def _wrapped(shown: Sequence[Thumbnail]) -> Iterator[list[Thumbnail]]:
-    """As many to a line as fit, at least one."""
+def _wrap_lines(examples: Sequence[Thumbnail]) -> Iterator[list[Thumbnail]]:
+    """Yields lines of as many pictures as fit, at least one."""
     line: list[Thumbnail] = []
-    for one in shown:
-        if line and _line_width([*line, one]) > _MOST_PX:
+    for thumbnail in examples:
+        if line and _line_width([*line, thumbnail]) > _MOST_PX:
             yield line
             line = []
-        line.append(one)
+        line.append(thumbnail)
     if line:
         yield line
 
 
-def _line(shown: Sequence[Thumbnail], width_px: int) -> Image.Image:
-    """Pictures side by side on one base line, each above its id."""
+def _draw_line(line: Sequence[Thumbnail], width_px: int) -> Image.Image:
+    """Draws pictures side by side on one base line, each above its id."""
     size, caption_px = 14, 22
-    tallest = max(one.picture.shape[0] for one in shown)
-    strip, draw = _strip(width_px, tallest + caption_px)
+    tallest = max(thumbnail.picture.shape[0] for thumbnail in line)
+    strip, draw = _blank_strip(width_px, tallest + caption_px)
     left = 0
-    for one in shown:
-        strip.paste(Image.fromarray(one.picture), (left, tallest - one.picture.shape[0]))
-        at, room = left, _width(one)
-        if not one.labeled:
-            draw.text((at, tallest + caption_px // 2), NO_MASK, fill=_ACCENT, font=_font(size), anchor="lm")
-            taken = round(_font(size).getlength(f"{NO_MASK}  "))
-            at, room = at + taken, room - taken
-        name = fitted(one.id, room, size)
-        draw.text((at, tallest + caption_px // 2), name, fill=_FAINT, font=_font(size), anchor="lm")
-        left += _width(one) + _GAP_PX
+    for thumbnail in line:
+        strip.paste(Image.fromarray(thumbnail.picture), (left, tallest - thumbnail.picture.shape[0]))
+        text_left, text_px = left, _captioned_width(thumbnail)
+        if not thumbnail.labeled:
+            draw.text((text_left, tallest + caption_px // 2), NO_MASK, fill=_ACCENT, font=_font(size), anchor="lm")
+            mark_px = round(_font(size).getlength(f"{NO_MASK}  "))
+            text_left, text_px = text_left + mark_px, text_px - mark_px
+        name = shorten_text(thumbnail.id, text_px, size)
+        draw.text((text_left, tallest + caption_px // 2), name, fill=_FAINT, font=_font(size), anchor="lm")
+        left += _captioned_width(thumbnail) + _GAP_PX
     return strip

@@ -15,47 +15,50 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of a split, or of some of its images. C classes."""
+    """Counts over the images of a split, or over some of them. C classes."""
 
     images: int
+    """Number of images, with and without a mask."""
     masks: int
+    """Number of masks."""
     bytes: int
-    """Of images and masks as they are stored."""
+    """Size of images and masks as they are stored."""
     sizes: Mapping[Size, int]
-    """Images of each size, the most frequent first."""
+    """Number of images of each size, the most frequent size first."""
     pixels: NDArray[np.int64]
-    """(C,) over all masks."""
-    shown: NDArray[np.int64]
-    """(C,) masks that show the class."""
-    together: NDArray[np.float64]
-    """(C, C) of the masks that show class a, the share in [0, 1] that shows b too; 0 where none shows a."""
+    """(C,) number of pixels of each class, over all masks."""
+    masks_per_class: NDArray[np.int64]
+    """(C,) number of masks that show each class."""
+    cooccurrence: NDArray[np.float64]
+    """(C, C) fraction of the masks with class a (row) that show class b (column) too; 0 where none shows a."""
     ignored: float
-    """Fraction of the masks' pixels that counts nowhere; 0 without masks."""
+    """Fraction of the masks' pixels that count nowhere; 0 without masks."""
 
     @property
     def unlabeled(self) -> int:
-        """Images without a mask."""
+        """Number of images without a mask."""
         return self.images - self.masks
 
     @property
     def frequency(self) -> NDArray[np.float64]:
-        """(C,) share of the counted pixels; zeros without any."""
+        """Fraction of the counted pixels that each class covers: (C,); zeros without any."""
         return np.asarray(self.pixels / max(1, int(self.pixels.sum())))
 
     def extremes(self) -> tuple[Size, Size, Size]:
-        """The size of the smallest image, of the median one and of the largest, by area."""
+        """Returns the size of the smallest image, of the median one and of the largest, by area."""
         ordered = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
+        # Each size stands for as many images as have it, so the median is looked up in the running count.
         ends = np.cumsum([self.sizes[size] for size in ordered])
         median = ordered[int(np.searchsorted(ends, (self.images + 1) // 2))]
         return ordered[0], median, ordered[-1]
 
 
 def statistics(index: Index, rows: NDArray[np.int64]) -> Statistics:
-    """Of these rows of an index, each counted once; at least one."""
+    """Counts the images in these rows of an index: at least one, and none twice."""
     locations = index.locations
     masked = rows[index.labeled[rows]]
     pixels, presence = index.pixels[masked], index.presence[masked].astype(np.float64)
-    shown = presence.sum(axis=0)
+    masks_per_class = presence.sum(axis=0)
     area = (index.height[masked].astype(np.int64) * index.width[masked]).sum()
     sizes = Counter(zip(index.height[rows].tolist(), index.width[rows].tolist(), strict=True))
     return Statistics(
@@ -64,22 +67,24 @@ def statistics(index: Index, rows: NDArray[np.int64]) -> Statistics:
         bytes=int(locations.image[rows, 1].sum() + locations.mask[rows, 1].sum()),
         sizes=dict(sizes.most_common()),
         pixels=pixels.sum(axis=0),
-        shown=shown.astype(np.int64),
-        together=presence.T @ presence / np.maximum(shown, 1)[:, None],
+        masks_per_class=masks_per_class.astype(np.int64),
+        # Entry (a, b) of the product counts the masks that show both.
+        cooccurrence=presence.T @ presence / np.maximum(masks_per_class, 1)[:, None],
+        # The index counts the pixels of classes alone: what is missing up to the area is ignored.
         ignored=float(1 - pixels.sum() / area) if area else 0.0,
     )
 
 
 def size_text(size: Size) -> str:
-    """480x360: width and height in px."""
+    """Returns width and height in px, as in 480x360."""
     return f"{size[1]}x{size[0]}"
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] as per cent, without the sign; rare things keep two digits, and only nothing is `-`."""
-    hundredth = 100 * share
-    if not hundredth:
+def percent(fraction: float) -> str:
+    """Returns a fraction in [0, 1] as a percentage without the sign; rare things keep two digits, and only nothing is `-`."""
+    percentage = 100 * fraction
+    if not percentage:
         return "-"
-    if hundredth >= 0.1:
-        return f"{hundredth:.2f}"
-    return f"{hundredth:.2g}" if hundredth >= 1e-4 else "<0.0001"
+    if percentage >= 0.1:
+        return f"{percentage:.2f}"
+    return f"{percentage:.2g}" if percentage >= 1e-4 else "<0.0001"

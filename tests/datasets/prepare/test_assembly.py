@@ -1,4 +1,4 @@
-"""A data set as a whole: put in place at once or not at all, the same bytes every time, and all that is wrong reported together."""
+"""A data set as a whole: put in place at once or not at all, the same bytes every time, and all findings reported together."""
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ Splits = dict[str, list[Source]]
 
 @pytest.fixture
 def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Splits:
-    """Five images in three shards, and two."""
+    """Five images in three shards for train, and two images for val."""
     monkeypatch.setattr(writing, "_SHARD_IMAGES", 2)
     raw = tmp_path / "raw"
     return {
@@ -40,7 +40,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def backwards(do: Callable[[ShardJob], ShardReport], jobs: Sequence[ShardJob]) -> Iterator[ShardReport]:
-    """Another way to run jobs: one by one, the last first."""
+    """Runs the jobs another way: one by one, the last first."""
     return (do(job) for job in reversed(jobs))
 
 
@@ -82,7 +82,7 @@ def test_ids_are_unique_over_all_splits(splits: Splits, out: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(splits: Splits, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/shards: cannot be written \(.*\); what was done is kept"):
+    with pytest.raises(DataError, match=r"file/shards: cannot be written \(.*\); finished work is kept"):
         write_shards(tmp_path / "file/shards", plan(splits))
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_what_was_done(splits: Splits, out: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        DataError, match=r"shards: cannot be written \(No space left on device\).* the same command goes"
+        DataError, match=r"shards: cannot be written \(No space left on device\).* the same command continues"
     ):
         write_shards(out, plan(splits), run=full)
     seen: list[tuple[int, bool]] = []
@@ -110,7 +110,7 @@ def test_one_process_at_a_time_writes_a_folder(splits: Splits, out: Path) -> Non
     write_shards(out, plan(splits))
 
 
-def test_who_waited_finds_the_folder_and_leaves_nothing(
+def test_a_call_that_waited_finds_the_folder_and_leaves_nothing(
     splits: Splits, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process puts its folder in place between the first look and the lock."""
@@ -127,7 +127,7 @@ def test_who_waited_finds_the_folder_and_leaves_nothing(
     assert [path.name for path in out.parent.iterdir()] == ["shards"]
 
 
-def test_left_overs_of_another_try_are_not_taken_along(splits: Splits, out: Path) -> None:
+def test_leftovers_of_another_try_are_not_taken_along(splits: Splits, out: Path) -> None:
     growing = out.with_name(".shards.unfinished")
     growing.mkdir(parents=True)
     for name in ("train-00009.parquet", "train-00009.json", "old-00000.parquet", "train-00000.parquet.17.tmp"):
@@ -147,20 +147,20 @@ def spoil(splits: Splits) -> list[str]:
     return [str(image), str(mask)]
 
 
-def test_bad_files_are_told_together_and_nothing_is_put_in_place(splits: Splits, out: Path) -> None:
+def test_bad_files_are_reported_together_and_nothing_is_put_in_place(splits: Splits, out: Path) -> None:
     paths = spoil(splits)
-    found = Finding("no mask", "lonely.png", "must have a mask, but has none", "add it")
+    unpaired = Finding("no mask", "lonely.png", "must have a mask, but has none", "add it")
     with pytest.raises(
-        BadDataError, match=r"3 files cannot be used\. Mend .* \(what was done is kept\), or .* --skip-bad"
+        BadDataError, match=r"3 files cannot be used\. Fix .* \(finished work is kept\), or .* --skip-bad"
     ) as caught:
-        write_shards(out, plan(splits, findings=(found,)))
+        write_shards(out, plan(splits, findings=(unpaired,)))
     bad = [finding for finding in caught.value.findings if finding.fatal]
     assert sorted(finding.where for finding in bad) == sorted([*paths, "lonely.png"])
     assert caught.value.findings[: len(bad)] == tuple(bad), "fatal ones first"
     assert not out.exists()
 
 
-def test_mended_files_are_read_again_and_no_others(splits: Splits, out: Path) -> None:
+def test_fixed_files_are_read_again_and_no_others(splits: Splits, out: Path) -> None:
     image, mask = spoil(splits)
     with pytest.raises(BadDataError):
         write_shards(out, plan(splits))
@@ -177,7 +177,7 @@ def test_skip_bad_leaves_out_and_lists(splits: Splits, out: Path) -> None:
     paths = spoil(splits)
     manifest = write_shards(out, plan(splits), skip_bad=True)
     assert open_shards(out).index("train").ids == ("t1", "t2", "t3")
-    assert [one.file for one in manifest.left_out] == paths
+    assert [entry.file for entry in manifest.left_out] == paths
     assert "Git LFS pointer" in manifest.left_out[0].why
     assert [file.images for file in manifest.splits["train"].files] == [1, 2], "the third shard has nothing left"
 
@@ -205,7 +205,7 @@ def test_one_image_in_two_splits_is_refused(splits: Splits, out: Path) -> None:
     assert "val/v0 is the very same; take it out of train" in finding.line
 
 
-def test_skip_bad_takes_it_out_of_train_and_does_only_its_shard_again(splits: Splits, out: Path) -> None:
+def test_skip_bad_takes_the_copy_out_of_train_and_writes_only_its_shard_again(splits: Splits, out: Path) -> None:
     splits["train"].insert(2, copied(splits, splits["val"][0], "copy"))
     with pytest.raises(BadDataError):
         write_shards(out, plan(splits))
@@ -214,16 +214,16 @@ def test_skip_bad_takes_it_out_of_train_and_does_only_its_shard_again(splits: Sp
     manifest = write_shards(out, plan(splits), skip_bad=True)
     assert open_shards(out).index("train").ids == ("t0", "t1", "t2", "t3", "t4")
     assert open_shards(out).index("val").ids == ("v0", "v1")
-    assert [one.file for one in manifest.left_out] == [splits["train"][2].image]
+    assert [entry.file for entry in manifest.left_out] == [splits["train"][2].image]
     after = {path.name: path.stat().st_ino for path in out.glob("*-*.parquet")}
     assert {name for name in after if after[name] != before[name]} == {"train-00001.parquet"}
 
 
 def test_what_spoils_the_whole_split_cannot_be_skipped(tmp_path: Path, out: Path) -> None:
-    """{0, 255} masks: leaving out the one that is named would not make 255 a class."""
+    """Masks of {0, 255}: leaving out the file that the finding names would not make 255 a class."""
     sources = [pair(tmp_path / "raw", key, values=(0, 255)) for key in "ab"]
-    data = replace(plan({"train": sources}), make=FromFiles(replace(READER, void_by_default=True)))
-    with pytest.raises(BadDataError, match=r"\(what was done is kept\)\.$"):
+    data = replace(plan({"train": sources}), make_item=FromFiles(replace(READER, void_by_default=True)))
+    with pytest.raises(BadDataError, match=r"\(finished work is kept\)\.$"):
         write_shards(out, data, skip_bad=True)
 
 
@@ -244,7 +244,7 @@ def test_an_error_of_a_job_stops_the_work(splits: Splits) -> None:
         list(in_threads(broken, [ShardJob("", "train", 0, (), lambda source: source)]))  # type: ignore[arg-type, return-value]
 
 
-def test_files_of_one_trouble_are_told_in_one_line_and_every_warning_in_its_own() -> None:
+def test_files_with_one_problem_are_reported_in_one_line_and_every_warning_in_its_own() -> None:
     sizes = [Finding("sizes differ", f"{key}.png", f"is {key}", "export again") for key in "abc"]
     warnings = [Finding("images repeat", split, f"{split} twice", "drop", fatal=False) for split in ("train", "val")]
     assert summary_lines([*warnings, *sizes]) == [

@@ -26,17 +26,17 @@ from cps_ray.datasets.shards import Index, Manifest, open_shards
 
 
 def findings(raw: RawData, out: Path) -> tuple[Finding, ...]:
-    """What `prepare` tells: of refused data every finding."""
-    make = FromFiles(raw.reader, raw.value_range)
-    data = DataSetPlan(raw.splits, make, raw.classes, raw.palette, "a test", raw.findings, raw.notes)
+    """Prepares data that must be refused; returns every finding."""
+    make_item = FromFiles(raw.reader, raw.value_range)
+    data = DataSetPlan(raw.splits, make_item, raw.classes, raw.palette, "a test", raw.findings, raw.notes)
     with pytest.raises(BadDataError) as caught:
         write_shards(out, data)
     return caught.value.findings
 
 
 def prepared(raw: RawData, out: Path, *, skip_bad: bool = False) -> Manifest:
-    make = FromFiles(raw.reader, raw.value_range)
-    data = DataSetPlan(raw.splits, make, raw.classes, raw.palette, "a test", raw.findings, raw.notes)
+    make_item = FromFiles(raw.reader, raw.value_range)
+    data = DataSetPlan(raw.splits, make_item, raw.classes, raw.palette, "a test", raw.findings, raw.notes)
     return write_shards(out, data, skip_bad=skip_bad)
 
 
@@ -87,9 +87,9 @@ def test_traps_in_cityscapes_are_found(tmp_path: Path, trap: str) -> None:
             "masks must all be labelIds",
         ),
     }
-    plant, said = (ANYWHERE | MASKS | others)[trap]
+    plant, message = (ANYWHERE | MASKS | others)[trap]
     plant(image, mask)
-    assert_one(findings(layouts.cityscapes(raw), tmp_path / "out"), {str(image), str(mask)}, said)
+    assert_one(findings(layouts.cityscapes(raw), tmp_path / "out"), {str(image), str(mask)}, message)
     manifest = prepared(layouts.cityscapes(raw), tmp_path / "out", skip_bad=True)
     assert manifest.splits["train"].images == 4
     assert len(manifest.left_out) == 1
@@ -116,10 +116,10 @@ def test_traps_in_voc_are_found(tmp_path: Path, trap: str) -> None:
     raw, sbd = trees.voc(tmp_path / "voc"), trees.sbd(tmp_path / "sbd")
     image = raw / "VOCdevkit/VOC2012/JPEGImages/2008_000015.jpg"
     mask = raw / "VOCdevkit/VOC2012/SegmentationClass/2008_000015.png"
-    plant, said = VOC_TRAPS[trap]
+    plant, message = VOC_TRAPS[trap]
     plant(image, mask)
     found = layouts.voc(raw, sbd=sbd, published=True)
-    assert_one(findings(found, tmp_path / "out"), {str(image), str(mask)}, said)
+    assert_one(findings(found, tmp_path / "out"), {str(image), str(mask)}, message)
 
 
 @pytest.mark.parametrize("trap", SBD_TRAPS)
@@ -127,23 +127,23 @@ def test_traps_in_sbd_are_found(tmp_path: Path, trap: str) -> None:
     raw, sbd = trees.voc(tmp_path / "voc"), trees.sbd(tmp_path / "sbd")
     image = raw / "VOCdevkit/VOC2012/JPEGImages/2008_000023.jpg"
     mask = sbd / "benchmark_RELEASE/dataset/cls/2008_000023.mat"
-    plant, said = SBD_TRAPS[trap]
+    plant, message = SBD_TRAPS[trap]
     plant(image, mask)
     found = layouts.voc(raw, sbd=sbd, published=True)
-    assert_one(findings(found, tmp_path / "out"), {str(image), str(mask)}, said)
+    assert_one(findings(found, tmp_path / "out"), {str(image), str(mask)}, message)
 
 
-def assert_one(found: tuple[Finding, ...], paths: set[str], said: str) -> None:
-    """One fatal finding, which names the file, what was found, and what to do."""
-    (finding,) = (one for one in found if one.fatal)
+def assert_one(found: tuple[Finding, ...], paths: set[str], message: str) -> None:
+    """There is one fatal finding, which names the file, what was found, and what to do."""
+    (finding,) = (finding for finding in found if finding.fatal)
     assert finding.where in paths
-    assert said in finding.line
+    assert message in finding.line
     assert finding.found
     assert finding.remedy
 
 
-def test_all_traps_at_once_are_all_told(tmp_path: Path) -> None:
-    """Nothing hides behind the first trouble."""
+def test_all_traps_at_once_are_all_reported(tmp_path: Path) -> None:
+    """Nothing hides behind the first problem."""
     raw = trees.cityscapes(tmp_path / "raw", train_extra=0)
     traps = {**ANYWHERE, **MASKS}
     paths = {}
@@ -161,9 +161,9 @@ def test_all_traps_at_once_are_all_told(tmp_path: Path) -> None:
     shutil.copy(raw / f"leftImg8bit/val/munster/{city_id('munster', 0)}_leftImg8bit.png", twin)
     found = [finding for finding in findings(layouts.cityscapes(raw), tmp_path / "out") if finding.fatal]
     assert len(found) == len(traps) + 3
-    for trap, (_, said) in traps.items():
-        assert [one for one in found if one.where in paths[trap] and said in one.line], trap
-    assert {one.rule for one in found} >= {"no mask", "no image", checks.SAME_IMAGE}
+    for trap, (_, message) in traps.items():
+        assert [finding for finding in found if finding.where in paths[trap] and message in finding.line], trap
+    assert {finding.rule for finding in found} >= {"no mask", "no image", checks.SAME_IMAGE}
     manifest = prepared(layouts.cityscapes(raw), tmp_path / "out", skip_bad=True)
     assert len(manifest.left_out) == len(found)
     assert manifest.splits["train"].images == 2, "all that was sound in aachen and bochum"
@@ -189,7 +189,7 @@ def test_a_sound_data_set_of_official_layout_passes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ traps of other folders
 
 
-def of_folder(raw: Path, **settings: Any) -> RawData:
+def folder_data(raw: Path, **settings: Any) -> RawData:
     classes = [{"name": name, "color": (place, 0, 0)} for place, name in enumerate(("x", "y"))]
     splits = {"train": {"images": "images/*", "masks": "masks/*"}}
     return layouts.folder(raw, Recipe.model_validate({"classes": classes, "splits": splits} | settings))
@@ -202,14 +202,14 @@ def masks(raw: Path, values: tuple[int, ...], images: int = 2) -> Path:
     return raw
 
 
-def test_white_as_a_class_is_refused_until_somebody_says_what_it_is(tmp_path: Path) -> None:
+def test_white_as_a_class_is_refused_until_the_recipe_says_what_it_is(tmp_path: Path) -> None:
     raw = masks(tmp_path / "raw", (0, 255))
-    (finding,) = (one for one in findings(of_folder(raw), tmp_path / "out") if one.fatal)
+    (finding,) = (finding for finding in findings(folder_data(raw), tmp_path / "out") if finding.fatal)
     assert "255 means ignore, but the masks of split train hold only 0 and 255" in finding.found
     assert "give that class `ids: [255]`; if not, list 255 in `ignore_ids`" in finding.remedy
     classes = [{"name": "x"}, {"name": "y", "ids": [255]}]
-    assert prepared(of_folder(raw, classes=classes), tmp_path / "class").splits["train"].class_images == (2, 2)
-    assert prepared(of_folder(raw, ignore_ids=[255]), tmp_path / "void").splits["train"].class_images == (2, 0)
+    assert prepared(folder_data(raw, classes=classes), tmp_path / "class").splits["train"].class_images == (2, 2)
+    assert prepared(folder_data(raw, ignore_ids=[255]), tmp_path / "void").splits["train"].class_images == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_values_outside_the_table_are_refused_until_mapped(
     tmp_path: Path, values: tuple[int, ...], remedy: str
 ) -> None:
     raw = masks(tmp_path / "raw", values)
-    found = [one for one in findings(of_folder(raw), tmp_path / "out") if one.fatal]
-    assert [one.remedy for one in found] == [remedy] * 2
+    found = [finding for finding in findings(folder_data(raw), tmp_path / "out") if finding.fatal]
+    assert [finding.remedy for finding in found] == [remedy] * 2
     mapped = [{"name": "x", "ids": [values[0]]}, {"name": "y", "ids": [values[1]]}]
     assert (
-        prepared(of_folder(raw, classes=mapped, ignore_ids=list(values[2:])), tmp_path / "out").splits["train"].masks
+        prepared(folder_data(raw, classes=mapped, ignore_ids=list(values[2:])), tmp_path / "out").splits["train"].masks
         == 2
     )
 
@@ -238,15 +238,15 @@ def test_repeated_names_and_missing_partners(tmp_path: Path) -> None:
     raw = masks(tmp_path / "raw", (0, 1))
     save(raw / "images/0.jpg", scene("another"))
     (raw / "masks/1.png").unlink()
-    rules = {one.rule for one in findings(of_folder(raw), tmp_path / "out") if one.fatal}
+    rules = {finding.rule for finding in findings(folder_data(raw), tmp_path / "out") if finding.fatal}
     assert rules == {"ids repeat", "no mask"}
 
 
 def test_interpolated_masks_are_warned_of(tmp_path: Path) -> None:
-    """Also where images are shrunk, which hides the steps."""
+    """Also where images are shrunk, which hides the smooth edges."""
     raw = masks(tmp_path / "raw", (0, 4, 9))
     classes = [{"name": str(place)} for place in range(10)]
-    sharp = prepared(of_folder(raw, classes=classes), tmp_path / "sharp")
+    sharp = prepared(folder_data(raw, classes=classes), tmp_path / "sharp")
     assert not [note for note in sharp.notes if "must be sharp" in note]
     for path in raw.glob("masks/*"):
         with Image.open(path) as image:
@@ -255,7 +255,7 @@ def test_interpolated_masks_are_warned_of(tmp_path: Path) -> None:
         save(path, twice)
         save(raw / "images" / path.name, scene(path.stem, twice.shape))
     for scale in (1.0, 0.5):
-        found = of_folder(raw, classes=classes)
+        found = folder_data(raw, classes=classes)
         made = DataSetPlan(found.splits, FromFiles(found.reader, None, scale), found.classes, found.palette, "a test")
         notes = write_shards(tmp_path / f"smooth {scale}", made).notes
         assert [note for note in notes if "edges between classes must be sharp, but" in note], scale
@@ -265,12 +265,12 @@ def test_16_bit_images_that_use_little_of_their_range_are_warned_of(tmp_path: Pa
     raw = masks(tmp_path / "raw", (0, 1))
     for path in raw.glob("images/*"):
         save(path, scene(path.name)[..., 0].astype(np.uint16) * 16)
-    (note,) = prepared(of_folder(raw), tmp_path / "dark").notes
+    (note,) = prepared(folder_data(raw), tmp_path / "dark").notes
     assert "and will be nearly black; say in the recipe what is white: `value_range: [0, " in note
-    assert prepared(of_folder(raw, value_range=(0, 4095)), tmp_path / "out").notes == ()
+    assert prepared(folder_data(raw, value_range=(0, 4095)), tmp_path / "out").notes == ()
 
 
-# ------------------------------------------------------------------------------------------------- the whole of it
+# ----------------------------------------------------------------------------------------------- the whole data set
 
 
 @pytest.fixture
@@ -278,11 +278,11 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-def whole(raw: Path, **splits: list[Source]) -> list[Finding]:
-    """The checks of a prepared data set, fatal ones left out of the way."""
+def check_prepared(raw: Path, **splits: list[Source]) -> list[Finding]:
+    """Prepares the splits without the files that cannot be used; returns what the checks of the whole data set find."""
     out = raw.parent / "out"
     write_shards(out, plan(splits), skip_bad=True)
-    return checks.whole(indexes(out), trees.CLASSES)
+    return checks.check_prepared(indexes(out), trees.CLASSES)
 
 
 def indexes(out: Path) -> dict[str, Index]:
@@ -291,16 +291,16 @@ def indexes(out: Path) -> dict[str, Index]:
 
 
 def test_nothing_is_found_where_nothing_is_wrong(raw: Path) -> None:
-    assert whole(raw, train=[pair(raw, key) for key in "abc"], val=[pair(raw, key) for key in "de"]) == []
+    assert check_prepared(raw, train=[pair(raw, key) for key in "abc"], val=[pair(raw, key) for key in "de"]) == []
 
 
 def test_near_duplicates_in_two_splits_are_warned_of(raw: Path) -> None:
-    """A copy saved again, smaller and brighter; what looks different is not named."""
+    """A copy that was saved again, smaller and brighter, is named; images that look different are not."""
     sources = [pair(raw, key, size=(60, 80)) for key in "abcd"]
     pixels = np.clip(cv2.resize(scene("b", (60, 80)), (60, 45), interpolation=cv2.INTER_AREA).astype(int) + 9, 0, 255)
     (raw / "copy.jpg").write_bytes(encoded(pixels.astype(np.uint8), "JPEG", quality=70))
     copy = Source("copy", str(raw / "copy.jpg"), None)
-    (finding,) = whole(raw, train=sources[:3], val=[sources[3], copy])
+    (finding,) = check_prepared(raw, train=sources[:3], val=[sources[3], copy])
     assert (finding.rule, finding.where, finding.fatal) == ("near duplicates", "train and val", False)
     assert "1 pairs look nearly the same (b ~ copy)" in finding.found
 
@@ -311,25 +311,25 @@ def test_more_rows_than_are_compared_at_once(raw: Path, monkeypatch: pytest.Monk
     (raw / "copy.jpg").write_bytes(encoded(scene("t4"), "JPEG", quality=90))
     write_shards(raw.parent / "out", plan({"train": train, "val": [Source("copy", str(raw / "copy.jpg"))]}))
     found = indexes(raw.parent / "out")
-    assert [pair_[:2] for pair_ in checks.near_pairs(found["train"], found["val"])] == [(4, 0)]
+    assert [(row, column) for row, column, _ in checks.near_pairs(found["train"], found["val"])] == [(4, 0)]
 
 
 def test_images_that_repeat_in_a_split_are_warned_of(raw: Path) -> None:
     sources = [pair(raw, key) for key in "abc"]
-    again = [Source(f"{one.id} again", one.image, one.mask) for one in sources[:2]]
-    (finding,) = whole(raw, train=[*sources, *again])
+    again = [Source(f"{source.id} again", source.image, source.mask) for source in sources[:2]]
+    (finding,) = check_prepared(raw, train=[*sources, *again])
     assert "2 images should be in the split once, but are there again (a = a again, b = b again)" in finding.found
 
 
-def test_who_keeps_an_image_that_all_splits_hold(raw: Path) -> None:
-    """The test set first, then val: scores are what an image in two splits spoils."""
+def test_which_split_keeps_an_image_that_all_splits_hold(raw: Path) -> None:
+    """The test set first, then val, because an image in two splits spoils scores."""
     kept = {name: [pair(raw, name)] for name in ("train", "val", "test")}
     for name, sources in kept.items():
         (raw / f"{name} copy.png").write_bytes((raw / "val.png").read_bytes())
         sources.append(Source(f"{name} copy", str(raw / f"{name} copy.png"), None))
     with pytest.raises(BadDataError) as caught:
         write_shards(raw.parent / "out", plan(kept))
-    lost = {Path(one.where).name: one.remedy for one in caught.value.findings if one.fatal}
+    lost = {Path(finding.where).name: finding.remedy for finding in caught.value.findings if finding.fatal}
     assert lost == {
         "train copy.png": "take it out of train",
         "val copy.png": "take it out of val",
@@ -339,8 +339,8 @@ def test_who_keeps_an_image_that_all_splits_hold(raw: Path) -> None:
 
 def test_classes_that_no_mask_shows_are_warned_of(raw: Path) -> None:
     train = [pair(raw, "a", values=(0, 1)), pair(raw, "b", values=(0,)), pair(raw, "c", masked=False)]
-    found = whole(raw, train=train, val=[pair(raw, "d", values=(0, 2))])
-    assert [(one.rule, one.where, one.fatal) for one in found] == [
+    found = check_prepared(raw, train=train, val=[pair(raw, "d", values=(0, 2))])
+    assert [(finding.rule, finding.where, finding.fatal) for finding in found] == [
         ("class is absent", "train", False),
         ("class is absent", "val", False),
     ]
@@ -349,27 +349,27 @@ def test_classes_that_no_mask_shows_are_warned_of(raw: Path) -> None:
 
 
 def test_a_split_without_masks_lacks_no_class(raw: Path) -> None:
-    assert whole(raw, train=[pair(raw, "a", masked=False)]) == []
+    assert check_prepared(raw, train=[pair(raw, "a", masked=False)]) == []
 
 
-def test_masks_of_nothing_are_warned_of(raw: Path) -> None:
-    found = whole(raw, train=[pair(raw, "a"), pair(raw, "b", values=(255,)), pair(raw, "c", values=(255,))])
-    assert [one.rule for one in found] == ["mask is empty", "most is ignored"]
+def test_empty_masks_are_warned_of(raw: Path) -> None:
+    found = check_prepared(raw, train=[pair(raw, "a"), pair(raw, "b", values=(255,)), pair(raw, "c", values=(255,))])
+    assert [finding.rule for finding in found] == ["mask is empty", "most is ignored"]
     assert "2 have none (b, c)" in found[0].found
     assert "67 % of the masks is ignored" in found[1].found
 
 
 def test_255_beside_many_classes_is_what_it_says() -> None:
     by_default = MaskReader("ids", READER.meanings, 3, void_by_default=True)
-    assert checks.of_values("train", "m.png", {0: 5, 1: 5, 255: 9}, by_default) == []
-    assert checks.of_values("train", "m.png", {0: 5, 1: 9}, by_default) == []
-    assert checks.of_values("train", "m.png", {0: 5, 255: 9}, READER) == [], "somebody has said so"
-    (finding,) = checks.of_values("train", "m.png", {3: 5, 255: 9}, by_default)
-    assert finding.whole
+    assert checks.check_mask_values("train", "m.png", {0: 5, 1: 5, 255: 9}, by_default) == []
+    assert checks.check_mask_values("train", "m.png", {0: 5, 1: 9}, by_default) == []
+    assert checks.check_mask_values("train", "m.png", {0: 5, 255: 9}, READER) == [], "the recipe says so"
+    (finding,) = checks.check_mask_values("train", "m.png", {3: 5, 255: 9}, by_default)
+    assert finding.whole_split
 
 
 def test_an_image_in_16_bits_over_its_range_is_no_finding() -> None:
-    assert checks.of_peak("train", "i.png", 65535, None) == []
-    assert checks.of_peak("train", "i.png", 4095, (0, 4095)) == []
-    assert checks.of_peak("train", "i.png", None, None) == []
-    assert checks.of_peak("train", "i.png", 4095, None)
+    assert checks.check_image_peak("train", "i.png", 65535, None) == []
+    assert checks.check_image_peak("train", "i.png", 4095, (0, 4095)) == []
+    assert checks.check_image_peak("train", "i.png", None, None) == []
+    assert checks.check_image_peak("train", "i.png", 4095, None)

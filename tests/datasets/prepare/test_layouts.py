@@ -1,4 +1,4 @@
-"""Raw data sets as they lie on disk: every file found, paired and put in the right split."""
+"""Layouts of raw data sets on disk: every file is found, paired and put in the right split."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ PAIR = {"images": "images/*", "masks": "masks/*"}
 
 
 def recipe(splits: Mapping[str, Any] | None = None, classes: int = 3) -> Recipe:
-    entries = [{"name": f"c{place}", "color": (place, 0, 0)} for place in range(classes)]
+    entries = [{"name": f"c{train_id}", "color": (train_id, 0, 0)} for train_id in range(classes)]
     return Recipe.model_validate({"classes": entries, "splits": splits or {"train": PAIR}})
 
 
@@ -81,7 +81,7 @@ def test_stem_patterns_sub_folders_and_unlabeled_images(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_file_at_once(tmp_path: Path) -> None:
-    """Images of six kinds and any size; masks as index and palette PNG, TIFF, .npy and .mat."""
+    """Images of six kinds and several sizes; masks as index and palette PNG, TIFF, .npy and .mat."""
     kinds = {"png": ".npy", "jpg": ".mat", "tif": ".png", "bmp": ".tif", "webp": ".png", "JPG": ".bmp"}
     for number, (kind, mask_kind) in enumerate(kinds.items()):
         size = (20 + number, 30)
@@ -128,7 +128,7 @@ def test_what_has_no_partner_is_found_file_by_file(raw: Path) -> None:
         ("d.jpg", True),
         ("x.png", True),
     ]
-    assert "'c' has none (of 2 such); add the mask, mend the patterns" in found.findings[0].line
+    assert "'c' has none (of 2 such); add the mask, fix the patterns" in found.findings[0].line
     assert "the mask 'x' has no image" in found.findings[2].line
     assert ids(found, "train") == ["a", "b"]
 
@@ -141,7 +141,7 @@ def test_two_files_of_one_name_are_found(raw: Path) -> None:
 
 
 def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(raw: Path) -> None:
-    """As git-annex leaves them; dropping such images without a word would make the data set smaller."""
+    """git-annex leaves such links; dropping these images without a word would make the data set smaller."""
     (raw / "more").mkdir()
     (raw / "more/c.jpg").symlink_to("not/fetched.jpg")
     found = layouts.folder(raw, recipe({"train": {**PAIR, "unlabeled": "more/*"}}))
@@ -151,15 +151,15 @@ def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(raw: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("split", "said"),
+    ("split", "message"),
     [
         ({"masks": "labels/*"}, r"splits.train.masks 'labels/\*' must match files, but matches none"),
         ({"include": ["z*"]}, "split train must have images, but `list`, `include` and `exclude` leave none"),
         ({"unlabeled": "images/*"}, "labelled or unlabelled, but both list a, b"),
     ],
 )
-def test_splits_that_cannot_be(raw: Path, split: dict[str, str], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_splits_that_cannot_be(raw: Path, split: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         layouts.folder(raw, recipe({"train": PAIR | split}))
 
 
@@ -183,8 +183,8 @@ def test_camvid(tmp_path: Path) -> None:
 
 
 def test_missing_raw_data_says_what_is_expected(tmp_path: Path) -> None:
-    said = r"nope: no such folder; it must be the folder that holds train/\*, trainannot/\*"
-    with pytest.raises(DataError, match=said):
+    message = r"nope: no such folder; it must be the folder that holds train/\*, trainannot/\*"
+    with pytest.raises(DataError, match=message):
         layouts.camvid(tmp_path / "nope")
 
 
@@ -197,9 +197,9 @@ def test_real_camvid() -> None:
         assert source.mask is not None
         raw = found.reader.read(source.mask, Path(source.mask).read_bytes())
         counts += np.bincount(found.reader.train_ids(source.mask, raw.values)[0].ravel(), minlength=256)
-    share = dict(zip([entry.name for entry in CAMVID.classes], 100 * counts / counts.sum(), strict=False))
-    assert share["Road"] == pytest.approx(31.66, abs=0.01)
-    assert share["Bicyclist"] == pytest.approx(0.29, abs=0.01)
+    percentages = dict(zip([entry.name for entry in CAMVID.classes], 100 * counts / counts.sum(), strict=False))
+    assert percentages["Road"] == pytest.approx(31.66, abs=0.01)
+    assert percentages["Bicyclist"] == pytest.approx(0.29, abs=0.01)
     assert 100 * counts[255] / counts.sum() == pytest.approx(3.95, abs=0.01)
 
 
@@ -207,7 +207,7 @@ def test_real_camvid() -> None:
 
 
 def test_cityscapes_table_is_the_official_one() -> None:
-    """labelId -> trainId as in cityscapesScripts' labels.py."""
+    """The table maps labelId to trainId as cityscapesScripts' labels.py does."""
     wanted = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10}
     wanted |= {24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
     assert wanted == trees.TRAIN_IDS
@@ -216,7 +216,7 @@ def test_cityscapes_table_is_the_official_one() -> None:
 
 
 def test_cityscapes_without_its_withheld_labels(tmp_path: Path) -> None:
-    """`test` is the official val set, `val` three cities of train; the dummy labels of the test set are not touched."""
+    """`test` is the official val set, `val` three cities of train; dummy labels of the official test set are not used."""
     found = layouts.cityscapes(trees.cityscapes(tmp_path))
     assert ids(found, "train") == [city_id("aachen", n) for n in range(3)] + [city_id("bochum", n) for n in range(2)]
     assert ids(found, "val") == [city_id(city, 0) for city in ("cologne", "krefeld", "ulm")]
@@ -243,7 +243,7 @@ def test_cityscapes_labels_of_both_kinds_mean_the_same(tmp_path: Path, kinds: tu
         assert mask_of(found, source) == wanted.tolist()
 
 
-def test_cityscapes_kinds_are_told_by_values_not_by_names(tmp_path: Path) -> None:
+def test_cityscapes_kinds_are_distinguished_by_values_not_by_names(tmp_path: Path) -> None:
     raw = trees.cityscapes(tmp_path)
     for path in raw.glob("gtFine/*/*/*_labelIds.png"):
         save(path, trees.train_ids(trees.patches(path.name, trees.CITY_IDS)))
@@ -255,7 +255,7 @@ def test_cityscapes_kinds_are_told_by_values_not_by_names(tmp_path: Path) -> Non
     assert mask_of(found, source) == wanted.tolist()
 
 
-def test_cityscapes_kinds_are_told_by_names_where_values_do_not_tell(tmp_path: Path) -> None:
+def test_cityscapes_kinds_are_distinguished_by_names_where_values_do_not_decide(tmp_path: Path) -> None:
     raw = trees.cityscapes(tmp_path, kinds=("labelTrainIds",))
     for path in raw.glob("gtFine/*/*/*_labelTrainIds.png"):
         save(path, trees.patches(path.name, (7, 8, 11)))  # no 255, nothing above 18
@@ -274,7 +274,7 @@ def test_one_cityscapes_mask_of_the_other_kind_is_refused(tmp_path: Path) -> Non
 
 
 def test_one_mask_of_labelids_among_labeltrainids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "_LOOKED_AT", 2)  # so that the sample misses it
+    monkeypatch.setattr(layouts, "_SAMPLED_MASKS", 2)  # so that the sample misses it
     raw = trees.cityscapes(tmp_path, kinds=("labelTrainIds",))
     stray = raw / f"gtFine/train/aachen/{city_id('aachen', 1)}_gtFine_labelTrainIds.png"
     save(stray, trees.patches("stray", trees.CITY_IDS))
@@ -321,7 +321,7 @@ def test_voc_and_sbd_are_merged_the_standard_way(tmp_path: Path) -> None:
 
 def test_voc_alone(tmp_path: Path) -> None:
     found = layouts.voc(trees.voc(tmp_path), published=True)
-    assert ids(found, "train") == sorted(trees.VOC_TRAIN), "a list without its last newline is read whole"
+    assert ids(found, "train") == sorted(trees.VOC_TRAIN), "a list without a newline at its end is read whole"
     assert found.notes == ("no SBD: only VOC's own masks",)
 
 
@@ -333,7 +333,7 @@ def test_vocs_val_set_is_the_test_set_that_no_search_sees(tmp_path: Path) -> Non
 
 
 def test_sbd_as_others_pack_it(tmp_path: Path) -> None:
-    """SegmentationClassAug holds grey PNGs, those of VOC's val set too."""
+    """SegmentationClassAug holds grey PNGs, also those of VOC's val set."""
     raw = trees.voc(tmp_path)
     for key in (*AUG, *trees.VOC_VAL):
         save(raw / f"VOCdevkit/VOC2012/SegmentationClassAug/{key}.png", trees.sbd_mask(key))
@@ -354,7 +354,7 @@ def test_images_that_only_sbd_has_are_taken_from_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
-def test_any_folder_of_the_archive_will_do(tmp_path: Path, below: str) -> None:
+def test_raw_may_be_any_folder_of_the_archive(tmp_path: Path, below: str) -> None:
     assert ids(layouts.voc(trees.voc(tmp_path) / below, published=True), "val") == sorted(trees.VOC_VAL)
 
 
@@ -369,10 +369,10 @@ def test_files_that_voc_lists_but_lacks_are_found(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("voc", "said"), [("nope", "VOCtrainval_11-May-2012.tar"), ("voc", "benchmark.tgz")])
-def test_wrong_folders_name_the_archive(tmp_path: Path, voc: str, said: str) -> None:
+@pytest.mark.parametrize(("voc", "message"), [("nope", "VOCtrainval_11-May-2012.tar"), ("voc", "benchmark.tgz")])
+def test_wrong_folders_name_the_archive(tmp_path: Path, voc: str, message: str) -> None:
     trees.voc(tmp_path / "voc")
-    with pytest.raises(DataError, match=f"must hold .* unpack {said} here"):
+    with pytest.raises(DataError, match=f"must hold .* unpack {message} here"):
         layouts.voc(tmp_path / voc, sbd=tmp_path / "nope")
 
 

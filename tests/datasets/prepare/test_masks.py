@@ -1,4 +1,4 @@
-"""Mask files of every kind to train ids, and every way in which a mask is none."""
+"""Mask files of every kind become train ids, and files that are no masks are refused."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ from trees import POINTER, encoded
 
 from cps_ray.datasets.images import turned
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.masks import MaskReader, RawMask, aligned, packed, ramps
+from cps_ray.datasets.prepare.masks import MaskReader, RawMask, align_mask, count_edges, pack_color
 
 MASK = np.array([[0, 1, 2, 0], [1, 1, 2, 0]], np.uint8)
 
@@ -23,7 +23,7 @@ def reader(classes: int = 3, **more: Any) -> MaskReader:
 
 
 def colors(*table: tuple[int, int, int]) -> MaskReader:
-    return MaskReader("colors", {packed(color): place for place, color in enumerate(table)}, len(table))
+    return MaskReader("colors", {pack_color(color): place for place, color in enumerate(table)}, len(table))
 
 
 def train_ids(data: bytes, path: str = "m.png", by: MaskReader | None = None) -> list[list[int]]:
@@ -212,7 +212,7 @@ def test_transparent_masks_are_refused() -> None:
     ids=lambda values: f"{values.shape} {values.dtype}",
 )
 def test_probabilities_and_planes_are_no_ids(values: np.ndarray) -> None:
-    """Two or four planes are a one-hot map in an array, not an image with alpha."""
+    """In an array, two or four planes are a one-hot map, not an image with alpha."""
     found = refused(npy(values), "m.npy")
     assert "must hold (height, width) whole numbers" in found.found
     assert found.remedy == "save class ids, not probabilities or one-hot planes"
@@ -229,12 +229,12 @@ def test_pages_are_refused() -> None:
     assert "must have one page" in refused(data, "m.tif").found
 
 
-def test_pointers_are_told() -> None:
+def test_lfs_pointers_are_recognised() -> None:
     for path in ("m.png", "m.mat", "m.npy"):
         assert refused(POINTER, path).remedy == "run `git lfs pull`"
 
 
-def test_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_masks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
     assert refused(encoded(MASK, "PNG")).remedy == "cut it into tiles"
 
@@ -255,7 +255,7 @@ def test_a_mat_file_must_say_which_matrix_is_the_mask() -> None:
 
 @pytest.mark.parametrize("path", ["m.png", "m.tif", "m.bmp", "m.npy", "m.mat"])
 def test_damage_of_any_kind_is_a_finding(path: str) -> None:
-    """Bytes changed and files cut short at random: other values or a finding, never another exception."""
+    """Bytes changed and files cut short at random give other values or a finding, never another exception."""
     rng = np.random.default_rng(0)
     mask = np.kron(rng.integers(0, 3, (6, 8)), np.ones((4, 4), int)).astype(np.uint8)
     good = {
@@ -296,32 +296,32 @@ def oriented(orientation: int, kind: str = "PNG") -> bytes:
 def test_a_mask_lies_as_its_own_exif_says(kind: str, orientation: int) -> None:
     found = reader().read("m", oriented(orientation, kind))
     assert np.array_equal(found.values, turned(MASK, orientation))
-    assert found.upright == (orientation != 1)
+    assert found.turned_by_exif == (orientation != 1)
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_mask_without_exif_follows_its_image_where_sizes_tell(orientation: int) -> None:
-    drawn_on_stored = aligned("m", RawMask(MASK, False), (4, 2), orientation)
+def test_a_mask_without_exif_follows_its_image_where_sizes_decide(orientation: int) -> None:
+    drawn_on_stored = align_mask("m", RawMask(MASK, False), (4, 2), orientation)
     assert np.array_equal(drawn_on_stored, turned(MASK, orientation))
-    drawn_on_turned = aligned("m", RawMask(MASK, False), (2, 4), orientation)
+    drawn_on_turned = align_mask("m", RawMask(MASK, False), (2, 4), orientation)
     assert np.array_equal(drawn_on_turned, MASK)
-    both_turned = aligned("m", RawMask(MASK, True), (2, 4), orientation)
+    both_turned = align_mask("m", RawMask(MASK, True), (2, 4), orientation)
     assert np.array_equal(both_turned, MASK)
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(2, (2, 4)), (3, (2, 4)), (4, (2, 4)), (6, (2, 2))])
-def test_an_orientation_that_nothing_tells_about_is_refused(orientation: int, size: tuple[int, int]) -> None:
+def test_an_ambiguous_orientation_is_refused(orientation: int, size: tuple[int, int]) -> None:
     mask = np.zeros(size, np.uint8)
     with pytest.raises(BadItemError, match=rf"EXIF orientation {orientation}, and nothing tells .*-auto-orient"):
-        aligned("m.png", RawMask(mask, False), size, orientation)
-    assert np.array_equal(aligned("m.png", RawMask(mask, True), size, orientation), mask)
+        align_mask("m.png", RawMask(mask, False), size, orientation)
+    assert np.array_equal(align_mask("m.png", RawMask(mask, True), size, orientation), mask)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_size_mismatch_tells_both(orientation: int) -> None:
-    said = "image is 9x8 px and the mask 4x2 px; export both at one size"
-    with pytest.raises(BadItemError, match=said):
-        aligned("m.png", RawMask(MASK, False), (8, 9), orientation)
+def test_a_size_mismatch_names_both_sizes(orientation: int) -> None:
+    message = "image is 9x8 px and the mask 4x2 px; export both at one size"
+    with pytest.raises(BadItemError, match=message):
+        align_mask("m.png", RawMask(MASK, False), (8, 9), orientation)
 
 
 # ------------------------------------------------------------------------------------------------- smoothed edges
@@ -329,14 +329,14 @@ def test_a_size_mismatch_tells_both(orientation: int) -> None:
 
 def test_interpolated_masks_pass_through_the_ids_between() -> None:
     sharp = trees.patches("edges", (0, 4, 9), (48, 64))
-    one, between = ramps(sharp)
-    assert one > 0
-    assert between == 0
+    sharp_edges, smooth_edges = count_edges(sharp)
+    assert sharp_edges > 0
+    assert smooth_edges == 0
     smooth = np.asarray(Image.fromarray(sharp).resize((128, 96), Image.Resampling.BILINEAR))
-    one, between = ramps(smooth)
-    assert between > one
+    sharp_edges, smooth_edges = count_edges(smooth)
+    assert smooth_edges > sharp_edges
 
 
 def test_the_ignored_border_is_no_edge() -> None:
     bordered = np.array([[0, 0, 255, 9, 9], [0, 255, 4, 255, 9]], np.uint8)
-    assert ramps(bordered) == (0, 0)
+    assert count_edges(bordered) == (0, 0)

@@ -1,11 +1,11 @@
-"""Recipes: what a person writes about a folder, and the line that is wrong."""
+"""Recipes: what a person writes about a folder, and errors that name the line."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cps_ray.datasets.prepare.masks import packed
+from cps_ray.datasets.prepare.masks import pack_color
 from cps_ray.datasets.prepare.recipe import Recipe, SplitRecipe, id_in, load_recipe, voc_color
 from cps_ray.errors import ConfigError
 
@@ -29,8 +29,8 @@ def test_a_recipe_from_yaml(tmp_path: Path) -> None:
     assert found.splits["train"] == SplitRecipe(images=("images/*",), masks=("masks/*",))
     reader = found.reader()
     assert reader.meanings == {0: 0, 1: 1, 4: 1, 9: 255, 255: 255}
-    assert (reader.coding, reader.classes) == ("ids", 2)
-    assert reader.void_by_default, "nobody said what 255 means"
+    assert (reader.coding, reader.num_classes) == ("ids", 2)
+    assert reader.void_by_default, "the recipe does not say what 255 means"
     assert found.palette() == ((0, 0, 0), (0, 200, 0))
 
 
@@ -64,7 +64,12 @@ value_range: [0, 4095]
 splits: {train: {images: images/*, masks: masks/*}}
 """
     found = loaded(tmp_path, text)
-    meanings = {packed((10, 0, 0)): 0, packed((0, 200, 0)): 1, packed((0, 0, 255)): 1, packed((255, 255, 255)): 255}
+    meanings = {
+        pack_color((10, 0, 0)): 0,
+        pack_color((0, 200, 0)): 1,
+        pack_color((0, 0, 255)): 1,
+        pack_color((255, 255, 255)): 255,
+    }
     assert found.reader().meanings == meanings
     assert found.value_range == (0, 4095)
 
@@ -76,7 +81,7 @@ def test_a_split_is_one_pattern_or_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("ids: [1, 4]", "ids: [0, 4]", r"recipe.yaml:.*\[0\] appear twice"),
         ("ids: [1, 4]", "ids: [1, 9]", r"recipe.yaml:.*\[9\] appear twice"),
@@ -97,9 +102,9 @@ def test_a_split_is_one_pattern_or_several(tmp_path: Path) -> None:
         ("ignore_ids: [9]", "mask_suffix: _mask", "recipe.yaml:4:.*mask_suffix"),
     ],
 )
-def test_errors_name_the_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in RECIPE
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         loaded(tmp_path, RECIPE.replace(old, new, 1))
 
 
@@ -140,12 +145,12 @@ def test_the_id_in_a_path(pattern: str, path: str, found: str) -> None:
 
 def test_vocs_palette() -> None:
     wanted = "0 0 0, 128 0 0, 0 128 0, 128 128 0, 0 0 128, 128 0 128, 0 128 128, 128 128 128, 64 0 0"
-    assert [voc_color(place) for place in range(9)] == [tuple(map(int, one.split())) for one in wanted.split(",")]
+    assert [voc_color(index) for index in range(9)] == [tuple(map(int, color.split())) for color in wanted.split(",")]
     assert (voc_color(20), voc_color(255)) == ((0, 64, 128), (224, 224, 192))
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "data").rglob("*.yaml")), ids=lambda path: path.name
+    "path", sorted((Path(__file__).parents[3] / "data").rglob("*.yaml")), ids=lambda path: path.name
 )
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert load_recipe(path).splits

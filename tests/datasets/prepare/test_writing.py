@@ -1,4 +1,4 @@
-"""Jobs: cut the same way each time, done whole or not at all, never done twice, and stopped at any moment."""
+"""Jobs: cut the same way each time, done whole or not at all, never done twice, even if stopped at any moment."""
 
 import json
 import multiprocessing
@@ -18,9 +18,9 @@ from trees import READER, pair, plan, save, scene
 from cps_ray.datasets.prepare import writing
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.prepare.items import FromFiles, Item, Source
-from cps_ray.datasets.prepare.writing import ShardJob, cut, finished, write_shard
+from cps_ray.datasets.prepare.writing import ShardJob, cut_into_jobs, finished_report, write_shard
 
-MAKE = FromFiles(READER)
+MAKE_ITEM = FromFiles(READER)
 
 
 @pytest.fixture
@@ -31,30 +31,30 @@ def sources(tmp_path: Path) -> list[Source]:
 @pytest.fixture
 def job(tmp_path: Path, sources: list[Source]) -> ShardJob:
     (tmp_path / "out").mkdir()
-    return ShardJob(str(tmp_path / "out"), "train", 3, tuple(sources), MAKE)
+    return ShardJob(str(tmp_path / "out"), "train", 3, tuple(sources), MAKE_ITEM)
 
 
 def names(jobs: Sequence[ShardJob]) -> list[list[str]]:
-    return [[source.id for source in one.sources] for one in jobs]
+    return [[source.id for source in job.sources] for job in jobs]
 
 
 def test_shards_are_cut_by_count(sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_SHARD_IMAGES", 2)
-    jobs = cut(tmp_path, "val", sources, MAKE)
+    jobs = cut_into_jobs(tmp_path, "val", sources, MAKE_ITEM)
     assert names(jobs) == [["i0", "i1"], ["i2", "i3"], ["i4"]]
-    assert [one.path.name for one in jobs] == [f"val-0000{number}.parquet" for number in range(3)]
+    assert [job.path.name for job in jobs] == [f"val-0000{number}.parquet" for number in range(3)]
 
 
 def test_shards_are_cut_by_bytes(sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard ends before it grows over the limit; an image larger than that is alone."""
-    sizes = [sum(os.path.getsize(path) for path in (one.image, one.mask) if path) for one in sources]
+    """A shard ends before it grows over the limit; an image larger than the limit has a shard of its own."""
+    sizes = [sum(os.path.getsize(path) for path in (source.image, source.mask) if path) for source in sources]
     monkeypatch.setattr(writing, "_SHARD_BYTES", sizes[0] + sizes[1])
-    assert names(cut(tmp_path, "val", sources, MAKE))[0] == ["i0", "i1"]
+    assert names(cut_into_jobs(tmp_path, "val", sources, MAKE_ITEM))[0] == ["i0", "i1"]
     monkeypatch.setattr(writing, "_SHARD_BYTES", 1)
-    assert names(cut(tmp_path, "val", sources, MAKE)) == [[f"i{number}"] for number in range(5)]
+    assert names(cut_into_jobs(tmp_path, "val", sources, MAKE_ITEM)) == [[f"i{number}"] for number in range(5)]
 
 
-def test_a_report_tells_what_was_done(job: ShardJob) -> None:
+def test_a_report_says_what_was_done(job: ShardJob) -> None:
     report = write_shard(job)
     assert (report.split, report.number, report.images) == ("train", 3, 5)
     assert [row["id"] for row in report.rows] == [f"i{number}" for number in range(5)]
@@ -64,8 +64,7 @@ def test_a_report_tells_what_was_done(job: ShardJob) -> None:
     assert sorted(path.name for path in job.path.parent.iterdir()) == ["train-00003.json", "train-00003.parquet"]
 
 
-def test_the_places_in_a_report_are_those_of_the_bytes(job: ShardJob) -> None:
-
+def test_the_offsets_in_a_report_are_those_of_the_bytes(job: ShardJob) -> None:
     report = write_shard(job)
     data, table = job.path.read_bytes(), pq.read_table(job.path)
     for number, row in enumerate(report.rows):
@@ -75,18 +74,18 @@ def test_the_places_in_a_report_are_those_of_the_bytes(job: ShardJob) -> None:
             assert (None if at is None else data[at : at + row[f"{kind}_bytes"]]) == wanted
 
 
-def test_equal_images_and_masks_are_found_in_their_places(tmp_path: Path) -> None:
-    """Bytes that repeat, or lie in others, must not lead astray."""
+def test_equal_images_and_masks_are_found_at_their_offsets(tmp_path: Path) -> None:
+    """Bytes that repeat, or are part of others, lead to no wrong offset."""
     (tmp_path / "out").mkdir()
     mask = save(tmp_path / "raw/m.png", np.zeros((24, 32), np.uint8))
     same = [Source(key, str(mask), str(mask)) for key in "abc"]
-    report = write_shard(ShardJob(str(tmp_path / "out"), "train", 0, tuple(same), MAKE))
+    report = write_shard(ShardJob(str(tmp_path / "out"), "train", 0, tuple(same), MAKE_ITEM))
     data = (tmp_path / "out/train-00000.parquet").read_bytes()
     for row in report.rows:
         assert data[row["image_at"] :][: row["image_bytes"]] == mask.read_bytes()
 
 
-def test_what_cannot_be_used_is_left_out_and_told(job: ShardJob) -> None:
+def test_what_cannot_be_used_is_left_out_and_reported(job: ShardJob) -> None:
     Path(job.sources[2].image).write_bytes(b"no image")
     report = write_shard(job)
     assert [row["id"] for row in report.rows] == ["i0", "i1", "i3", "i4"]
@@ -96,19 +95,19 @@ def test_what_cannot_be_used_is_left_out_and_told(job: ShardJob) -> None:
     ]
 
 
-def test_a_job_of_which_nothing_is_left_writes_no_shard(job: ShardJob) -> None:
+def test_a_job_without_usable_images_writes_no_shard(job: ShardJob) -> None:
     for source in job.sources:
         Path(source.image).write_bytes(b"")
     report = write_shard(job)
     assert (report.rows, report.bytes) == ([], 0)
     assert not job.path.exists()
-    assert finished(job) == report
+    assert finished_report(job) == report
 
 
-def test_what_was_done_is_known(job: ShardJob) -> None:
-    assert finished(job) is None
+def test_a_finished_job_is_recognised(job: ShardJob) -> None:
+    assert finished_report(job) is None
     report = write_shard(job)
-    assert finished(job) == report
+    assert finished_report(job) == report
 
 
 def forget_the_shard(job: ShardJob) -> None:
@@ -144,19 +143,19 @@ def test_what_changed_is_done_again(job: ShardJob, change: object) -> None:
     write_shard(job)
     assert callable(change)
     change(job)
-    assert finished(job) is None
+    assert finished_report(job) is None
 
 
 def test_other_settings_are_another_job(job: ShardJob) -> None:
     write_shard(job)
     others = [
-        replace(job, make=replace(MAKE, scale=0.5)),
-        replace(job, make=replace(MAKE, value_range=(0.0, 1.0))),
-        replace(job, make=FromFiles(replace(READER, meanings={0: 0, 1: 0, 2: 2, 255: 255}))),
+        replace(job, make_item=replace(MAKE_ITEM, scale=0.5)),
+        replace(job, make_item=replace(MAKE_ITEM, value_range=(0.0, 1.0))),
+        replace(job, make_item=FromFiles(replace(READER, meanings={0: 0, 1: 0, 2: 2, 255: 255}))),
         replace(job, sources=job.sources[:4]),
         replace(job, sources=(replace(job.sources[0], id="other"), *job.sources[1:])),
     ]
-    assert [finished(other) for other in others] == [None] * 5
+    assert [finished_report(other) for other in others] == [None] * 5
 
 
 def test_a_job_done_twice_writes_the_same_bytes(job: ShardJob) -> None:
@@ -185,23 +184,23 @@ def prepare(raw: Path, out: Path) -> None:
     writing._SHARD_IMAGES = 3
     images = sorted(path for path in raw.iterdir() if "mask" not in path.name)
     sources = [Source(path.stem, str(path), str(path.with_name(f"{path.stem}_mask.png"))) for path in images]
-    write_shards(out, replace(plan({"train": sources[:-10], "val": sources[-10:]}), make=Slow(READER)))
+    write_shards(out, replace(plan({"train": sources[:-10], "val": sources[-10:]}), make_item=Slow(READER)))
 
 
 def started(raw: Path, out: Path) -> ForkServerProcess:
-    """A process that prepares, in a session of its own, so that all of it can be killed at once."""
+    """Starts a process that prepares, in a session of its own, so that all of it can be killed at once."""
     process = PROCESSES.Process(target=prepare, args=(raw, out))
     process.start()
     return process
 
 
-def done(process: ForkServerProcess) -> int | None:
+def exit_code(process: ForkServerProcess) -> int | None:
     process.join()
     return process.exitcode
 
 
 def finished_shards(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (inode, time) of every shard whose report is there."""
+    """Returns name -> (inode, time) of every shard whose report is there."""
     reports = folder.glob("*.json") if folder.exists() else []
     found = {report.with_suffix(".parquet").name: report.with_suffix(".parquet").stat() for report in reports}
     return {name: (state.st_ino, state.st_mtime_ns) for name, state in found.items()}
@@ -213,7 +212,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     raw, out, growing = tmp_path / "raw", tmp_path / "shards", tmp_path / ".shards.unfinished"
     for number in range(160):
         pair(raw, f"i{number:03}")
-    assert done(started(raw, tmp_path / "undisturbed")) == 0
+    assert exit_code(started(raw, tmp_path / "undisturbed")) == 0
 
     known: dict[str, tuple[int, int]] = {}
     reused = 0
@@ -225,7 +224,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0, 0.02))
         assert running.pid
         os.killpg(running.pid, signal.SIGKILL)
-        assert done(running) == -signal.SIGKILL, "it was killed before it was through"
+        assert exit_code(running) == -signal.SIGKILL, "it was killed before it was finished"
         assert not out.exists()
         now = finished_shards(growing)
         assert {name: now[name] for name in known} == known, "finished shards are left as they are"
@@ -234,7 +233,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert reused == KILLS - 1
     assert len(known) >= KILLS
 
-    assert done(started(raw, out)) == 0
+    assert exit_code(started(raw, out)) == 0
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
     assert len(files) == 50 + 4 + 3

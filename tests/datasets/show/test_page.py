@@ -1,4 +1,4 @@
-"""The page: whole HTML that needs nothing else, and says what it is given."""
+"""The page: well-formed HTML that needs nothing else, and says what it is given."""
 
 import base64
 import re
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from cps_ray.datasets.shards import LeftOut, MadeBy, Manifest
-from cps_ray.datasets.show.page import Part, Said, page
+from cps_ray.datasets.show.page import ImageSet, Messages, page
 from cps_ray.datasets.show.picture import Thumbnail
 from cps_ray.datasets.show.statistics import Statistics
 
 VOID = {"meta", "img", "br"}
 NASTY = "<b>&\"'</b>"
-QUIET = Said((), (), ())
+QUIET = Messages((), (), ())
 
 
 class Strict(HTMLParser):
@@ -52,61 +52,62 @@ def manifest_of(classes: int = 3, **more: object) -> Manifest:
     )
 
 
-def part_of(classes: int = 3, name: str = "train") -> Part:
-    """The first class in all ten masks, the second in five, the last in none, the others in one."""
-    shown = np.ones(classes, np.int64)
-    shown[:2], shown[-1] = (10, 5), 0
-    together = np.zeros((classes, classes))
-    together[0, 1], together[1, 0], together[2:-1, 0] = 0.5, 1.0, 0.004
-    pixels = np.where(shown, 1, 0) * np.array([99_990, *[10] * (classes - 1)])
-    known = Statistics(12, 10, 1_500_000, {(360, 480): 11, (2, 3): 1}, pixels, shown, together, 0.25)
+def image_set_of(classes: int = 3, name: str = "train") -> ImageSet:
+    """Returns a set of images with the first class in all ten masks, the second in five, the last in none, the others in one."""
+    masks_per_class = np.ones(classes, np.int64)
+    masks_per_class[:2], masks_per_class[-1] = (10, 5), 0
+    cooccurrence = np.zeros((classes, classes))
+    cooccurrence[0, 1], cooccurrence[1, 0], cooccurrence[2:-1, 0] = 0.5, 1.0, 0.004
+    pixels = np.where(masks_per_class, 1, 0) * np.array([99_990, *[10] * (classes - 1)])
+    sizes = {(360, 480): 11, (2, 3): 1}
+    statistics = Statistics(12, 10, 1_500_000, sizes, pixels, masks_per_class, cooccurrence, 0.25)
     thumbnails = (
         Thumbnail(NASTY, np.full((20, 82, 3), (200, 30, 90), np.uint8), labeled=True),
         Thumbnail("bare", np.full((20, 40, 3), 7, np.uint8), labeled=False),
     )
-    return Part(name, known, thumbnails)
+    return ImageSet(name, statistics, thumbnails)
 
 
 @pytest.mark.parametrize("classes", [3, 150])
-def test_whole_html_that_needs_nothing_from_elsewhere(classes: int) -> None:
-    text = page(NASTY, manifest_of(classes), [part_of(classes), part_of(classes, "val & more")], QUIET)
-    read = Strict(text)
-    assert {tag for tag, _ in read.tags} >= {"html", "title", "style", "table", "details", "figure", "img"}
-    assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "b>", "object"}
+def test_well_formed_html_that_needs_nothing_from_elsewhere(classes: int) -> None:
+    text = page(NASTY, manifest_of(classes), [image_set_of(classes), image_set_of(classes, "val & more")], QUIET)
+    parsed = Strict(text)
+    assert {tag for tag, _ in parsed.tags} >= {"html", "title", "style", "table", "details", "figure", "img"}
+    assert not {tag for tag, _ in parsed.tags} & {"script", "link", "iframe", "b>", "object"}
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]+", "", text))
     assert "prefers-color-scheme: dark" in text
 
 
 def test_names_are_escaped_everywhere() -> None:
-    said = Said((f"error {NASTY}",), (f"warning {NASTY}",), (f"note {NASTY}",))
+    messages = Messages((f"error {NASTY}",), (f"warning {NASTY}",), (f"note {NASTY}",))
     left_out = [LeftOut(file=f"file {NASTY}", why=NASTY)]
-    text = page(NASTY, manifest_of(left_out=left_out), [part_of(name=NASTY)], said)
+    text = page(NASTY, manifest_of(left_out=left_out), [image_set_of(name=NASTY)], messages)
     assert NASTY not in text
-    read = Strict(text)
-    seen = "".join(read.text)
+    parsed = Strict(text)
+    seen = "".join(parsed.text)
     for wanted in ("error", "warning", "note", "file", "folder"):
         assert f"{wanted} {NASTY}" in seen
-    assert [attributes["alt"] for tag, attributes in read.tags if tag == "img"] == [NASTY, "bare"]
+    assert [attributes["alt"] for tag, attributes in parsed.tags if tag == "img"] == [NASTY, "bare"]
 
 
 def test_findings_come_first_worst_on_top_or_all_is_well() -> None:
-    text = page("x", manifest_of(), [part_of()], Said(("it is broken",), ("it is odd",), ("it was so",)))
-    places = [text.index(one) for one in ("it is broken", "it is odd", "it was so", "<h2>Classes")]
-    assert places == sorted(places)
+    text = page("x", manifest_of(), [image_set_of()], Messages(("it is broken",), ("it is odd",), ("it was so",)))
+    offsets = [text.index(words) for words in ("it is broken", "it is odd", "it was so", "<h2>Classes")]
+    assert offsets == sorted(offsets)
     assert "matches its checksum" not in text
-    assert "matches its checksum" in page("x", manifest_of(), [part_of()], Said((), (), ("it was so",)))
+    assert "matches its checksum" in page("x", manifest_of(), [image_set_of()], Messages((), (), ("it was so",)))
 
 
 def test_rare_classes_have_bars_one_can_see_and_absent_ones_are_named() -> None:
-    text = page("x", manifest_of(), [part_of()], QUIET)
+    text = page("x", manifest_of(), [image_set_of()], QUIET)
     assert re.search(r"<b>0\.01 %</b><span>5 masks</span></span><span class=\"bar\"><i style=\"width:20%", text)
     assert re.search(r"<b>99\.99 %</b><span>10 masks</span></span><span class=\"bar\"><i style=\"width:100%", text)
     assert text.count("no mask shows it") == 1
     assert "background:#0102fe" in text  # of class 1
 
 
-def test_co_occurrence_is_per_cent_of_the_class_on_the_left() -> None:
-    text = page("x", manifest_of(4), [part_of(4)], QUIET)
+def test_cooccurrence_is_a_percentage_of_the_masks_with_the_class_on_the_left() -> None:
+    text = page("x", manifest_of(4), [image_set_of(4)], QUIET)
     body = text[text.index('class="heat"') :]
     rows = re.findall(r"<tr><th scope=\"row\">.*?</tr>", body[: body.index("</table>")])
     assert [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows] == [
@@ -118,12 +119,12 @@ def test_co_occurrence_is_per_cent_of_the_class_on_the_left() -> None:
 
 
 def test_counts_sizes_and_images() -> None:
-    read = Strict(page("x", manifest_of(), [part_of()], QUIET))
-    seen = " ".join(read.text)
+    parsed = Strict(page("x", manifest_of(), [image_set_of()], QUIET))
+    seen = " ".join(parsed.text)
     for wanted in ("10 with a mask", "2 without", "25.00 % ignored", "1.5 MB", "480 × 360", "11 images", "1 image"):
         assert wanted in seen
     assert seen.count("no mask ") == 2  # the mark of one image, and the class that is absent
-    picture = next(attributes["src"] for tag, attributes in read.tags if tag == "img")
+    picture = next(attributes["src"] for tag, attributes in parsed.tags if tag == "img")
     assert picture is not None
     pixels = cv2.imdecode(np.frombuffer(base64.b64decode(picture.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR_RGB)
     assert pixels.shape == (20, 82, 3)
@@ -131,20 +132,20 @@ def test_counts_sizes_and_images() -> None:
 
 
 def test_many_sizes_are_summed_up() -> None:
-    known = part_of().statistics
+    few = image_set_of().statistics
     sizes = {(10, 5): 4, **{(k, 20): 1 for k in range(20, 30)}}
-    many = Statistics(14, 10, 1, sizes, known.pixels, known.shown, known.together, 0.0)
-    seen = " ".join(Strict(page("x", manifest_of(), [Part("train", many, ())], QUIET)).text)
+    many = Statistics(14, 10, 1, sizes, few.pixels, few.masks_per_class, few.cooccurrence, 0.0)
+    seen = " ".join(Strict(page("x", manifest_of(), [ImageSet("train", many, ())], QUIET)).text)
     assert "11 sizes" in seen
-    for size, said in (
+    for size, remark in (
         ("5 × 10", "smallest"),
         ("20 × 22", "median"),
         ("20 × 29", "largest"),
         ("5 × 10", "most frequent"),
     ):
-        assert re.search(rf"{size} +{said}", seen)
+        assert re.search(rf"{size} +{remark}", seen)
 
 
 def test_a_page_of_nothing_but_errors() -> None:
-    seen = " ".join(Strict(page("x", manifest_of(), [], Said(("all is lost",), (), ()))).text)
+    seen = " ".join(Strict(page("x", manifest_of(), [], Messages(("all is lost",), (), ()))).text)
     assert "all is lost" in seen

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from cps_ray.datasets.images import encode_image, encode_mask
 from cps_ray.datasets.shards import ImageLocations, Index, sha256
 from cps_ray.datasets.show.picture import (
-    SHOWN,
+    NUM_EXAMPLES,
     PaletteColor,
     Thumbnail,
     _font,
-    chosen,
+    choose_examples,
     contact_sheet,
-    fitted,
-    painted,
-    swatch,
+    paint_mask,
+    paint_swatch,
+    shorten_text,
     thumbnails,
 )
 from cps_ray.engine.batch import IGNORE
@@ -28,38 +28,41 @@ MANY: tuple[PaletteColor, ...] = tuple((7 + k, 250 - k, (37 * k) % 256) for k in
 
 
 def index_of(pixels: NDArray[np.int64], masked: NDArray[np.bool_] | None = None) -> Index:
-    """Images of 100x100 px, with these pixels (N, C) per class; nothing to read."""
+    """Returns an index of images of 100x100 px with these pixels (N, C) per class; there is no file to read."""
     count = len(pixels)
     masked = np.ones(count, np.bool_) if masked is None else masked
-    zeros, place = np.zeros(count, np.int32), np.zeros((count, 2), np.int64)
-    mask = place + masked[:, None]
+    zeros, image = np.zeros(count, np.int32), np.zeros((count, 2), np.int64)
+    mask = image + masked[:, None]
     checksum = np.zeros((count, 32), np.uint8)
     ids = tuple(f"{k:04d}" for k in range(count))
     side = zeros + 100
-    places = ImageLocations(("f",), ids, zeros, place, checksum, mask, checksum)
-    return Index(places, side, side, pixels * masked[:, None], np.zeros(count, np.uint64))
+    locations = ImageLocations(("f",), ids, zeros, image, checksum, mask, checksum)
+    return Index(locations, side, side, pixels * masked[:, None], np.zeros(count, np.uint64))
 
 
 def stored(tmp_path: Path, images: list[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]) -> Index:
-    """Images and masks in one file."""
-    data, places, masks = b"", [], []
+    """Writes images and masks into one file and returns their index."""
+    data, image_spans, mask_spans = b"", [], []
     for image, mask in images:
-        for encoded, at in ((encode_image(image), places), (b"" if mask is None else encode_mask(mask), masks)):
-            at.append((len(data), len(encoded), sha256(encoded)))
+        pair = ((encode_image(image), image_spans), (b"" if mask is None else encode_mask(mask), mask_spans))
+        for encoded, spans in pair:
+            spans.append((len(data), len(encoded), sha256(encoded)))
             data += encoded
     (tmp_path / "f").write_bytes(data)
-    image_at, mask_at = (np.array([one[:2] for one in at], np.int64) for at in (places, masks))
-    image_sum, mask_sum = (np.stack([np.frombuffer(one[2], np.uint8) for one in at]) for at in (places, masks))
+    image_at, mask_at = (np.array([span[:2] for span in spans], np.int64) for spans in (image_spans, mask_spans))
+    image_sha256, mask_sha256 = (
+        np.stack([np.frombuffer(span[2], np.uint8) for span in spans]) for spans in (image_spans, mask_spans)
+    )
     zeros = np.zeros(len(images), np.int32)
     ids = tuple(f"image {k}" for k in range(len(images)))
-    where = ImageLocations((str(tmp_path / "f"),), ids, zeros, image_at, image_sum, mask_at, mask_sum)
+    locations = ImageLocations((str(tmp_path / "f"),), ids, zeros, image_at, image_sha256, mask_at, mask_sha256)
     height, width = (np.array([image.shape[axis] for image, _ in images], np.int32) for axis in (0, 1))
-    return Index(where, height, width, np.zeros((len(images), 3), np.int64), np.zeros(len(images), np.uint64))
+    return Index(locations, height, width, np.zeros((len(images), 3), np.int64), np.zeros(len(images), np.uint64))
 
 
 def test_masks_are_painted_in_the_palette_and_ignored_pixels_are_hatched() -> None:
     mask = np.repeat(np.array([0, 1, 2, IGNORE], np.uint8), 16)[None].repeat(16, axis=0)
-    colors = painted(mask, PALETTE)
+    colors = paint_mask(mask, PALETTE)
     for label, color in enumerate(PALETTE):
         assert (colors[:, 16 * label : 16 * label + 16] == color).all()
     hatched = colors[:, 48:].reshape(-1, 3)
@@ -70,11 +73,11 @@ def test_masks_are_painted_in_the_palette_and_ignored_pixels_are_hatched() -> No
 def test_an_overlay_keeps_the_hue_and_lets_the_image_through() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8] = 255
-    over = painted(np.zeros((16, 16), np.uint8), PALETTE, image).astype(int)
+    over = paint_mask(np.zeros((16, 16), np.uint8), PALETTE, image).astype(int)
     assert (over[0, 0] - over[15, 0] == over[0, 0, 1]).all()  # grey is added, to all channels alike
     assert 30 < over[0, 0, 1] < 80
     assert over[15, 0].tolist() == pytest.approx([156, 0, 0])
-    hatched = painted(np.full((16, 16), IGNORE, np.uint8), PALETTE, image)
+    hatched = paint_mask(np.full((16, 16), IGNORE, np.uint8), PALETTE, image)
     assert hatched[:8].mean() > hatched[8:].mean() + 30
 
 
@@ -83,39 +86,44 @@ def test_every_class_is_shown_and_rare_ones_where_they_are_large() -> None:
     pixels = np.zeros((300, 40), np.int64)
     pixels[:, 0] = 8000
     for label in range(1, 40):  # each in very few images, and in one of them large
-        some = rng.choice(300, 3, replace=False)
-        pixels[some, label] = (10, 20, 1500)
+        images = rng.choice(300, 3, replace=False)
+        pixels[images, label] = (10, 20, 1500)
     index = index_of(pixels)
-    rows = chosen(index, np.arange(300), seed=0)
+    rows = choose_examples(index, np.arange(300), seed=0)
     assert (pixels[rows].max(axis=0) >= 1500).all()
-    assert len(set(rows.tolist())) == len(rows) > SHOWN
-    more = index_of(np.vstack([pixels, pixels[:5]]), np.arange(305) < 300)
-    assert more.labeled[chosen(more, np.arange(305), seed=0)].tolist() == [True] * len(rows) + [False] * 4
+    assert len(set(rows.tolist())) == len(rows) > NUM_EXAMPLES
+    with_unmasked = index_of(np.vstack([pixels, pixels[:5]]), np.arange(305) < 300)
+    assert (
+        with_unmasked.labeled[choose_examples(with_unmasked, np.arange(305), seed=0)].tolist()
+        == [True] * len(rows) + [False] * 4
+    )
 
 
-def test_a_sample_is_drawn_from_the_rows_asked_and_shows_images_without_masks_too() -> None:
+def test_examples_are_drawn_from_the_rows_given_and_show_images_without_masks_too() -> None:
     index = index_of(np.full((60, 2), 5000, np.int64), np.arange(60) < 30)
-    rows = chosen(index, np.arange(10, 60), seed=3)
-    assert len(set(rows.tolist())) == len(rows) == SHOWN
+    rows = choose_examples(index, np.arange(10, 60), seed=3)
+    assert len(set(rows.tolist())) == len(rows) == NUM_EXAMPLES
     assert rows.min() >= 10
     assert index.labeled[rows].tolist() == [True] * 8 + [False] * 4
-    assert chosen(index, np.arange(10, 60), seed=3).tolist() == rows.tolist()
-    assert chosen(index, np.arange(10, 60), seed=4).tolist() != rows.tolist()
-    assert len(chosen(index, np.arange(30, 60), seed=3)) == SHOWN
-    assert chosen(index, np.array([2, 40]), seed=3).tolist() == [2, 40]
+    assert choose_examples(index, np.arange(10, 60), seed=3).tolist() == rows.tolist()
+    assert choose_examples(index, np.arange(10, 60), seed=4).tolist() != rows.tolist()
+    assert len(choose_examples(index, np.arange(30, 60), seed=3)) == NUM_EXAMPLES
+    assert choose_examples(index, np.array([2, 40]), seed=3).tolist() == [2, 40]
 
 
 def test_thumbnails_keep_the_shape_of_any_image(tmp_path: Path) -> None:
     sizes = [(360, 480), (20, 10), (100, 2000), (900, 30)]
     images = [(np.full((*size, 3), 90, np.uint8), np.zeros(size, np.uint8)) for size in sizes]
-    for size, one in zip(sizes, thumbnails(stored(tmp_path, images), np.arange(4), PALETTE), strict=True):
-        height, width = one.picture.shape[:2]
+    for size, thumbnail in zip(sizes, thumbnails(stored(tmp_path, images), np.arange(4), PALETTE), strict=True):
+        height, width = thumbnail.picture.shape[:2]
         side = (width - 2) // 2
         assert side / height == pytest.approx(size[1] / size[0], rel=0.1)
         assert height <= 200
         assert side <= 400
-        assert (one.picture[:, :side] == 90).all()
-        assert (one.picture[:, side + 2 :] == painted(np.zeros((1, 1), np.uint8), PALETTE, images[0][0][:1, :1])).all()
+        assert (thumbnail.picture[:, :side] == 90).all()
+        assert (
+            thumbnail.picture[:, side + 2 :] == paint_mask(np.zeros((1, 1), np.uint8), PALETTE, images[0][0][:1, :1])
+        ).all()
 
 
 def test_without_a_mask_there_is_no_overlay_and_what_is_damaged_is_left_out(tmp_path: Path) -> None:
@@ -125,13 +133,13 @@ def test_without_a_mask_there_is_no_overlay_and_what_is_damaged_is_left_out(tmp_
     data[int(index.locations.image[1, 0]) + 20] ^= 1
     (tmp_path / "f").write_bytes(data)
     made = thumbnails(index, np.arange(3), PALETTE)
-    assert [one.id for one in made] == ["image 0", "image 2"]
+    assert [thumbnail.id for thumbnail in made] == ["image 0", "image 2"]
     assert not made[0].labeled
     assert made[0].picture.shape == (200, 400, 3)
 
 
 def sheet_of(sizes: list[tuple[int, int]], classes: int) -> tuple[NDArray[np.uint8], list[Thumbnail]]:
-    """A sheet of flat pictures, each in a colour of its own, and those."""
+    """Returns a sheet of flat pictures, each in a colour of its own, and the pictures."""
     made = [
         Thumbnail("a-very-long-name-" * 9 + str(k), np.full((*size, 3), (1, 2, 3 + k), np.uint8), k % 2 == 0)
         for k, size in enumerate(sizes)
@@ -145,11 +153,11 @@ def sheet_of(sizes: list[tuple[int, int]], classes: int) -> tuple[NDArray[np.uin
 def test_nothing_on_a_sheet_is_cut_off(classes: int) -> None:
     sizes = [(200, 500), (200, 90), (40, 802), (200, 20), (10, 802), (200, 802), (200, 300)]
     sheet, made = sheet_of(sizes, classes)
-    for one in made:
-        found = (sheet == one.picture[0, 0]).all(axis=-1)
-        assert found.sum() == one.picture.shape[0] * one.picture.shape[1]
-        rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
-        assert (len(rows), len(columns)) == one.picture.shape[:2]
+    for thumbnail in made:
+        of_its_color = (sheet == thumbnail.picture[0, 0]).all(axis=-1)
+        assert of_its_color.sum() == thumbnail.picture.shape[0] * thumbnail.picture.shape[1]
+        rows, columns = np.flatnonzero(of_its_color.any(axis=1)), np.flatnonzero(of_its_color.any(axis=0))
+        assert (len(rows), len(columns)) == thumbnail.picture.shape[:2]
     assert sheet.shape[1] <= 1680
     for edge in (sheet[:20], sheet[-20:], sheet[:, :20], sheet[:, -20:]):
         assert (edge == 255).all()
@@ -158,19 +166,19 @@ def test_nothing_on_a_sheet_is_cut_off(classes: int) -> None:
 @pytest.mark.parametrize("classes", [2, 150])
 def test_the_legend_has_a_swatch_of_every_class_and_of_ignored_pixels(classes: int) -> None:
     sheet, _ = sheet_of([(20, 20)], classes)
-    found, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
-    pixels = dict(zip(map(tuple, found.tolist()), counts.tolist(), strict=True))
+    colors, counts = np.unique(sheet.reshape(-1, 3), axis=0, return_counts=True)
+    pixels = dict(zip(map(tuple, colors.tolist()), counts.tolist(), strict=True))
     assert [pixels[color] for color in MANY[:classes]] == [14 * 14] * classes  # within their outlines
-    inner = swatch(IGNORE, MANY)[1:-1, 1:-1]
-    # The template match is a Fourier transform in float32: it tells where, and the pixels there must be equal.
-    apart = cv2.matchTemplate(sheet[:, :400], inner, cv2.TM_SQDIFF)
-    top, left = np.unravel_index(apart.argmin(), apart.shape)
+    inner = paint_swatch(IGNORE, MANY)[1:-1, 1:-1]
+    # The template match is a Fourier transform in float32: it finds where, and the pixels there must be equal.
+    difference = cv2.matchTemplate(sheet[:, :400], inner, cv2.TM_SQDIFF)
+    top, left = np.unravel_index(difference.argmin(), difference.shape)
     assert np.array_equal(sheet[top : top + inner.shape[0], left : left + inner.shape[1]], inner)
 
 
 def test_names_that_do_not_fit_keep_both_ends() -> None:
-    assert fitted("frankfurt_000001", 500, 14) == "frankfurt_000001"
-    short = fitted("frankfurt_000001_leftImg8bit", 120, 14)
+    assert shorten_text("frankfurt_000001", 500, 14) == "frankfurt_000001"
+    short = shorten_text("frankfurt_000001_leftImg8bit", 120, 14)
     head, tail = short.split("…")
     assert "frankfurt_000001_leftImg8bit".startswith(head)
     assert "frankfurt_000001_leftImg8bit".endswith(tail)
