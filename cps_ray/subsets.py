@@ -111,6 +111,7 @@ def _read_lists(path: Path, name: str, index: Index, other_splits: dict[str, str
     notes: list[str] = []
 
     def ids(file: Path) -> list[str]:
+        """Returns the ids in train that a list names, and notes those that are in other splits."""
         entries = read_list(file)
         unknown = [entry for entry in entries if in_train(entry) is None and in_others(entry) is None]
         if unknown:

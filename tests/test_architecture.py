@@ -1,6 +1,7 @@
 """Imports point down and never in a circle, the engine needs no Ray, preparing data no torch, importing the package nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -86,6 +87,19 @@ def test_class_names_are_unique() -> None:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+BARE = re.compile(
+    r"(?:Above|After|Against|Along|Among|As|At|Before|Below|Beside|Between|By|For|From|In|Into|Of|On|Over|Per|Through|To|Under|Until|"
+    r"With|Within|Without)\b"
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_with_what_the_thing_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            assert not BARE.match(node.value.value), f"{path}:{node.lineno} begins with a bare preposition"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -31,7 +31,7 @@ class Bug:
     """What is right and what is put in its place, as expressions or as statements; and the tests that have to see it."""
 
     file: str
-    """Below cps_ray/engine/."""
+    """Path below cps_ray/engine/."""
     function: str
     right: str
     wrong: str

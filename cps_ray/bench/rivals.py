@@ -112,6 +112,7 @@ def bare(
         pixels[y : y + crop, x : x + crop].copy()
 
     def work(seed: int) -> int:
+        """Decodes until the time is up; returns the number of images."""
         rng, done = np.random.default_rng(seed), 0
         for number in count():
             if time.perf_counter() > end:

@@ -73,9 +73,9 @@ def _name_faults(sweep: SweepConfig) -> Iterator[Fault]:
 
 def _name_fault(name: str) -> str:
     """Returns why this setting cannot be searched, or ""."""
-    if now := renaming(
-        (name,)
-    ):  # first: whoever has an old name should read the new one, and then whether it can be searched
+    # The new name first: whether it can be searched is the next question.
+    now = renaming((name,))
+    if now:
         return now
     reason = _refused(name, _NOT_SEARCHED)
     if reason:

@@ -200,7 +200,7 @@ class CpsConfig(RampedLoss, MixConfig):
     cutmix_partner: Literal["other", "self"] = "other"
     """What CutMix pastes: another image of the batch, as the paper describes, or another view of the same image, as its code does."""
     teacher_bn: Literal["train", "eval"] = "train"
-    """With CutMix: whether the pass that makes pseudo labels normalises by statistics of its batch, as the paper's code does, or by
+    """Whether, with CutMix, the pass that makes pseudo labels normalises by statistics of its batch, as the paper's code does, or by
     running statistics."""
     forwards: Literal["joint", "separate"] = "joint"
     """Whether labelled and unlabelled images pass a network together, with joint batch statistics, or one kind after the other, as in

@@ -55,6 +55,7 @@ class _Loader(yaml.SafeLoader):
     } | {None: yaml.SafeLoader.construct_undefined}
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuses keys that are not text, and keys that are given twice."""
         # Here and not while constructing, where merge keys (<<) have been replaced by the pairs that they stand for.
         node = super().compose_mapping_node(anchor)
         assert node is not None

@@ -68,6 +68,7 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx: Any, coarse_BChw: Tensor, size: tuple[int, int], rule: Rule, *targets: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Computes what `backward` needs as well: full-resolution logits do not outlive this pass."""
         losses, grads, terms = [], [], []
         for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
             coarse = coarse_BChw[chunk]
@@ -99,6 +100,7 @@ def cross_entropy(
     """
 
     def rule(logits_BCHW: Tensor, *targets_BHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes loss, gradient and terms of a chunk; the gradient overwrites the logits."""
         logits_BCHW -= logits_BCHW.amax(dim=1, keepdim=True)  # exp cannot overflow
         classes, counts, own = [], [], []
         for target in targets_BHW:

@@ -106,6 +106,7 @@ class LiveTable:
         self._live.__exit__(*details)
 
     def on_event(self, event: Event) -> None:
+        """Takes an event into the rows; the table is drawn later, by rich's own thread."""
         kind = event["event"]
         if kind == "phase":
             self._phase = str(event["text"])

@@ -74,6 +74,7 @@ class FinalPhase:
         self.failed: dict[str, str] = {}
 
     def ask(self) -> TrainingJob | None:
+        """Returns the next run that is not done, or None."""
         if not self._waiting:
             return None
         job = self._waiting.popleft()
@@ -81,11 +82,13 @@ class FinalPhase:
         return job
 
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
+        """Shows an evaluation; no final run is stopped."""
         value = metrics[self._metric]
         self._events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
         return True  # early stopping would leave an arm without its seeds
 
     def tell(self, job: TrainingJob, failure: str | None) -> None:
+        """Records how a run ended."""
         if failure is not None:
             # The others go on: they are kept, and a resume has only this one to do.
             self.failed[job.name] = failure

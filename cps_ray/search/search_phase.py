@@ -45,6 +45,7 @@ class SearchPhase:
         return limit is not None and self.seconds > limit
 
     def ask(self) -> TrainingJob | None:
+        """Returns the study's next trial, or None when a budget or a failure limit is reached."""
         # The session is stopped for these, too, a moment later: until then nothing new begins.
         if self.limit or self.out_of_time:
             return None
@@ -59,12 +60,14 @@ class SearchPhase:
         return job
 
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
+        """Reports an evaluation to the study; False if the trial is to be stopped early."""
         number, value = int(job.name), metrics[self.config.objective.metric]
         self.events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
         self.study.report(number, metrics["step"], value)
         return not self.study.should_prune(number)
 
     def tell(self, job: TrainingJob, failure: str | None) -> None:
+        """Ends a trial in the study, and brings best.yaml, tables and summary up to date."""
         number = int(job.name)
         before = self.study.best()  # only `tell` changes it
         state = self.study.tell(number, failure=failure)

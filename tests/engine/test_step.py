@@ -192,7 +192,7 @@ def test_the_same_seed_gives_the_same_step_to_the_last_bit(full: TrainConfig, ba
 
 
 def test_each_network_learns_from_the_other_one(tiny: TrainConfig, batch: Batch) -> None:
-    """With no labelled pixel, a network that always says class 2 makes its peer say class 2, and is not moved itself
+    """A network that always predicts class 2 teaches its peer class 2 where no pixel is labelled, and is not moved itself
     towards its own labels."""
     config = changed(tiny, cps__mix="none", cps__ramp=0.0, optim__lr=0.1, optim__momentum=0.0, optim__weight_decay=0.0)
     state = state_of(config)

@@ -1,1 +1,1 @@
-"""From raw data sets to checked shards: layouts, recipes, masks, checks, writing. Imports no torch."""
+"""Raw data sets become checked shards: layouts, recipes, masks, checks, writing. Imports no torch."""

@@ -1,4 +1,4 @@
-"""From sources to items: one raw image and its mask are read, checked and brought to the form that shards hold."""
+"""Sources become items: one raw image and its mask are read, checked and brought to the form that shards hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

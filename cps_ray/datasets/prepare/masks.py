@@ -1,4 +1,4 @@
-"""From raw mask files to train ids: index, palette and colour-coded images, NumPy and MATLAB arrays.
+"""Raw mask files become train ids: index, palette and colour-coded images, NumPy and MATLAB arrays.
 
 What is commonly wrong with masks is refused here, before any training sees it.
 """

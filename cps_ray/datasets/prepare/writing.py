@@ -1,4 +1,4 @@
-"""From sources to one shard, the unit of parallel work: any process may do any job, in any order, and repeatedly.
+"""Sources become one shard, the unit of parallel work: any process may do any job, in any order, and repeatedly.
 
 A shard is complete when its report lies beside it; both appear whole or not at all. A report names what its shard was made
 from, so that work that was killed continues where it was, and a raw file that changed is read again.

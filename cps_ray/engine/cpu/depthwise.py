@@ -95,6 +95,7 @@ class _ByTaps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Returns the gradients by x and by the weights; none by the dilation."""
         (grad_NCHW,), (x_NCHW, weight_C1KK) = grads, ctx.saved_tensors
         grad_x, grad_weight = grad_NCHW * _centre(weight_C1KK), torch.zeros_like(weight_C1KK)
         _centre(grad_weight).copy_((grad_NCHW * x_NCHW).sum(dim=(0, 2, 3))[:, None, None])

@@ -212,7 +212,7 @@ def test_transparent_masks_are_refused() -> None:
     ids=lambda values: f"{values.shape} {values.dtype}",
 )
 def test_probabilities_and_planes_are_no_ids(values: np.ndarray) -> None:
-    """In an array, two or four planes are a one-hot map, not an image with alpha."""
+    """Two or four planes of an array are a one-hot map, not an image with alpha."""
     found = refused(npy(values), "m.npy")
     assert "must hold (height, width) whole numbers" in found.found
     assert found.remedy == "save class ids, not probabilities or one-hot planes"
