@@ -119,7 +119,7 @@ def test_damage_that_a_task_finds_names_the_shard(config: TrainConfig, tmp_path:
     copytree(config.data.shards, tmp_path / "shards")
     config = changed(config, data__shards=str(tmp_path / "shards"))
     plan = small(make_plan(train_data(open_shards(config.data.shards), config), config, 0, 1, 0))
-    at = int(plan.places.image[0, 0]) + 20
+    at = int(plan.locations.image[0, 0]) + 20
     with (tmp_path / "shards/train-00000.parquet").open("r+b") as file:
         file.seek(at)
         byte = file.read(1)
