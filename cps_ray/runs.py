@@ -69,10 +69,10 @@ def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     for path in run_dir.glob(f"checkpoint_*/{META_FILE}"):
         try:
             meta = json.loads(path.read_text())
-            whole = (path.parent / STATE_FILE).stat().st_size == meta["bytes"]
+            is_whole = (path.parent / STATE_FILE).stat().st_size == meta["bytes"]
         except (OSError, ValueError):
             continue  # an upload that a crash has cut short
-        if whole:
+        if is_whole:
             found.append((path.parent, meta))
     return sorted(found, key=lambda entry: entry[1]["step"])
 

@@ -130,7 +130,7 @@ def _times_seen(length: int, firsts: Sequence[int], window: int, like: Tensor) -
 class Counts:
     """What an evaluation counted, over all ranks, on the CPU. Matrices are int64 (C, C), true class by predicted class."""
 
-    whole: Tensor
+    whole_split: Tensor
     """Network a on all images."""
     slices: dict[str, Tensor]
     """Network a on the images of each slice."""
@@ -229,7 +229,7 @@ def _count_together(tally: Tally, prob_NHWC: Tensor, pair_PNHW: Tensor, target_N
 
 def _counts(totals: dict[str, Tensor], slices: Iterable[str]) -> Counts:
     return Counts(
-        whole=totals.pop(_network("a")),
+        whole_split=totals.pop(_network("a")),
         slices={name: totals.pop(_slice(name)) for name in slices},
         agreement=totals.pop(_AGREEMENT),
         others={name.removeprefix(_network("")): matrix for name, matrix in totals.items()},
@@ -266,14 +266,14 @@ def summarise(counts: Counts, classes: Iterable[str], split: str) -> dict[str, A
     """
     names = list(classes)
     scores: dict[str, Any] = {}
-    for part, matrix in {"": counts.whole, **counts.slices}.items():
+    for part, matrix in {"": counts.whole_split, **counts.slices}.items():
         if matrix.any():
             prefix = f"{split}/{part}/" if part else f"{split}/"
             scores[f"{prefix}miou"] = mean_iou(matrix)
             per_class = zip(names, iou(matrix).tolist(), strict=True)
             scores |= {f"{prefix}iou/{name}": value for name, value in per_class if not math.isnan(value)}
-    if counts.whole.any():
-        scores |= {f"{split}/{name}": score(counts.whole) for name, score in _WHOLE_SPLIT_SCORES.items()}
+    if counts.whole_split.any():
+        scores |= {f"{split}/{name}": score(counts.whole_split) for name, score in _WHOLE_SPLIT_SCORES.items()}
     scores |= {f"{split}/{name}/miou": mean_iou(matrix) for name, matrix in counts.others.items() if matrix.any()}
     agree, asked = counts.agreement.tolist()
     return scores | ({f"{split}/agreement": agree / asked} if asked else {})
@@ -297,5 +297,5 @@ def evaluate_hidden(
 ) -> Metrics:
     """Returns `pseudo/miou`: network a's mIoU on unlabelled images whose masks are known but hidden from it; nothing without such images."""
     only_a = evaluation.model_copy(update={"networks": "a"})
-    whole = evaluate(only_a, networks, batches, num_classes, ranks, precision=precision).whole
-    return {"pseudo/miou": mean_iou(whole)} if whole.any() else {}
+    matrix = evaluate(only_a, networks, batches, num_classes, ranks, precision=precision).whole_split
+    return {"pseudo/miou": mean_iou(matrix)} if matrix.any() else {}

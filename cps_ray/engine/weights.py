@@ -92,12 +92,12 @@ def _check_left_out(left: dict[str, Tensor], name: str) -> None:
 
     with torch.device("meta"):  # shapes without memory
         model = timm.create_model(name.removeprefix("tu-"))
-    whole: dict[str, Tensor] = model.state_dict()
-    if unknown := [key for key in left if key not in whole]:
+    model_state: dict[str, Tensor] = model.state_dict()
+    if unknown := [key for key in left if key not in model_state]:
         raise ValueError(f"the file has the unknown {_first_and_rest(unknown)}.")
     heads = model.default_cfg["classifier"] or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    _check_shapes({key: value for key, value in left.items() if not key.startswith(prefixes)}, whole)
+    _check_shapes({key: value for key, value in left.items() if not key.startswith(prefixes)}, model_state)
 
 
 def _check_shapes(found: dict[str, Tensor], own: dict[str, Tensor]) -> None:

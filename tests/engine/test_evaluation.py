@@ -311,7 +311,7 @@ def test_every_pixel_counts_once_for_each_network_and_group(tiny: TrainConfig) -
     networks = {name: table(logits).train() for name, logits in tables.items()}
     counts = evaluate(config, networks, iter(batches()), 5, Ranks())
     whole, pixels = by_hand(best(tables["a"]), 5)
-    assert torch.equal(counts.whole, whole)
+    assert torch.equal(counts.whole_split, whole)
     assert pixels == sum(int((batch.mask != IGNORE).sum()) for batch in batches())
     assert set(counts.slices) == {"odd", "last", "none"}
     odd = by_hand(best(tables["a"]), 5, lambda name: int(name[-2:]) % 2 == 1)[0]
@@ -341,7 +341,7 @@ def test_the_ensemble_is_the_mean_of_probabilities(tiny: TrainConfig, how: str) 
     assert (int(OPINIONS.sum(0).argmax()), int(OPINIONS.softmax(1).sum(0).argmax())) == (2, 1)
     networks = {"a": table(a.expand(8, -1) + 1.0), "b": table(b.expand(8, -1) - 3.0)}
     counts = evaluate(changed(tiny, evaluation__sum=how), networks, batches(), 5, Ranks())
-    for matrix, label in ((counts.whole, 0), (counts.others["b"], 1), (counts.others[ENSEMBLE], 2)):
+    for matrix, label in ((counts.whole_split, 0), (counts.others["b"], 1), (counts.others[ENSEMBLE], 2)):
         assert matrix[:, label].sum() == matrix.sum() > 0
     assert counts.agreement[0] == 0
 
@@ -353,7 +353,7 @@ def test_one_network_is_judged_where_there_is_one_or_it_is_asked_for(tiny: Train
         counts = evaluate(config, networks, batches(), 5, Ranks())
         assert counts.others == {}
         assert counts.agreement.tolist() == [0, 0]
-        assert torch.equal(counts.whole, by_hand(best(random_logits(0)), 5)[0])
+        assert torch.equal(counts.whole_split, by_hand(best(random_logits(0)), 5)[0])
     assert b.network.made == []
 
 
@@ -427,7 +427,7 @@ def test_any_number_of_ranks_counts_the_same(
 
     with ThreadPoolExecutor(ranks) as pool:
         for counts in pool.map(on, range(ranks)):
-            assert torch.equal(counts.whole, alone.whole)
+            assert torch.equal(counts.whole_split, alone.whole_split)
             assert torch.equal(counts.slices["odd"], alone.slices["odd"])
             assert list(counts.others) == list(alone.others)
             assert all(torch.equal(counts.others[name], alone.others[name]) for name in alone.others)

@@ -113,7 +113,7 @@ def test_evaluation_counts_every_pixel_once_and_separates_slices(tiny: TrainConf
         with torch.inference_mode():
             by_image[batch.ids[0]] = confusion(network.eval().logits(batch.image).argmax(1), batch.mask, 7)[0]
     assert len(by_image) == 6
-    assert torch.equal(found.whole, torch.stack(list(by_image.values())).sum(0))
+    assert torch.equal(found.whole_split, torch.stack(list(by_image.values())).sum(0))
     assert torch.equal(found.slices["first"], by_image["test_00000"])
     assert torch.equal(found.slices["odd"], by_image["test_00001"] + by_image["test_00003"] + by_image["test_00005"])
 

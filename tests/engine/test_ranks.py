@@ -56,7 +56,7 @@ for name, raw in jobs.items():
     if rank == 0:
         means = {name: value for name, value in read.items() if name.startswith(("train/", "pseudo/"))}
         others = {name: matrix.tolist() for name, matrix in counts.others.items()}
-        found = {"a": counts.whole.tolist(), "others": others, "agreement": counts.agreement.tolist(), "means": means}
+        found = {"a": counts.whole_split.tolist(), "others": others, "agreement": counts.agreement.tolist(), "means": means}
         out = folder / name
         out.mkdir()
         write_checkpoint(out, snapshot, {})
