@@ -167,5 +167,7 @@ class LiveTable:
             # Why it failed is worth more than what it tried; that stands in trials.csv.
             about = row.get("failure") or show_params(row["params"])
             step = f"{row.get('step', 0)}/{row['steps']}"
-            table.add_row(name, row["state"], step, last, best, _clock(seconds), about, style=styles.get(row["state"]))
+            # Text, not a string: rich would take square brackets in a failure for markup, and drop them.
+            cells = (name, row["state"], step, last, best, _clock(seconds), Text(about))
+            table.add_row(*cells, style=styles.get(row["state"]))
         return table
