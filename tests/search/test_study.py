@@ -156,6 +156,23 @@ def test_a_new_session_goes_on_where_the_old_one_stopped(config: SweepConfig, tm
     assert second.ask()[0] == 3
 
 
+def test_a_resumed_trial_is_not_stopped_at_a_step_that_it_had_passed(config: SweepConfig, tmp_path: Path) -> None:
+    median = config.model_copy(update={"early_stopping": config.early_stopping.model_copy(update={"type": "median"})})
+    first = SweepStudy(median, tmp_path)
+    for _ in range(5):
+        first.ask()
+    assert report(first, 0, 2, 0.1), "nothing to compare with yet"
+    for number in range(1, 5):
+        train_to(first, number, [0.5, 0.6, 0.7, 0.8])
+        first.tell(number, failure=None)
+
+    second = SweepStudy(median, tmp_path)
+    number, _ = second.ask()
+    assert number == 0
+    assert report(second, 0, 2, 0.1), "a repeated step decides nothing, though by now its value is below the median"
+    assert not report(second, 0, 4, 0.1)
+
+
 def test_a_resumed_sampler_does_not_repeat_itself(config: SweepConfig, tmp_path: Path) -> None:
     random = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": "random"})})
     for _ in range(2):
