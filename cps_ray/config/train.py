@@ -165,10 +165,15 @@ class RampedLoss(Section):
     """A loss on unlabelled images, whose weight may rise at the beginning."""
 
     weight: Annotated[float, Field(ge=0.0)]
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Fraction of all steps before this loss begins: until then every network learns from the masks alone."""
     ramp: Fraction = 0.0
-    """Fraction of all steps over which the weight rises from 0 to `weight`. 0: full weight from the start."""
+    """Fraction of all steps, after `start`, over which the weight rises from 0 to `weight`. 0: full weight at once."""
     ramp_shape: Literal["linear", "sigmoid"] = "linear"
     """How the weight rises; `sigmoid` is exp(-5 (1 - t)^2) with t from 0 to 1 (Laine and Aila, ICLR 2017)."""
+    padding: Literal["count", "ignore"] = "count"
+    """Whether the padding round an image that is smaller than its crop has this loss, as in the CPS paper's code, or is left out of its
+    mean. The telemetry of pseudo labels never counts it."""
 
 
 class MixConfig(Section):
@@ -195,16 +200,38 @@ class CpsConfig(RampedLoss, MixConfig):
     """Weight of the cross pseudo loss: the sum over all directions, divided by the number of peers of a network."""
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
+    student: Literal["weak", "strong"] = "weak"
+    """What the networks learn on: the view that was labelled, as in the paper, or the same view after a strong change of colour, as
+    in FixMatch."""
+    teacher: Literal["network", "average"] = "network"
+    """Which weights make pseudo labels: those that are trained, as in the paper, or their averages of `ema` (Tarvainen and Valpola,
+    NeurIPS 2017)."""
     images: Literal["unlabeled", "all"] = "unlabeled"
     """Images that have a cross pseudo loss. In the paper: all without CutMix, unlabelled ones with it."""
     cutmix_partner: Literal["other", "self"] = "other"
     """What CutMix pastes: another image of the batch, as the paper describes, or another view of the same image, as its code does."""
     teacher_bn: Literal["train", "eval"] = "train"
-    """Whether, with CutMix, the pass that makes pseudo labels normalises by statistics of its batch, as the paper's code does, or by
-    running statistics."""
+    """Whether a pass of its own that makes pseudo labels, as with CutMix, normalises by statistics of its batch, as the paper's code
+    does, or by running statistics. Averages always normalise by the latter."""
     forwards: Literal["joint", "separate"] = "joint"
     """Whether labelled and unlabelled images pass a network together, with joint batch statistics, or one kind after the other, as in
     the paper's code."""
+
+    @property
+    def teachers_pass_apart(self) -> bool:
+        """Whether pseudo labels come from a pass of their own: students see other images or have other weights."""
+        return self.mix != "none" or self.student == "strong" or self.teacher == "average"
+
+    @property
+    def pastes_other_view(self) -> bool:
+        """Whether what is pasted is another view of the same image."""
+        return self.mix != "none" and self.cutmix_partner == "self"
+
+    @model_validator(mode="after")
+    def _one_second_view(self) -> Self:
+        if self.student == "strong" and self.pastes_other_view:
+            raise ValueError("`cutmix_partner: other` must hold with `student: strong`, but got self.")
+        return self
 
 
 class MeanTeacherConfig(RampedLoss):
@@ -346,6 +373,16 @@ class TrainConfig(Section):
         return self.method != "supervised"
 
     @property
+    def unlabeled_views(self) -> tuple[Literal["weak", "strong", "elsewhere"], ...]:
+        """What a batch holds of each unlabelled image: `strong` is the weak view's place in other colours, `elsewhere` another place."""
+        if not self.semi_supervised:
+            return ()
+        if self.method == "cps":
+            strong, elsewhere = self.cps.student == "strong", self.cps.pastes_other_view
+            return ("weak", *(("strong",) if strong else ()), *(("elsewhere",) if elsewhere else ()))
+        return ("weak", "strong")
+
+    @property
     def num_batch_shards(self) -> int:
         """Number of batch shards that the global batch is divided into: workers that train the same network have different ones."""
         resources = self.resources
@@ -384,6 +421,12 @@ class TrainConfig(Section):
             raise ValueError(
                 "`ema.decay` must be given with method mean_teacher: the teacher has the averaged weights. 0.99 is usual."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_from_averages_need_them(self) -> Self:
+        if self.method == "cps" and self.cps.teacher == "average" and self.ema.decay is None:
+            raise ValueError("`ema.decay` must be given with `cps.teacher: average`. 0.99 is usual.")
         return self
 
     @model_validator(mode="after")

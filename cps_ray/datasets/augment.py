@@ -5,6 +5,7 @@ however wide the image is.
 """
 
 import threading
+from collections.abc import Sequence
 
 import albumentations as A  # noqa: N812
 import cv2
@@ -37,12 +38,13 @@ class TrainView:
         *,
         view: Pixels,
         label: Pixels | None = None,
-        strong: Pixels | None = None,
-    ) -> None:
+        strong: Sequence[Pixels] = (),
+    ) -> tuple[int, int, int, int]:
         """Writes RGB (H, W, 3) and train ids (H, W) as a view into `view` (3, h, w) and `label` (h, w), all uint8.
 
-        `strong`, (3, h, w), if given, gets the view after a second, strong change of colour, grey and blur, because consistency
-        methods compare it with the first: ST++ (Yang et al., CVPR 2022), UniMatch (CVPR 2023).
+        Each of `strong`, (3, h, w), gets the view after a strong change of colour, grey and blur of its own, because consistency
+        methods compare it with the first: ST++ (Yang et al., CVPR 2022), UniMatch (CVPR 2023). Returns the box of the view that
+        shows the image, as in `Batch`; the rest is padding.
         """
         # All four are drawn, and in this order, whatever the settings: a view stays the same function of its seed.
         scale, top, left, flip = np.random.default_rng(seed).random(4).tolist()
@@ -54,11 +56,20 @@ class TrainView:
             # Centres of pixels map as they do for the image; plain INTER_NEAREST is half a pixel off.
             self._crop(mask[window], region, flipped, cv2.INTER_NEAREST_EXACT, IGNORE, unflipped_label, label)
         if self._augment.color > 0.0 or self._augment.blur > 0.0:
-            pixels = self._change_colors("weak", pixels, seed)
+            pixels = self._change_colors("weak", pixels, (*seed, 1))
         # Writes each channel straight into its plane of the batch: (h, w, 3) becomes (3, h, w) without another copy.
         cv2.split(pixels, list(view))
-        if strong is not None:
-            cv2.split(self._change_colors("strong", pixels, seed), list(strong))
+        for number, target in enumerate(strong):
+            # The 1 keeps these random numbers apart from those of zoom, crop and flip, which come from the bare seed.
+            colors_seed = (*seed, 1, number) if number else (*seed, 1)
+            cv2.split(self._change_colors("strong", pixels, colors_seed), list(target))
+        return self._box(region, flipped)
+
+    def _box(self, region: tuple[slice, slice], flipped: bool) -> tuple[int, int, int, int]:
+        rows, columns = region
+        width = self._crop_px[1]
+        left, right = (width - columns.stop, width - columns.start) if flipped else (columns.start, columns.stop)
+        return rows.start, rows.stop, left, right
 
     def _scratch(self) -> tuple[Pixels, Pixels, Pixels, Pixels]:
         """Returns this thread's memory: the view and the view before a flip, (h, w, 3); padding, (h, w, 3), never written to;
@@ -112,8 +123,7 @@ class TrainView:
             transforms = _strong_transforms() if strength == "strong" else _weak_transforms(self._augment)
             setattr(self._local, strength, A.Compose(transforms))
         compose: A.Compose = getattr(self._local, strength)
-        # The 1 keeps these random numbers apart from those of zoom, crop and flip, which come from the bare seed.
-        compose.set_random_seed(int(np.random.SeedSequence((*seed, 1)).generate_state(1)[0]))
+        compose.set_random_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         return np.asarray(compose(image=np.ascontiguousarray(pixels))["image"], np.uint8)
 
 

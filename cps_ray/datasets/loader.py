@@ -175,10 +175,7 @@ class _Producer:
         self._config, self._batch_shard, self._start_step = config, batch_shard, start_step
         self._labeled = _LabeledCache(data.labeled)
         self._unlabeled = unlabeled
-        # What a second view of an unlabelled image is: the same crop in other colours, or another crop.
-        self._second_is_strong = config.method in ("mean_teacher", "fixmatch")
-        cps = config.cps
-        self._second_is_elsewhere = config.method == "cps" and cps.mix == "cutmix" and cps.cutmix_partner == "self"
+        self._further_views = config.unlabeled_views[1:]
         self._view = TrainView(config.augment, config.data.crop_px)
         self._pin_memory = torch.cuda.is_available()
         cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
@@ -232,6 +229,9 @@ class _Producer:
         # New memory for each batch: the training may hold earlier ones, or still be copying from them to a GPU.
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
 
+    def _allocate_boxes(self, images: int) -> Tensor:
+        return torch.empty(images, 4, dtype=torch.int32, pin_memory=self._pin_memory)
+
     def _start_batch(self, step: int) -> _PendingBatch:
         """Starts to write the batch of a step, and returns without waiting for it."""
         data, (height, width) = self._config.data, self._config.data.crop_px
@@ -239,43 +239,51 @@ class _Producer:
         unlabeled = (
             positions(step, data.unlabeled_batch, *self._batch_shard) if self._unlabeled is not None else range(0)
         )
+        images = (len(unlabeled), 3, height, width)
+        second, third = (self._allocate(*images) if count < len(self._further_views) else None for count in range(2))
         batch = Batch(
             labeled_image=self._allocate(len(labeled), 3, height, width),
             labeled_mask=self._allocate(len(labeled), height, width),
-            unlabeled_image=self._allocate(len(unlabeled), 3, height, width) if unlabeled else None,
-            unlabeled_second=self._allocate(len(unlabeled), 3, height, width)
-            if unlabeled and (self._second_is_strong or self._second_is_elsewhere)
-            else None,
+            unlabeled_image=self._allocate(*images) if unlabeled else None,
+            unlabeled_second=second,
+            unlabeled_third=third,
+            labeled_box=self._allocate_boxes(len(labeled)),
+            unlabeled_box=self._allocate_boxes(len(unlabeled)) if unlabeled else None,
+            second_box=self._allocate_boxes(len(unlabeled)) if "elsewhere" in self._further_views else None,
         )
         writes: list[Callable[[], None]] = [
-            partial(self._write_labeled, position, view, label)
-            for position, view, label in zip(labeled, batch.labeled_image, batch.labeled_mask, strict=True)
+            partial(self._write_labeled, position, batch, row) for row, position in enumerate(labeled)
         ]
         for row, position in enumerate(unlabeled):
             assert self._unlabeled is not None
-            assert batch.unlabeled_image is not None
-            second = None if batch.unlabeled_second is None else batch.unlabeled_second[row]
             # Taken here and not in the pool: the stream's order is that of the positions, and it serves one thread.
-            view, encoded = batch.unlabeled_image[row], next(self._unlabeled)
-            writes.append(partial(self._write_unlabeled, position, encoded, view, second))
+            writes.append(partial(self._write_unlabeled, position, next(self._unlabeled), batch, row))
         # Handing over costs as much as a tenth of a small image: a few at a time.
         chunks = [writes[first : first + _IMAGES_PER_TASK] for first in range(0, len(writes), _IMAGES_PER_TASK)]
         return _PendingBatch(batch, [self._pool.submit(_call_all, chunk) for chunk in chunks])
 
     # These two run in the pool; `numpy()` of a CPU tensor is a view of its memory, so they write into the batch itself.
 
-    def _write_labeled(self, position: int, view: Tensor, label: Tensor) -> None:
+    def _write_labeled(self, position: int, batch: Batch, row: int) -> None:
         encoded = self._labeled[image_at(position, len(self._labeled), self._config.seed, LABELED)]
         assert encoded.mask is not None
+        assert batch.labeled_box is not None
         image, mask = decode_image(encoded.image), decode_mask(encoded.mask)
-        self._view(image, mask, (self._config.seed, LABELED, position), view=view.numpy(), label=label.numpy())
+        view, label = batch.labeled_image[row].numpy(), batch.labeled_mask[row].numpy()
+        box = self._view(image, mask, (self._config.seed, LABELED, position), view=view, label=label)
+        batch.labeled_box[row].numpy()[:] = box
 
-    def _write_unlabeled(self, position: int, encoded: Encoded, view: Tensor, second: Tensor | None) -> None:
+    def _write_unlabeled(self, position: int, encoded: Encoded, batch: Batch, row: int) -> None:
         image, seed = decode_image(encoded.image), (self._config.seed, UNLABELED, position)
-        strong = second.numpy() if second is not None and self._second_is_strong else None
-        self._view(image, None, seed, view=view.numpy(), strong=strong)
-        if second is not None and self._second_is_elsewhere:
-            self._view(image, None, (*seed, _SECOND_VIEW), view=second.numpy())
+        assert batch.unlabeled_image is not None
+        assert batch.unlabeled_box is not None
+        further = [views[row].numpy() for views in (batch.unlabeled_second, batch.unlabeled_third) if views is not None]
+        strong = further if batch.second_box is None else further[1:]
+        view = batch.unlabeled_image[row].numpy()
+        batch.unlabeled_box[row].numpy()[:] = self._view(image, None, seed, view=view, strong=strong)
+        if batch.second_box is not None:
+            elsewhere = self._view(image, None, (*seed, _SECOND_VIEW), view=further[0])
+            batch.second_box[row].numpy()[:] = elsewhere
 
 
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:

@@ -18,7 +18,11 @@ IGNORE = 255
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One worker's shard of the global batch of one step. RGB, uint8 all the way; the network normalises on its device."""
+    """One worker's shard of the global batch of one step. RGB, uint8 all the way; the network normalises on its device.
+
+    A box is where a crop shows its image: int32 (N, 4), the first and the last row + 1, the first and the last column + 1, in px. The
+    rest of the crop is padding. None: there is none.
+    """
 
     labeled_image: Tensor
     """uint8 (L, 3, H, W) in 0..255."""
@@ -27,20 +31,32 @@ class Batch:
     unlabeled_image: Tensor | None
     """uint8 (U, 3, H, W); None for `method: supervised`."""
     unlabeled_second: Tensor | None = None
-    """uint8 (U, 3, H, W): another view of each, where the method asks for one: the same place after a strong change of
-    colour (mean_teacher, fixmatch), or another place (cps with `cutmix_partner: self`)."""
+    """uint8 (U, 3, H, W): another view of each, if `TrainConfig.unlabeled_views` asks for one: the same place after a strong change
+    of colour, or another place."""
+    unlabeled_third: Tensor | None = None
+    """uint8 (U, 3, H, W): the same place after another strong change of colour."""
+    labeled_box: Tensor | None = None
+    unlabeled_box: Tensor | None = None
+    """Box of `unlabeled_image`, and of every view of the same place."""
+    second_box: Tensor | None = None
+    """Box of `unlabeled_second`, where that is another place."""
 
-    def map(self, change: Callable[[Tensor], Tensor], *, mask: Callable[[Tensor], Tensor] | None = None) -> Batch:
-        """Returns a batch with `change` applied to all images, and `mask` (the same if None) to the masks."""
+    def map(self, change: Callable[[Tensor], Tensor], *, other: Callable[[Tensor], Tensor] | None = None) -> Batch:
+        """Returns a batch with `change` applied to all images, and `other` (the same if None) to masks and boxes."""
+        other = other or change
 
-        def optional(image: Tensor | None) -> Tensor | None:
-            return None if image is None else change(image)
+        def apply(to: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else to(tensor)
 
         return Batch(
             change(self.labeled_image),
-            (mask or change)(self.labeled_mask),
-            optional(self.unlabeled_image),
-            optional(self.unlabeled_second),
+            other(self.labeled_mask),
+            apply(change, self.unlabeled_image),
+            apply(change, self.unlabeled_second),
+            apply(change, self.unlabeled_third),
+            apply(other, self.labeled_box),
+            apply(other, self.unlabeled_box),
+            apply(other, self.second_box),
         )
 
 

@@ -140,20 +140,22 @@ def pixel_cross_entropy(coarse_BChw: Tensor, target_BHW: Tensor) -> Tensor:
 
 
 def squared_difference(
-    coarse_BChw: Tensor, teacher_BChw: Tensor, size: tuple[int, int], weight: float
+    coarse_BChw: Tensor, teacher_BChw: Tensor, counted_BHW: Tensor, weight: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Returns `weight` times the squared difference of two networks' probabilities, summed over pixels and classes: scalar float32
-    with gradient for the first, none for the teacher; and the same without the weight, float32 (1,) without gradient."""
+    """Returns `weight` times the squared difference of two networks' probabilities, summed over classes and over the pixels of
+    `counted_BHW` (bool): scalar float32 with gradient for the first, none for the teacher; and the same without the weight, float32
+    (1,) without gradient."""
+    size = (counted_BHW.shape[-2], counted_BHW.shape[-1])
 
-    def rule(logits_BCHW: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rule(logits_BCHW: Tensor, teacher: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         prob_BCHW = logits_BCHW.softmax(dim=1)
-        difference_BCHW = prob_BCHW - _full(teacher, size).softmax(dim=1)
+        difference_BCHW = (prob_BCHW - _full(teacher, size).softmax(dim=1)) * counted.unsqueeze(1)
         term = difference_BCHW.square().sum()
         # The softmax's Jacobian, d prob_i / d logit_j = prob_i (1[i = j] - prob_j), applied to d loss / d prob = 2 weight difference.
         mean_B1HW = (prob_BCHW * difference_BCHW).sum(dim=1, keepdim=True)
         return weight * term, 2.0 * weight * prob_BCHW * (difference_BCHW - mean_B1HW), term.view(1)
 
-    return _Dense.apply(coarse_BChw, size, rule, teacher_BChw.detach())  # type: ignore[no-any-return, no-untyped-call]
+    return _Dense.apply(coarse_BChw, size, rule, teacher_BChw.detach(), counted_BHW)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()
@@ -177,10 +179,11 @@ def _certainty(logits_BCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_confidence(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mean probability of the likeliest class, over all pixels: scalar float32."""
+def mean_confidence(coarse_BChw: Tensor, counted_BHW: Tensor) -> Tensor:
+    """Mean probability of the likeliest class, over the pixels of `counted_BHW` (bool): scalar float32; 0 if there are none."""
+    size = (counted_BHW.shape[-2], counted_BHW.shape[-1])
     sums = [
-        _certainty(_full(coarse_BChw[chunk], size)).sum()
+        (_certainty(_full(coarse_BChw[chunk], size)) * counted_BHW[chunk]).sum()
         for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device)
     ]
-    return torch.stack(sums).sum() / (coarse_BChw.shape[0] * size[0] * size[1])
+    return torch.stack(sums).sum() / counted_BHW.sum().clamp(min=1)

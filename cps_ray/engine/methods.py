@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, TrainConfig
-from cps_ray.engine.batch import Batch
+from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, RampedLoss, TrainConfig
+from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.dense import cross_entropy, hard_labels, mean_confidence, squared_difference
 from cps_ray.engine.losses import Term, supervised_term
 from cps_ray.engine.mixing import cutmix_masks, paste
-from cps_ray.engine.schedules import ramped_weight
+from cps_ray.engine.schedules import ramped_weight, started
 from cps_ray.engine.state import TrainState, autocast
 
 # L labelled images, U unlabelled images; C classes, H W pixels, h w cells of coarse logits. A tensor's name ends in its dims.
@@ -46,19 +46,27 @@ class MicroBatch:
         return self.batch.labeled_mask.shape[-2], self.batch.labeled_mask.shape[-1]
 
 
+def losses_of_networks(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Yields the losses of one network after the other, by `config.method`; those of masks alone until the method's `start`."""
+    if config.semi_supervised and not started(getattr(config, config.method), state.step, config.schedule.steps):
+        return supervised(config, state, micro)
+    return METHODS[config.method](config, state, micro)
+
+
 def supervised(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
-    """Trains network a alone on the labelled images."""
-    coarse = _forward(config.compute, state.models["a"], micro.batch.labeled_image)
-    mask_term = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
-    loss, _ = _sum_of_terms(coarse, [mask_term])
-    yield {"loss": loss, "sup_a": loss.detach()}
+    """Trains every network on the labelled images alone. With `method: supervised` there is only network a."""
+    for name, model in state.models.items():
+        coarse = _forward(config.compute, model, micro.batch.labeled_image)
+        mask_term = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
+        loss, _ = _sum_of_terms(coarse, [mask_term])
+        yield {"loss": loss, f"sup_{name}": loss.detach()}
 
 
 def cps(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains each network on the masks and on the hard labels of all others (Chen et al., CVPR 2021, eq. 1-4; more than two
     networks: Filipiak et al. 2021).
     """
-    return (_cps_with_cutmix if config.cps.mix == "cutmix" else _cps_plain)(config, state, micro)
+    return (_cps_by_teachers if config.cps.teachers_pass_apart else _cps_plain)(config, state, micro)
 
 
 def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -73,35 +81,46 @@ def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Ite
     students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
     # One tensor for both kinds of images: labels are then computed, counted and exchanged once.
     own = [torch.cat([coarse_U, coarse_L if everywhere else coarse_L[:0]]) for coarse_L, coarse_U in students.values()]
-    labels = state.ranks.exchange([_pseudo_labels(micro, coarse.detach(), settings.confidence) for coarse in own])
+    padding_U, padding_L = _paddings(settings, micro, everywhere)
+    padding = torch.cat([padding_U, padding_L])
+    labels = state.ranks.exchange(
+        [_pseudo_labels(micro, coarse.detach(), padding, settings.confidence) for coarse in own]
+    )
     del own  # else these copies of the logits outlive the backward passes below
     labels_U = [label[: len(image_U3HW)] for label in labels]
     labels_L = [label[len(image_U3HW) :] for label in labels] if everywhere else []
-    _count_labels(micro, labels_U)
+    _count_labels(micro, labels_U, padding_U)
+    mean = _mean_over(settings, state, padding)
+    labels_U, labels_L = _ignore(settings, labels_U, padding_U), _ignore(settings, labels_L, padding_L)
     for name in state.models:
-        yield _cps_losses(config, state, micro, name, *students.pop(name), labels_L, labels_U)
+        yield _cps_losses(config, state, micro, name, *students.pop(name), labels_L, labels_U, mean)
 
 
-def _cps_with_cutmix(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
-    """Trains on mixed images (the paper's CPS with CutMix): teachers label the clean images in a pass of their own, then images and
-    labels are mixed alike.
+def _cps_by_teachers(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains on images other than those that are labelled, or on labels of other weights: teachers label the clean images in a
+    pass of their own. With CutMix images and labels are then mixed alike (the paper's CPS with CutMix).
 
     L_cps(unlabelled) = CE(P1(mix(u, u')), mix(Y2(u), Y2(u'))) + the same with 1 and 2 exchanged.
     """
     settings, batch = config.cps, micro.batch
-    mixed_U3HW, labels_U = _cutmix_with_labels(config, state, micro)
+    image_U3HW, labels_U, padding_U = _labeled_by_teachers(config, state, micro)
     students: dict[str, tuple[Tensor, Tensor]] = {}
     labels_L: list[Tensor] = []
-    if settings.images == "all":
+    everywhere = settings.images == "all"
+    _, padding_L = _paddings(settings, micro, everywhere)
+    if everywhere:
         # Labelled images are not mixed, so no teacher has seen them: there the students' own pass gives the labels, as without CutMix.
-        students = {name: _student_logits(config, model, batch, mixed_U3HW) for name, model in state.models.items()}
-        own = [_pseudo_labels(micro, coarse_L.detach(), settings.confidence) for coarse_L, _ in students.values()]
-        labels_L = state.ranks.exchange(own)
-    _count_labels(micro, labels_U)
+        students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
+        own = [
+            _pseudo_labels(micro, coarse_L.detach(), padding_L, settings.confidence)
+            for coarse_L, _ in students.values()
+        ]
+        labels_L = _ignore(settings, state.ranks.exchange(own), padding_L)
+    mean = _mean_over(settings, state, torch.cat([padding_U, padding_L]))
     for name, model in state.models.items():
         # All targets are known by now: a network goes forward only when the one before it has gone back and was updated.
-        logits = students.pop(name) if students else _student_logits(config, model, batch, mixed_U3HW)
-        yield _cps_losses(config, state, micro, name, *logits, labels_L, labels_U)
+        logits = students.pop(name) if students else _student_logits(config, model, batch, image_U3HW)
+        yield _cps_losses(config, state, micro, name, *logits, labels_L, labels_U, mean)
 
 
 def _cps_losses(
@@ -113,13 +132,11 @@ def _cps_losses(
     coarse_UChw: Tensor,
     labels_L: Sequence[Tensor],
     labels_U: Sequence[Tensor],
+    mean: Tensor | float,
 ) -> Losses:
     """Losses of one network: L_sup + weight * L_cps, its own labels left out. `labels_L` is empty with `images: unlabeled`."""
     own = NETWORK_NAMES.index(name)
-    # The mean is over all pixels; an unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on
-    # every rank and micro-batch, and the loss does not depend on how a batch is divided.
-    pixels = labels_U[0].numel() + (labels_L[0].numel() if labels_L else 0)
-    mean = 1.0 / (pixels * (len(labels_U) - 1))
+    mean = mean / (len(labels_U) - 1)
     weight = ramped_weight(config.cps, state.step, config.schedule.steps)
     mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
     loss_L, terms_L = _sum_of_terms(coarse_LChw, [mask_term, *_peer_terms(labels_L, own, weight * mean)])
@@ -131,16 +148,18 @@ def _cps_losses(
 def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains network a to predict on strong views what its averaged self predicts on the weak ones: the squared difference of
     their probabilities (Tarvainen and Valpola, NeurIPS 2017)."""
-    weak, strong = _views(micro.batch)
+    settings, (weak, strong) = config.mean_teacher, _views(micro.batch)
     teacher_U = _teacher_logits(config.compute, state.averages["a"], weak, batch_statistics=False)
+    padding, _ = _paddings(settings, micro)
     if micro.observe:
-        _count_labels(micro, [_pseudo_labels(micro, teacher_U)])
+        _count_labels(micro, [_pseudo_labels(micro, teacher_U, padding)], padding)
+    counted = ~padding if settings.padding == "ignore" else torch.ones_like(padding)
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
     mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
     loss_L, terms = _sum_of_terms(coarse_L, [mask_term])
-    mean = 1.0 / (weak.shape[0] * micro.size[0] * micro.size[1] * coarse_U.shape[1])
-    weight = ramped_weight(config.mean_teacher, state.step, config.schedule.steps)
-    loss_U, difference = squared_difference(coarse_U, teacher_U, micro.size, weight * mean)
+    mean = _mean_over(settings, state, padding) / coarse_U.shape[1]
+    weight = ramped_weight(settings, state.step, config.schedule.steps)
+    loss_U, difference = squared_difference(coarse_U, teacher_U, counted, weight * mean)
     yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term[1], "consistency": difference[0] * mean}
 
 
@@ -150,14 +169,16 @@ def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     settings, (weak, strong) = config.fixmatch, _views(micro.batch)
     # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
     teacher_U = _teacher_logits(config.compute, state.networks["a"], weak, batch_statistics=False)
-    labels = [_pseudo_labels(micro, teacher_U, settings.confidence)]
-    _count_labels(micro, labels)  # before mixing: coverage is of whole images
-    if settings.mix == "cutmix":
-        strong, labels = _cutmix(settings, config.seed, state, micro, _with_labels(strong, labels))
+    padding, _ = _paddings(settings, micro)
+    labels = [_pseudo_labels(micro, teacher_U, padding, settings.confidence)]
+    _count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
+    labels = _ignore(settings, labels, padding)
+    if settings.mix != "none":
+        strong, labels, padding = _mix(settings, config.seed, state, micro, _with_labels(strong, labels, padding))
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
     mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
     loss_L, terms_L = _sum_of_terms(coarse_L, [mask_term])
-    mean = 1.0 / labels[0].numel()
+    mean = _mean_over(settings, state, padding)
     weight = ramped_weight(settings, state.step, config.schedule.steps)
     loss_U, terms_U = _sum_of_terms(coarse_U, [(labels[0], weight * mean)])
     yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * mask_term[1], "pseudo": terms_U[0] * mean}
@@ -223,61 +244,126 @@ def _sum_of_terms(coarse_BChw: Tensor, terms: Sequence[Term]) -> tuple[Tensor, T
     return cross_entropy(coarse_BChw, [target for target, _ in terms], [weight for _, weight in terms])
 
 
-def _peer_terms(labels: Sequence[Tensor], own: int, weight: float) -> list[Term]:
+def _peer_terms(labels: Sequence[Tensor], own: int, weight: Tensor | float) -> list[Term]:
     return [(label, weight) for number, label in enumerate(labels) if number != own]
 
 
-def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, confidence: float = 0.0) -> Tensor:
+def _paddings(settings: RampedLoss, micro: MicroBatch, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+    """Where the unlabelled views, and with `everywhere` the labelled ones, are padding: bool (U, H, W) and (L, H, W), else (0, H, W).
+
+    All false where neither the loss nor the telemetry asks.
+    """
+    batch = micro.batch
+    labeled = batch.labeled_image if everywhere else batch.labeled_image[:0]
+    return (
+        _padding(settings, micro, _views(batch)[0], batch.unlabeled_box),
+        _padding(settings, micro, labeled, batch.labeled_box),
+    )
+
+
+def _padding(settings: RampedLoss, micro: MicroBatch, image_B3HW: Tensor, box_B4: Tensor | None) -> Tensor:
+    height, width = micro.size
+    if box_B4 is None or not len(image_B3HW) or not (micro.observe or settings.padding == "ignore"):
+        return torch.zeros(len(image_B3HW), height, width, dtype=torch.bool, device=image_B3HW.device)
+    top, bottom, left, right = (edge.view(-1, 1, 1) for edge in box_B4.unbind(dim=1))
+    row_H1 = torch.arange(height, device=box_B4.device).view(-1, 1)
+    column_W = torch.arange(width, device=box_B4.device)
+    return (row_H1 < top) | (row_H1 >= bottom) | (column_W < left) | (column_W >= right)
+
+
+def _ignore(settings: RampedLoss, labels: Sequence[Tensor], padding_BHW: Tensor) -> list[Tensor]:
+    """Labels (B, H, W) each, with IGNORE in the padding if it is not to count."""
+    if settings.padding == "count":
+        return list(labels)
+    return [label.masked_fill(padding_BHW, IGNORE) for label in labels]
+
+
+def _mean_over(settings: RampedLoss, state: TrainState, padding_BHW: Tensor) -> Tensor | float:
+    """One over the pixels of a batch shard's micro-batch, or over those that are no padding: their mean over the batch shards.
+
+    An unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on every rank, and the loss does not depend
+    on the number of workers.
+    """
+    if settings.padding == "count":
+        return 1.0 / padding_BHW.numel()
+    counted = state.ranks.sum_over_shards((~padding_BHW).sum())
+    return state.ranks.num_batch_shards / counted.clamp(min=1)
+
+
+def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor, confidence: float = 0.0) -> Tensor:
     """Hard labels: uint8 (B, H, W), IGNORE where the probability is below `confidence`. Bytes, so they carry no gradient."""
     if micro.observe:
-        micro.confidences.append(mean_confidence(coarse_BChw, micro.size))
+        micro.confidences.append(mean_confidence(coarse_BChw, ~padding_BHW))
         micro.measured["confidence"] = torch.stack(micro.confidences).mean()
     return hard_labels(coarse_BChw, micro.size, confidence)
 
 
-def _count_labels(micro: MicroBatch, labels: Sequence[Tensor]) -> None:
-    """Records how many pixels have each pair of labels of networks a and b; with one network, b is a."""
+def _count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tensor) -> None:
+    """Records how many pixels have each pair of labels of networks a and b, padding left out; with one network, b is a."""
     if micro.observe:
         pairs = labels[0].flatten().long() * 256 + labels[min(1, len(labels) - 1)].flatten()
         # Not bincount, which waits for a GPU.
         counts = torch.zeros(256 * 256, dtype=torch.float64, device=pairs.device)
-        counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.float64))
+        counts.scatter_add_(0, pairs, (~padding_BHW).flatten().double())
         micro.measured["labels"] = counts.view(256, 256)
 
 
-def _cutmix_with_labels(config: TrainConfig, state: TrainState, micro: MicroBatch) -> tuple[Tensor, list[Tensor]]:
-    """Mixed unlabelled images (U, 3, H, W), and the labels that each network gives them: uint8 (U, H, W) each.
+def _labeled_by_teachers(
+    config: TrainConfig, state: TrainState, micro: MicroBatch
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """What the students see of the unlabelled images (U, 3, H, W), the labels of each network for it, uint8 (U, H, W) each, and where
+    it is padding, bool (U, H, W). Mixed, if `mix` says so.
 
     The partner is another image, the successor in the global batch, or another view of the same one.
     """
-    settings, (image, second) = config.cps, _views(micro.batch)
+    settings, batch = config.cps, micro.batch
+    weak, second = _views(batch)
     # A successor is labelled as an image of the batch anyhow: only another view needs labels of its own.
-    views = [image] if settings.cutmix_partner == "other" else [image, second]
+    apart = settings.pastes_other_view
+    views = [weak, second] if apart else [weak]
     passes = views if settings.forwards == "separate" else [torch.cat(views)]
-    train_mode = settings.teacher_bn == "train"
+    paddings = [_padding(settings, micro, weak, batch.unlabeled_box)]
+    if apart:
+        paddings.append(_padding(settings, micro, second, batch.second_box))
+    by_average = settings.teacher == "average"
+    batch_statistics = settings.teacher_bn == "train" and not by_average
     own = []
-    for network in state.networks.values():  # without DDP's wrapper, which would wait for a backward pass
-        coarse = [_teacher_logits(config.compute, network, each, batch_statistics=train_mode) for each in passes]
-        own.append(_pseudo_labels(micro, torch.cat(coarse), settings.confidence))
-    by_view = zip(*(torch.chunk(labels, len(views)) for labels in state.ranks.exchange(own)), strict=True)
-    bundles = [_with_labels(view, labels) for view, labels in zip(views, by_view, strict=True)]
-    return _cutmix(settings, config.seed, state, micro, *bundles)
+    for teacher in (
+        state.averages if by_average else state.networks
+    ).values():  # without DDP's wrapper, which would wait for a backward pass
+        coarse = [_teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
+        own.append(_pseudo_labels(micro, torch.cat(coarse), torch.cat(paddings), settings.confidence))
+    labels = [torch.chunk(each, len(views)) for each in state.ranks.exchange(own)]  # by network, then by view
+    by_view = [
+        _ignore(settings, of_view, padding)
+        for of_view, padding in zip(zip(*labels, strict=True), paddings, strict=True)
+    ]
+    seen = [second if settings.student == "strong" else weak, *views[1:]]
+    if settings.mix == "none":
+        image, labels_U, padding = seen[0], by_view[0], paddings[0]
+    else:
+        image, labels_U, padding = _mix(
+            settings, config.seed, state, micro, *map(_with_labels, seen, by_view, paddings)
+        )
+    _count_labels(micro, labels_U, padding)
+    return image, labels_U, padding
 
 
-def _with_labels(image_U3HW: Tensor, labels_UHW: Sequence[Tensor]) -> Tensor:
-    """Images and their labels as one tensor, uint8 (U, 3 + n, H, W): mixed alike, and exchanged at once."""
-    return torch.cat([image_U3HW, *(label.unsqueeze(1) for label in labels_UHW)], dim=1)
+def _with_labels(image_U3HW: Tensor, labels_UHW: Sequence[Tensor], padding_UHW: Tensor) -> Tensor:
+    """Images, their padding and their labels as one tensor, uint8 (U, 4 + n, H, W): mixed alike, and exchanged at once."""
+    planes = [padding_UHW.to(torch.uint8), *labels_UHW]
+    return torch.cat([image_U3HW, *(plane.unsqueeze(1) for plane in planes)], dim=1)
 
 
-def _cutmix(
+def _mix(
     settings: MixConfig,
     seed: int,
     state: TrainState,
     micro: MicroBatch,
     own: Tensor,
     partner: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Mixes images with labels as `_with_labels` makes them, and takes them apart again.
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Mixes images with labels as `_with_labels` makes them, and takes them apart again: images, labels, padding.
 
     The partner is the next image of the global batch if none is given.
     """
@@ -287,4 +373,4 @@ def _cutmix(
     first = (micro.index * ranks.num_batch_shards + ranks.batch_shard) * images
     masks = cutmix_masks(settings, seed, state.step, range(first, first + images), height, width)
     mixed = paste(masks.to(own.device, non_blocking=True), own, ranks.roll(own) if partner is None else partner)
-    return mixed[:, :3], list(mixed[:, 3:].unbind(dim=1))
+    return mixed[:, :3], list(mixed[:, 4:].unbind(dim=1)), mixed[:, 3].bool()

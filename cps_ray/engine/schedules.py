@@ -21,12 +21,19 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     assert_never(optim.decay)
 
 
+def started(loss: RampedLoss, step: int, total_steps: int) -> bool:
+    """Whether a loss on unlabelled images has begun at `step`."""
+    return step >= loss.start * total_steps
+
+
 def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
     """Weight of a loss on unlabelled images at `step`: 0 at first, `loss.weight` from the end of the ramp on."""
-    ramp_steps = loss.ramp * total_steps
-    if step >= ramp_steps:
+    if not started(loss, step, total_steps):
+        return 0.0
+    begun, ramp_steps = step - loss.start * total_steps, loss.ramp * total_steps
+    if begun >= ramp_steps:
         return loss.weight
-    done = step / ramp_steps
+    done = begun / ramp_steps
     if loss.ramp_shape == "sigmoid":
         return loss.weight * math.exp(-5.0 * (1.0 - done) ** 2)
     if loss.ramp_shape == "linear":

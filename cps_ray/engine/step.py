@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.methods import METHODS, MicroBatch
+from cps_ray.engine.methods import MicroBatch, losses_of_networks
 from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, update_averages
 
@@ -36,9 +36,9 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
         micro = MicroBatch(_cut(batch, index, accumulate), index, valid_pixels, observe)
         last = index == accumulate - 1
         with _exchange_gradients(state, only_if=last):
-            # The method is suspended between networks: when the next one goes forward inside `METHODS[...]`, this one has gone
-            # back, was updated and has dropped its gradients. Targets that must be older than the update were computed before.
-            for name, losses in zip(state.networks, METHODS[config.method](config, state, micro), strict=True):
+            # The method is suspended between networks: when the next one goes forward inside it, this one has gone back, was
+            # updated and has dropped its gradients. Targets that must be older than the update were computed before.
+            for name, losses in zip(state.networks, losses_of_networks(config, state, micro), strict=True):
                 state.scaler.scale(losses["loss"] / accumulate).backward()  # type: ignore[no-untyped-call]
                 # With one network per worker a rank knows its own network's losses only: times the number of networks, the
                 # mean over ranks is their sum, as it is where each rank has all networks.
@@ -103,7 +103,7 @@ def _to_device(batch: Batch, device: torch.device, *, channels_last: bool) -> Ba
         # Does not wait: the loader has pinned the memory, and what follows is queued behind the copy.
         return image.to(device, non_blocking=True, memory_format=layout)
 
-    return batch.map(moved, mask=lambda mask: mask.to(device, non_blocking=True))
+    return batch.map(moved, other=lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _cut(batch: Batch, index: int, count: int) -> Batch:

@@ -29,7 +29,7 @@ def view_of(
     image: np.ndarray,
     mask: np.ndarray | None,
     seed: int,
-    **outputs: np.ndarray,
+    **outputs: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     view, label = np.full((3, *crop), 7, np.uint8), np.full(crop, 7, np.uint8)
     TrainView(augment, crop)(image, mask, (seed,), view=view, label=label, **outputs)
@@ -56,6 +56,29 @@ def test_padding_is_ignored_and_mean_coloured_around_the_image() -> None:
     assert int(padded.sum()) == 32 * 32 - 16 * 16
     assert np.unique(view[:, padded], axis=1).ravel().tolist() == MEAN
     assert (view[:, 8:24, 8:24].transpose(1, 2, 0) == image).all()
+
+
+def test_the_box_is_where_the_image_is() -> None:
+    image, mask = coded(30, 40)
+    augment, padded = AugmentConfig(scale=(0.5, 2.0)), 0
+    for seed in range(60):
+        view, label = np.empty((3, 32, 48), np.uint8), np.empty((32, 48), np.uint8)
+        top, bottom, left, right = TrainView(augment, (32, 48))(image, mask, (seed,), view=view, label=label)
+        inside = np.zeros_like(label, bool)
+        inside[top:bottom, left:right] = True
+        assert (inside == (label != IGNORE)).all()
+        padded += not inside.all()
+    assert 20 < padded < 60
+
+
+def test_strong_views_differ_in_colour_alone() -> None:
+    image, _ = coded(64, 64)
+    first, second, alone = (np.empty((3, 32, 48), np.uint8) for _ in range(3))
+    view, _ = view_of(AugmentConfig(), (32, 48), image, None, 3, strong=[first, second])
+    view_of(AugmentConfig(), (32, 48), image, None, 3, strong=[alone])
+    assert (first == alone).all()
+    assert (first != second).mean() > 0.5
+    assert (first != view).mean() > 0.5
 
 
 @pytest.mark.parametrize("zoom", [0.5, 0.75, 1.0, 1.5, 2.0])
@@ -173,7 +196,7 @@ def test_the_strong_view_shows_the_same_place_in_other_colours() -> None:
     changed = 0
     for seed in range(20):
         strong = np.zeros((3, 32, 48), np.uint8)
-        view, _ = view_of(augment, (32, 48), image, mask, seed, strong=strong)
+        view, _ = view_of(augment, (32, 48), image, mask, seed, strong=[strong])
         assert np.array_equal(view, image.transpose(2, 0, 1))
         changed += not np.array_equal(strong, view)
         # Blocks of one class keep one colour: edges lie where they lay.

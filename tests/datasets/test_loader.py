@@ -17,7 +17,7 @@ from cps_ray.datasets.loader import (
     unlabeled_positions,
 )
 from cps_ray.datasets.shards import Encoded, open_shards
-from cps_ray.engine.batch import Batch
+from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.errors import DataError
 
 
@@ -64,8 +64,9 @@ def test_two_batch_shards_make_the_batches_of_one(tiny: TrainConfig) -> None:
         {"method": "fixmatch"},
         {"method": "mean_teacher", "ema__decay": 0.9},
         {"cps__cutmix_partner": "self"},
+        {"cps__student": "strong"},
     ],
-    ids=["fixmatch", "mean_teacher", "cutmix of the same image"],
+    ids=["fixmatch", "mean_teacher", "cutmix of the same image", "strong students"],
 )
 def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, changes: dict[str, str]) -> None:
     config = changed(tiny, **changes)
@@ -82,6 +83,27 @@ def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, ch
     assert differing > 20  # of 24
     second_half = list(train_batches(data, config, batch_shard=1, num_batch_shards=2, start_step=3))
     assert torch.equal(second_half[0].unlabeled_second, batches[3].unlabeled_second[2:])
+
+
+def test_boxes_say_where_views_are_padding(tiny: TrainConfig) -> None:
+    config = changed(tiny, augment__scale=(0.3, 1.0), cps__cutmix_partner="self")
+    data = train_data(open_shards(config.data.shards), config)
+    mean = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)
+    for batch in train_batches(data, config):
+        for (top, bottom, left, right), mask in zip(batch.labeled_box.tolist(), batch.labeled_mask, strict=True):
+            inside = torch.zeros_like(mask, dtype=torch.bool)
+            inside[top:bottom, left:right] = True
+            assert torch.equal(inside, mask != IGNORE)  # the drawn scenes ignore nothing else
+        for views, boxes in (
+            (batch.unlabeled_image, batch.unlabeled_box),
+            (batch.unlabeled_second, batch.second_box),
+        ):
+            for view, (top, bottom, left, right) in zip(views, boxes.tolist(), strict=True):
+                around = torch.ones(view.shape[1:], dtype=torch.bool)
+                around[top:bottom, left:right] = False
+                assert around.any()
+                assert (view == mean).all(dim=0)[around].all()
+                assert (view == mean).all(dim=0)[~around].float().mean() < 0.2
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:

@@ -27,6 +27,8 @@ def test_weight_ramps_up_and_stays() -> None:
     assert ramped_weight(sigmoid, 0, 8) == pytest.approx(2.0 * 0.0067379, rel=1e-4)
     assert ramped_weight(sigmoid, 2, 8) == pytest.approx(2.0 * 0.2865048, rel=1e-4)
     assert ramped_weight(CpsConfig(weight=1.5), 0, 8) == 1.5
+    late = CpsConfig(weight=2.0, start=0.25, ramp=0.5)
+    assert [ramped_weight(late, step, 8) for step in range(8)] == [0.0, 0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
 
 
 def test_the_average_forgets_its_start() -> None:

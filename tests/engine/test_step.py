@@ -1,6 +1,7 @@
 """The step against an independent, naive implementation of the papers' equations."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def batch() -> Batch:
     image = lambda n: torch.randint(0, 256, (n, 3, *SIZE), generator=generator, dtype=torch.uint8)  # noqa: E731
     mask = torch.randint(0, CLASSES, (4, *SIZE), generator=generator).to(torch.uint8)
     mask[0, :5] = IGNORE
-    return Batch(image(4), mask, image(4), image(4))
+    whole = [0, SIZE[0], 0, SIZE[1]]
+    boxes = [[whole, [4, 30, 0, 48], whole, [0, 32, 10, 41]], [whole, [1, 20, 0, 48], whole, [0, 32, 3, 30]]]
+    boxes += [[[5, 25, 5, 25], whole, whole, whole]]
+    labeled, unlabeled, second = (torch.tensor(box, dtype=torch.int32) for box in boxes)
+    return Batch(image(4), mask, image(4), image(4), None, labeled, unlabeled, second)
 
 
 @pytest.fixture
@@ -62,14 +67,17 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
     nets = [full_logits(network.train()) for network in networks]
     u0, u1, x, y = batch.unlabeled_image, batch.unlabeled_second, batch.labeled_image, batch.labeled_mask.long()
     joint = cps.forwards == "joint"
-    ce = F.cross_entropy
     labels: list[torch.Tensor] = []
-    image = u0
-    if cps.mix == "cutmix":
+    seen = u1 if cps.student == "strong" else u0
+    image, padding = seen, outside(batch.unlabeled_box)
+    if cps.mix == "cutmix" or cps.student == "strong" or cps.teacher == "average":
         mask = cutmix_masks(cps, config.seed, state.step, range(size), *SIZE)
+        if cps.mix == "none":
+            mask = torch.zeros_like(mask)
+        teachers = list(state.averages.values()) if cps.teacher == "average" else networks
         for network in networks:
             network.train(cps.teacher_bn == "train")
-        for net in nets:
+        for net in map(full_logits, teachers):
             with torch.no_grad():
                 if cps.cutmix_partner == "other":
                     own = net(u0).argmax(1)
@@ -79,8 +87,12 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
                 else:
                     own, other = net(u0).argmax(1), net(u1).argmax(1)
             labels.append(torch.where(mask, other, own))
-        partner = u1 if cps.cutmix_partner == "self" else u0[[1, 2, 3, 0]]
-        image = torch.where(mask[:, None], partner, u0)
+        partner, around = (
+            (u1, outside(batch.second_box))
+            if cps.cutmix_partner == "self"
+            else (seen[[1, 2, 3, 0]], padding[[1, 2, 3, 0]])
+        )
+        image, padding = torch.where(mask[:, None], partner, seen), torch.where(mask, around, padding)
         for network in networks:
             network.train()
     if joint:
@@ -89,17 +101,29 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
         outs = [tuple(reversed([net(image), net(x)])) for net in nets]
     else:
         outs = [(net(x), net(image)) for net in nets]
-    if cps.mix == "none":
+    if not labels:
         labels = [out_u.argmax(1) for _, out_u in outs]
     if cps.images == "all":
         labels = [torch.cat([out_x.argmax(1), label]) for (out_x, _), label in zip(outs, labels, strict=True)]
+        padding = torch.cat([outside(batch.labeled_box), padding])
+    if cps.padding == "ignore":
+        labels = [label.masked_fill(padding, IGNORE) for label in labels]
     loss = torch.zeros(())
+    ce = functools.partial(F.cross_entropy, ignore_index=IGNORE)
     for me, (out_x, out_u) in enumerate(outs):
-        loss = loss + ce(out_x, y, ignore_index=IGNORE)
+        loss = loss + ce(out_x, y)
         out = torch.cat([out_x, out_u]) if cps.images == "all" else out_u
         peers = [label for other, label in enumerate(labels) if other != me]
         loss = loss + cps.weight * sum(ce(out, label) for label in peers) / len(peers)
     return loss
+
+
+def outside(boxes: torch.Tensor) -> torch.Tensor:
+    """Where views are padding, pixel by pixel."""
+    padding = torch.ones(len(boxes), *SIZE, dtype=torch.bool)
+    for image, (top, bottom, left, right) in enumerate(boxes.tolist()):
+        padding[image, top:bottom, left:right] = False
+    return padding
 
 
 def gradients(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
@@ -122,6 +146,19 @@ FORMS = {
     "cutmix, own view, joint": {"mix": "cutmix", "cutmix_partner": "self"},
     "cutmix, eval": {"mix": "cutmix", "teacher_bn": "eval"},
     "cutmix, all": {"mix": "cutmix", "images": "all"},
+    "strong": {"mix": "none", "student": "strong"},
+    "strong, cutmix, all": {"mix": "cutmix", "student": "strong", "images": "all"},
+    "average": {"mix": "none", "teacher": "average"},
+    "average, cutmix, strong": {"mix": "cutmix", "teacher": "average", "student": "strong"},
+    "plain, no padding": {"mix": "none", "padding": "ignore"},
+    "plain, no padding, all": {"mix": "none", "images": "all", "padding": "ignore"},
+    "cutmix, no padding": {"mix": "cutmix", "padding": "ignore"},
+    "cutmix, no padding, own view, all": {
+        "mix": "cutmix",
+        "images": "all",
+        "padding": "ignore",
+        "cutmix_partner": "self",
+    },
 }
 
 
@@ -130,8 +167,15 @@ FORMS = {
 def test_loss_and_gradient_equal_the_papers_equations(
     full: TrainConfig, batch: Batch, form: str, networks: int
 ) -> None:
-    config = changed(full, model__networks=networks, **{f"cps__{name}": value for name, value in FORMS[form].items()})
+    config = changed(
+        full, model__networks=networks, ema__decay=0.9, **{f"cps__{name}": value for name, value in FORMS[form].items()}
+    )
     state, twin = state_of(config), state_of(config)
+    for each in (state, twin):  # else averages would be the networks themselves
+        torch.manual_seed(0)
+        for average in each.averages.values():
+            for parameter in average.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     expected, given = reference(config, twin, batch, own_networks=True), gradients(state)
     losses = train_step(config, state, batch)
     assert float(losses["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -216,6 +260,22 @@ def test_weight_zero_on_the_ramps_first_step(tiny: TrainConfig, batch: Batch) ->
     assert float(losses["cps"]) > 0
 
 
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_before_the_start_only_masks_teach(tiny: TrainConfig, batch: Batch, mix: str) -> None:
+    config = changed(tiny, cps__start=0.25, cps__ramp=0.0, cps__mix=mix, schedule__steps=8, schedule__eval_every=4)
+    state = state_of(config)
+    alone = [full_logits(copy.deepcopy(network).train())(batch.labeled_image) for network in state.networks.values()]
+    expected = sum(F.cross_entropy(out, batch.labeled_mask.long(), ignore_index=IGNORE) for out in alone)
+    kinds = []
+    for step in range(3):
+        losses = train_step(config, state, batch)
+        kinds.append("cps" in losses)
+        if step == 0:
+            assert float(losses["loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert kinds == [False, False, True]
+    assert float(losses["loss"]) > float(losses["sup_a"] + losses["sup_b"])  # at once with its full weight
+
+
 def test_supervised_trains_network_a_alone(tiny: TrainConfig, batch: Batch) -> None:
     config = changed(tiny, method="supervised")
     state = state_of(config)
@@ -226,8 +286,13 @@ def test_supervised_trains_network_a_alone(tiny: TrainConfig, batch: Batch) -> N
     assert float(losses["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_mean_teacher_is_the_squared_difference_to_the_averaged_network(tiny: TrainConfig, batch: Batch) -> None:
-    config = changed(tiny, method="mean_teacher", ema__decay=0.9, mean_teacher__weight=10.0)
+@pytest.mark.parametrize("padding", ["count", "ignore"])
+def test_mean_teacher_is_the_squared_difference_to_the_averaged_network(
+    tiny: TrainConfig, batch: Batch, padding: str
+) -> None:
+    config = changed(
+        tiny, method="mean_teacher", ema__decay=0.9, mean_teacher__weight=10.0, mean_teacher__padding=padding
+    )
     state = state_of(config)
     train_step(config, state, batch)  # now the average is another network than the student's next one
     student = full_logits(copy.deepcopy(state.networks["a"]).train())
@@ -235,31 +300,40 @@ def test_mean_teacher_is_the_squared_difference_to_the_averaged_network(tiny: Tr
     out_x, out_u = student(torch.cat([batch.labeled_image, batch.unlabeled_second])).split([4, 4])
     with torch.no_grad():
         target = teacher(batch.unlabeled_image).softmax(1)
-    consistency = F.mse_loss(out_u.softmax(1), target)
+    square = (out_u.softmax(1) - target).square()
+    consistency = square.movedim(1, -1)[~outside(batch.unlabeled_box)].mean() if padding == "ignore" else square.mean()
     supervised = F.cross_entropy(out_x, batch.labeled_mask.long(), ignore_index=IGNORE)
     losses = train_step(config, state, batch)
     assert float(losses["consistency"]) == pytest.approx(float(consistency), rel=1e-4)
     assert float(losses["loss"]) == pytest.approx(float(supervised + 10.0 * consistency), rel=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["count", "ignore"])
 @pytest.mark.parametrize("mix", ["none", "cutmix"])
-def test_fixmatch_learns_sure_labels_of_weak_views_on_strong_ones(tiny: TrainConfig, batch: Batch, mix: str) -> None:
+def test_fixmatch_learns_sure_labels_of_weak_views_on_strong_ones(
+    tiny: TrainConfig, batch: Batch, mix: str, padding: str
+) -> None:
     state = state_of(changed(tiny, method="fixmatch"))
     network = copy.deepcopy(state.networks["a"])
     with torch.no_grad():
         top, label = full_logits(network.eval())(batch.unlabeled_image).softmax(1).max(1)
     sure = float(top.quantile(0.6))
     config = changed(tiny, method="fixmatch", fixmatch__mix=mix, fixmatch__confidence=sure)
+    config = changed(config, fixmatch__padding=padding)
     label[top < sure] = IGNORE
     assert 0.01 < (label == IGNORE).float().mean() < 0.99
-    image = batch.unlabeled_second
+    image, counted = batch.unlabeled_second, torch.ones_like(label, dtype=torch.bool)
+    if padding == "ignore":
+        counted = ~outside(batch.unlabeled_box)
+        label[~counted] = IGNORE
     if mix == "cutmix":
         mask = cutmix_masks(config.fixmatch, config.seed, 0, range(4), *SIZE)
         image = torch.where(mask[:, None], image[[1, 2, 3, 0]], image)
         label = torch.where(mask, label[[1, 2, 3, 0]], label)
+        counted = torch.where(mask, counted[[1, 2, 3, 0]], counted)
     out_x, out_u = full_logits(network.train())(torch.cat([batch.labeled_image, image])).split([4, 4])
     loss = F.cross_entropy(out_x, batch.labeled_mask.long(), ignore_index=IGNORE)
-    loss = loss + F.cross_entropy(out_u, label, ignore_index=IGNORE, reduction="sum") / label.numel()
+    loss = loss + F.cross_entropy(out_u, label, ignore_index=IGNORE, reduction="sum") / counted.sum()
     assert float(train_step(config, state, batch)["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -362,11 +436,13 @@ def test_pseudo_labels_are_measured_now_and_then(full: TrainConfig, batch: Batch
             said.append(full_logits(copy.deepcopy(network).train())(batch.unlabeled_image).softmax(1).max(1))
     seen = train_step(config, state, batch)
     (sure_a, label_a), (sure_b, label_b) = said
-    assert float(seen["confidence"]) == pytest.approx(float((sure_a.mean() + sure_b.mean()) / 2), rel=1e-4)
+    inside = ~outside(batch.unlabeled_box)
+    mean = (sure_a[inside].mean() + sure_b[inside].mean()) / 2
+    assert float(seen["confidence"]) == pytest.approx(float(mean), rel=1e-4)
     label_a[sure_a < 0.4], label_b[sure_b < 0.4] = IGNORE, IGNORE
     for i in (0, 1, 2, IGNORE):
         for j in (0, 1, 2, IGNORE):
-            assert int(seen["labels"][i, j]) == int(((label_a == i) & (label_b == j)).sum()), (i, j)
+            assert int(seen["labels"][i, j]) == int(((label_a == i) & (label_b == j) & inside).sum()), (i, j)
     later = [set(train_step(config, state, batch)) for _ in range(1, 16)]
     assert OBSERVE_EVERY == 10
     for measured in ("labels", "grad_norm_b"):
