@@ -71,7 +71,7 @@ BUGS = {
     "poly is one step ahead": Bug(
         "schedules.py", "learning_rate", "min(A / B, 1.0)", "min((A + 1) / B, 1.0)", SCHEDULES
     ),
-    "OHEM keeps the easy pixels": Bug("losses.py", "ohem_term", "A >= B", "A <= B", LOSSES),
+    "OHEM keeps the easy pixels": Bug("losses.py", "hard_pixels", "A >= B", "A <= B", LOSSES),
     "norms are decayed": Bug("state.py", "_optimizer", "A.dim() > 1", "A.dim() > 0", STEP),
     "the average moves the wrong way": Bug("state.py", "update_averages", "A.lerp_(B, 1.0 - C)", "A.lerp_(B, C)", STEP),
     "the average is not resumed": Bug(

@@ -13,6 +13,8 @@ SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", stric
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
 Precision = Literal["none", "bf16", "fp16"]
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2)]
+"""One weight per class, in the order of the classes."""
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 
 
@@ -159,6 +161,9 @@ class LossConfig(Section):
     """ohem: pixels whose true class has at most this probability are kept."""
     ohem_min_kept: PositiveInt = 50_000
     """ohem: smallest number of pixels that are kept, per worker and micro-batch."""
+    class_weights: ClassWeights | None = None
+    """Weight of each class, in the order of the classes of the shards; the loss is divided by the sum of its pixels' weights, as torch's
+    cross-entropy is. None: all count the same."""
 
 
 class RampedLoss(Section):
@@ -176,10 +181,24 @@ class RampedLoss(Section):
     mean. The telemetry of pseudo labels never counts it."""
 
 
-class MixConfig(Section):
-    """CutMix (French et al., BMVC 2020) between unlabelled images."""
+class PseudoLabelLoss(RampedLoss):
+    """A loss whose targets are hard labels that networks give to unlabelled images."""
 
-    mix: Literal["none", "cutmix"] = "cutmix"
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the CPS paper."""
+    class_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Fraction of each class's pseudo labels that counts, the surest ones: a threshold of confidence per class, so that rare and hard
+    classes keep as many of theirs as easy ones (Zou et al., ECCV 2018: class-balanced self-training). Taken over the pixels that
+    pass the networks at once, on all workers. 1: all."""
+    class_weights: ClassWeights | None = None
+    """Weight of each class, in the order of the classes of the shards. The loss stays a mean over pixels. None: all count the same."""
+
+
+class MixConfig(Section):
+    """Mixing of unlabelled images with each other: CutMix (French et al., BMVC 2020) pastes boxes, ClassMix (Olsson et al., WACV 2021) the
+    pixels of half of the classes that the networks see in the other image."""
+
+    mix: Literal["none", "cutmix", "classmix"] = "cutmix"
     cutmix_boxes: PositiveInt = 3
     cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)
     """Range of the boxes' summed area as a fraction of the image. Overlaps count too, although where two boxes overlap nothing
@@ -193,13 +212,11 @@ class MixConfig(Section):
         return self
 
 
-class CpsConfig(RampedLoss, MixConfig):
+class CpsConfig(PseudoLabelLoss, MixConfig):
     """Cross pseudo supervision (Chen et al., CVPR 2021), for `method: cps`."""
 
     weight: Annotated[float, Field(ge=0.0)] = 1.5
     """Weight of the cross pseudo loss: the sum over all directions, divided by the number of peers of a network."""
-    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the paper."""
     student: Literal["weak", "strong"] = "weak"
     """What the networks learn on: the view that was labelled, as in the paper, or the same view after a strong change of colour, as
     in FixMatch."""
@@ -209,7 +226,7 @@ class CpsConfig(RampedLoss, MixConfig):
     images: Literal["unlabeled", "all"] = "unlabeled"
     """Images that have a cross pseudo loss. In the paper: all without CutMix, unlabelled ones with it."""
     cutmix_partner: Literal["other", "self"] = "other"
-    """What CutMix pastes: another image of the batch, as the paper describes, or another view of the same image, as its code does."""
+    """What `mix` pastes: another image of the batch, as the paper describes, or another view of the same image, as its code does."""
     teacher_bn: Literal["train", "eval"] = "train"
     """Whether a pass of its own that makes pseudo labels, as with CutMix, normalises by statistics of its batch, as the paper's code
     does, or by running statistics. Averages always normalise by the latter."""
@@ -242,7 +259,7 @@ class MeanTeacherConfig(RampedLoss):
     """Weight of the squared difference of probabilities, averaged over pixels and classes; 100 as in the CPS paper's code."""
 
 
-class FixMatchConfig(RampedLoss, MixConfig):
+class FixMatchConfig(PseudoLabelLoss, MixConfig):
     """FixMatch (Sohn et al., NeurIPS 2020), for `method: fixmatch`: one network, whose confident labels of weak views are the
     targets for strong views."""
 
@@ -259,7 +276,11 @@ class EmaConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images, the same for labelled and unlabelled ones."""
+    """What training sees of the images: which come up how often, and their augmentation, the same for labelled and unlabelled ones."""
+
+    repeat_threshold: Fraction = 0.0
+    """Classes that a smaller fraction of the labelled images shows are repeated: an image comes up as often as the largest
+    max(1, sqrt(threshold / fraction)) of its classes says (repeat factors: Gupta et al., CVPR 2019). 0: all images equally often."""
 
     scale: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0)]] = (0.5, 2.0)
     """Range of the random zoom before the crop."""

@@ -16,6 +16,7 @@ from itertools import groupby
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cps_ray.config.train import TrainConfig
@@ -48,6 +49,15 @@ class TrainData:
     def labeled(self) -> ImageLocations:
         """Locations of the labelled images, in the order of the index."""
         return self.index.locations.take(self.subset.labeled)
+
+    def repeats(self, threshold: float) -> NDArray[np.int64]:
+        """Numbers of the labelled images, int64, each as often as it comes up in a pass (`augment.repeat_threshold`)."""
+        presence = self.index.presence[self.subset.labeled].astype(bool)
+        fraction_C = presence.mean(axis=0)  # noqa: N806
+        factor_C = np.sqrt(np.maximum(1.0, threshold / np.maximum(fraction_C, 1e-12)))  # noqa: N806
+        factors = np.where(presence, factor_C, 1.0).max(axis=1)
+        # Rounded so that the sum over images stays right: an image of 1.5 comes up once or twice.
+        return np.repeat(np.arange(len(factors)), np.diff(np.floor(np.cumsum(factors) + 1e-9), prepend=0).astype(int))
 
     @property
     def unlabeled(self) -> ImageLocations:
@@ -174,6 +184,7 @@ class _Producer:
         """`batch_shard`: (its number, how many there are). The producer's thread starts at once."""
         self._config, self._batch_shard, self._start_step = config, batch_shard, start_step
         self._labeled = _LabeledCache(data.labeled)
+        self._labeled_pass = data.repeats(config.augment.repeat_threshold)
         self._unlabeled = unlabeled
         self._further_views = config.unlabeled_views[1:]
         self._view = TrainView(config.augment, config.data.crop_px)
@@ -265,7 +276,8 @@ class _Producer:
     # These two run in the pool; `numpy()` of a CPU tensor is a view of its memory, so they write into the batch itself.
 
     def _write_labeled(self, position: int, batch: Batch, row: int) -> None:
-        encoded = self._labeled[image_at(position, len(self._labeled), self._config.seed, LABELED)]
+        in_pass = image_at(position, len(self._labeled_pass), self._config.seed, LABELED)
+        encoded = self._labeled[int(self._labeled_pass[in_pass])]
         assert encoded.mask is not None
         assert batch.labeled_box is not None
         image, mask = decode_image(encoded.image), decode_mask(encoded.mask)
@@ -287,8 +299,15 @@ class _Producer:
 
 
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
-    """Checks that there are images to train on, and masks in the splits that are `evaluated`. DataError if not."""
+    """Checks that there are images to train on, masks in the splits that are `evaluated`, and one weight per class. DataError if not."""
     train_data(shards, config)
+    for section in ("loss", "cps", "fixmatch"):
+        weights, classes = getattr(config, section).class_weights, shards.classes
+        if weights is not None and len(weights) != len(classes):
+            raise DataError(
+                f"{section}.class_weights: must have one weight for each of the {len(classes)} classes of {shards.folder} "
+                f"({', '.join(classes[:3])}, ...), but has {len(weights)}."
+            )
     for split in evaluated:
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")

@@ -90,12 +90,16 @@ class _Dense(torch.autograd.Function):
 
 
 def cross_entropy(
-    coarse_BChw: Tensor, targets: Sequence[Tensor], weights: Sequence[Tensor | float]
+    coarse_BChw: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor | float],
+    class_weights: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums weight times cross-entropy over K targets and over the pixels that are not IGNORE.
 
-    `targets`: uint8 or int64 (B, H, W) each; `weights`: scalars. Returns the sum, scalar float32 with gradient, and the K
-    cross-entropies, float32 (K,), without weights and without gradient. The same as `F.cross_entropy(upsample(coarse), target, ignore_index=IGNORE, reduction="sum")`
+    `targets`: uint8 or int64 (B, H, W) each; `weights`: scalars; `class_weights`: for each target None or float32 (C,), by which
+    the cross-entropy of its pixels is multiplied. Returns the sum, scalar float32 with gradient, and the K
+    cross-entropies, float32 (K,), without `weights` and without gradient. The same as `F.cross_entropy(upsample(coarse), target, ignore_index=IGNORE, reduction="sum")`
     for each, in less time and a fraction of the memory (docs/step.md): one softmax serves all targets.
     """
 
@@ -103,13 +107,13 @@ def cross_entropy(
         """Computes loss, gradient and terms of a chunk; the gradient overwrites the logits."""
         logits_BCHW -= logits_BCHW.amax(dim=1, keepdim=True)  # exp cannot overflow
         classes, counts, own = [], [], []
-        for target in targets_BHW:
+        for target, of_classes in zip(targets_BHW, class_weights or [None] * len(targets_BHW), strict=True):
             known = target.unsqueeze(1) != IGNORE
             # Class 0 stands in for IGNORE, which gather would not accept; `known` takes it out again.
             label = target.unsqueeze(1).long().masked_fill_(~known, 0)
             own.append(logits_BCHW.gather(1, label))
             classes.append(label)
-            counts.append(known)
+            counts.append(known if of_classes is None else known * of_classes[label])
         prob_BCHW = logits_BCHW.exp_()  # in place: probabilities once they are divided by their total, below
         total_B1HW = prob_BCHW.sum(dim=1, keepdim=True)
         log_total = total_B1HW.log()
@@ -176,6 +180,13 @@ def _certainty(logits_BCHW: Tensor) -> Tensor:
         dim=1, keepdim=True
     )  # the likeliest class's exp is now 1, the numerator of its softmax
     return logits_BCHW.exp_().sum(dim=1).reciprocal()
+
+
+@torch.no_grad()
+def certainty(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
+    """Probability of the likeliest class of each pixel: float32 (B, H, W)."""
+    chunks = _chunks(coarse_BChw.shape[0], size, coarse_BChw.device)
+    return torch.cat([_certainty(_full(coarse_BChw[chunk], size)) for chunk in chunks])
 
 
 @torch.no_grad()

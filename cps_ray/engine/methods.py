@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, RampedLoss, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, PseudoLabelLoss, RampedLoss, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.dense import cross_entropy, hard_labels, mean_confidence, squared_difference
-from cps_ray.engine.losses import Term, supervised_term
-from cps_ray.engine.mixing import cutmix_masks, paste
+from cps_ray.engine.dense import certainty, cross_entropy, hard_labels, mean_confidence, squared_difference
+from cps_ray.engine.losses import Term, class_weights_on, supervised_term
+from cps_ray.engine.mixing import classmix_masks, cutmix_masks, paste
+from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.schedules import ramped_weight, started
+from cps_ray.engine.selection import surest
 from cps_ray.engine.state import TrainState, autocast
 
 # L labelled images, U unlabelled images; C classes, H W pixels, h w cells of coarse logits. A tensor's name ends in its dims.
@@ -84,7 +86,7 @@ def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Ite
     padding_U, padding_L = _paddings(settings, micro, everywhere)
     padding = torch.cat([padding_U, padding_L])
     labels = state.ranks.exchange(
-        [_pseudo_labels(micro, coarse.detach(), padding, settings.confidence) for coarse in own]
+        [_sure_labels(settings, state.ranks, micro, coarse.detach(), padding) for coarse in own]
     )
     del own  # else these copies of the logits outlive the backward passes below
     labels_U = [label[: len(image_U3HW)] for label in labels]
@@ -112,7 +114,7 @@ def _cps_by_teachers(config: TrainConfig, state: TrainState, micro: MicroBatch) 
         # Labelled images are not mixed, so no teacher has seen them: there the students' own pass gives the labels, as without CutMix.
         students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
         own = [
-            _pseudo_labels(micro, coarse_L.detach(), padding_L, settings.confidence)
+            _sure_labels(settings, state.ranks, micro, coarse_L.detach(), padding_L)
             for coarse_L, _ in students.values()
         ]
         labels_L = _ignore(settings, state.ranks.exchange(own), padding_L)
@@ -139,10 +141,10 @@ def _cps_losses(
     mean = mean / (len(labels_U) - 1)
     weight = ramped_weight(config.cps, state.step, config.schedule.steps)
     mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms_L = _sum_of_terms(coarse_LChw, [mask_term, *_peer_terms(labels_L, own, weight * mean)])
-    loss_U, terms_U = _sum_of_terms(coarse_UChw, _peer_terms(labels_U, own, weight * mean))
+    loss_L, terms_L = _sum_of_terms(coarse_LChw, [mask_term, *_peer_terms(config.cps, labels_L, own, weight * mean)])
+    loss_U, terms_U = _sum_of_terms(coarse_UChw, _peer_terms(config.cps, labels_U, own, weight * mean))
     cross = (terms_L[1:].sum() + terms_U.sum()) * mean
-    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * mask_term[1], "cps": cross}
+    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * mask_term.weight, "cps": cross}
 
 
 def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -160,7 +162,7 @@ def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> I
     mean = _mean_over(settings, state, padding) / coarse_U.shape[1]
     weight = ramped_weight(settings, state.step, config.schedule.steps)
     loss_U, difference = squared_difference(coarse_U, teacher_U, counted, weight * mean)
-    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term[1], "consistency": difference[0] * mean}
+    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term.weight, "consistency": difference[0] * mean}
 
 
 def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -170,7 +172,7 @@ def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
     teacher_U = _teacher_logits(config.compute, state.networks["a"], weak, batch_statistics=False)
     padding, _ = _paddings(settings, micro)
-    labels = [_pseudo_labels(micro, teacher_U, padding, settings.confidence)]
+    labels = [_sure_labels(settings, state.ranks, micro, teacher_U, padding)]
     _count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
     labels = _ignore(settings, labels, padding)
     if settings.mix != "none":
@@ -180,8 +182,8 @@ def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     loss_L, terms_L = _sum_of_terms(coarse_L, [mask_term])
     mean = _mean_over(settings, state, padding)
     weight = ramped_weight(settings, state.step, config.schedule.steps)
-    loss_U, terms_U = _sum_of_terms(coarse_U, [(labels[0], weight * mean)])
-    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * mask_term[1], "pseudo": terms_U[0] * mean}
+    loss_U, terms_U = _sum_of_terms(coarse_U, _peer_terms(settings, labels, None, weight * mean))
+    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * mask_term.weight, "pseudo": terms_U[0] * mean}
 
 
 METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Losses]]] = {
@@ -241,11 +243,18 @@ def _teacher_logits(
 
 def _sum_of_terms(coarse_BChw: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     """Returns the weighted sum of cross-entropies, with gradient, and each of them (K,) without weight or gradient."""
-    return cross_entropy(coarse_BChw, [target for target, _ in terms], [weight for _, weight in terms])
+    return cross_entropy(coarse_BChw, *map(list, zip(*terms, strict=True)))
 
 
-def _peer_terms(labels: Sequence[Tensor], own: int, weight: Tensor | float) -> list[Term]:
-    return [(label, weight) for number, label in enumerate(labels) if number != own]
+def _peer_terms(
+    settings: PseudoLabelLoss, labels: Sequence[Tensor], own: int | None, weight: Tensor | float
+) -> list[Term]:
+    """Terms of the labels (B, H, W) of all networks but `own`."""
+    return [
+        Term(label, weight, class_weights_on(label.device, settings.class_weights))
+        for number, label in enumerate(labels)
+        if number != own
+    ]
 
 
 def _paddings(settings: RampedLoss, micro: MicroBatch, everywhere: bool = False) -> tuple[Tensor, Tensor]:
@@ -298,6 +307,17 @@ def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor, 
     return hard_labels(coarse_BChw, micro.size, confidence)
 
 
+def _sure_labels(
+    settings: PseudoLabelLoss, ranks: Ranks, micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor
+) -> Tensor:
+    """Hard labels: uint8 (B, H, W), IGNORE where they are not sure enough for `confidence` or for `class_fraction`."""
+    labels = _pseudo_labels(micro, coarse_BChw, padding_BHW, settings.confidence)
+    if settings.class_fraction == 1.0:
+        return labels
+    unsure = ~surest(labels, certainty(coarse_BChw, micro.size), ~padding_BHW, settings.class_fraction, ranks)
+    return labels.masked_fill_(unsure, IGNORE)
+
+
 def _count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tensor) -> None:
     """Records how many pixels have each pair of labels of networks a and b, padding left out; with one network, b is a."""
     if micro.observe:
@@ -332,7 +352,7 @@ def _labeled_by_teachers(
         state.averages if by_average else state.networks
     ).values():  # without DDP's wrapper, which would wait for a backward pass
         coarse = [_teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
-        own.append(_pseudo_labels(micro, torch.cat(coarse), torch.cat(paddings), settings.confidence))
+        own.append(_sure_labels(settings, state.ranks, micro, torch.cat(coarse), torch.cat(paddings)))
     labels = [torch.chunk(each, len(views)) for each in state.ranks.exchange(own)]  # by network, then by view
     by_view = [
         _ignore(settings, of_view, padding)
@@ -371,6 +391,16 @@ def _mix(
     # Masks and successors are those of the images of all batch shards' micro-batch `index`, in order: so they do not depend
     # on the number of workers, and one exchange of a single image gives every rank its last successor.
     first = (micro.index * ranks.num_batch_shards + ranks.batch_shard) * images
-    masks = cutmix_masks(settings, seed, state.step, range(first, first + images), height, width)
-    mixed = paste(masks.to(own.device, non_blocking=True), own, ranks.roll(own) if partner is None else partner)
+    positions = range(first, first + images)
+    if partner is None:
+        partner = ranks.roll(own)
+    if settings.mix == "classmix":
+        # All networks see one mixed image, so one network's labels decide what is pasted: a's for one image, b's for the next.
+        labels = partner[:, 4:]
+        deciding = torch.tensor([at % labels.shape[1] for at in positions], device=own.device)
+        label_UHW = labels.gather(1, deciding.view(-1, 1, 1, 1).expand(-1, 1, height, width))[:, 0]
+        masks = classmix_masks(label_UHW, seed, state.step, positions)
+    else:
+        masks = cutmix_masks(settings, seed, state.step, positions, height, width).to(own.device, non_blocking=True)
+    mixed = paste(masks, own, partner)
     return mixed[:, :3], list(mixed[:, 4:].unbind(dim=1)), mixed[:, 3].bool()

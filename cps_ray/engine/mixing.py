@@ -1,13 +1,19 @@
-"""CutMix between unlabelled images (French et al., BMVC 2020), in the form of the CPS reference: boxes combined by XOR."""
+"""CutMix between unlabelled images (French et al., BMVC 2020), in the form of the CPS reference: boxes combined by XOR. ClassMix (Olsson
+et al., WACV 2021): the pixels of classes.
+"""
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cps_ray.config.train import MixConfig
+from cps_ray.engine.batch import IGNORE
 
 # B images, H W pixels.
-_TAG = 0xC07  # tells these random numbers from others of the same (seed, step)
+# These tell the random numbers here from each other, and from others of the same (seed, step).
+_TAG = 0xC07
+_CLASSMIX_TAG = 0xC1A
 
 
 def boxes_mask(settings: MixConfig, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -33,6 +39,19 @@ def cutmix_masks(settings: MixConfig, seed: int, step: int, positions: range, he
     """Masks of the images at these positions of the global batch: bool (B, H, W), a function of (seed, step, position)."""
     masks = [boxes_mask(settings, height, width, np.random.default_rng((_TAG, seed, step, at))) for at in positions]
     return torch.from_numpy(np.stack(masks))
+
+
+def classmix_masks(label_BHW: Tensor, seed: int, step: int, positions: range) -> Tensor:
+    """Where an image is pasted: the pixels of half of the classes (rounded down) in its labels, uint8 (B, H, W), drawn anew for each
+    image (Olsson et al., WACV 2021). IGNORE is no class. bool (B, H, W), a function of (labels, seed, step, position).
+    """
+    draws = np.stack([np.random.default_rng((_CLASSMIX_TAG, seed, step, at)).random(IGNORE) for at in positions])
+    flat_BN = label_BHW.flatten(1).long()
+    present = torch.zeros(len(flat_BN), IGNORE + 1, device=flat_BN.device).scatter_(1, flat_BN, 1.0)[:, :IGNORE] > 0
+    draw = torch.from_numpy(draws).to(flat_BN.device, non_blocking=True).masked_fill(~present, np.inf)
+    rank = draw.argsort(dim=1).argsort(dim=1)
+    chosen = F.pad(rank < present.sum(dim=1, keepdim=True) // 2, (0, 1))  # IGNORE is never chosen
+    return chosen.gather(1, flat_BN).view(label_BHW.shape)
 
 
 def paste(mask_BHW: Tensor, own: Tensor, partner: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
-from cps_ray.engine.batch import IGNORE, Batch
+from cps_ray.engine.batch import Batch
+from cps_ray.engine.losses import weighed_pixels
 from cps_ray.engine.methods import MicroBatch, losses_of_networks
 from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, update_averages
@@ -30,7 +31,8 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
     observe = state.step % OBSERVE_EVERY == 0 or before_evaluation
     # DDP averages gradients over the batch shards. So that the average is the gradient of the global mean, each rank divides
     # its sum over pixels by the global count / number of shards (and of micro-batches), not by its own count.
-    valid_pixels = ranks.sum_over_shards((batch.labeled_mask != IGNORE).sum()) / (ranks.num_batch_shards * accumulate)
+    pixels = weighed_pixels(config.loss, batch.labeled_mask)
+    valid_pixels = ranks.sum_over_shards(pixels) / (ranks.num_batch_shards * accumulate)
     totals = _zero_totals(config, state, norms=observe or clip_norm is not None)
     for index in range(accumulate):
         micro = MicroBatch(_cut(batch, index, accumulate), index, valid_pixels, observe)

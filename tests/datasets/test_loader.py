@@ -1,7 +1,9 @@
 """Batches are a function of (config, step, batch shard): on any number of batch shards, and from any step."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import changed
@@ -104,6 +106,32 @@ def test_boxes_say_where_views_are_padding(tiny: TrainConfig) -> None:
                 assert around.any()
                 assert (view == mean).all(dim=0)[around].all()
                 assert (view == mean).all(dim=0)[~around].float().mean() < 0.2
+
+
+def test_images_of_rare_classes_come_up_more_often(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__labeled=1.0, method="supervised")
+    data = train_data(open_shards(config.data.shards), config)
+    presence = data.index.presence[data.subset.labeled].astype(bool)
+    fractions = presence.mean(axis=0)
+    threshold = 1.0  # the rarest class of the tiny scenes is in seven of eight
+    repeats = np.bincount(data.repeats(threshold), minlength=len(presence))
+    expected = [max(max(1.0, math.sqrt(threshold / fractions[c])) for c in np.flatnonzero(row)) for row in presence]
+    assert np.abs(repeats - expected).max() < 1.0
+    assert repeats.sum() == int(sum(expected) + 1e-9)
+    assert repeats.min() == 1 < repeats.max()
+    assert (data.repeats(0.0) == np.arange(len(presence))).all()
+    batches = zip(
+        train_batches(data, config), train_batches(data, changed(config, augment__repeat_threshold=1.0)), strict=True
+    )
+    assert any(not torch.equal(a.labeled_mask, b.labeled_mask) for a, b in batches)
+
+
+@pytest.mark.parametrize("section", ["loss", "cps", "fixmatch"])
+def test_class_weights_must_be_as_many_as_classes(tiny: TrainConfig, section: str) -> None:
+    shards = open_shards(tiny.data.shards)
+    config = changed(tiny, **{f"{section}__class_weights": [1.0] * (len(shards.classes) - 1)})
+    with pytest.raises(DataError, match=rf"^{section}.class_weights: must have one weight for each of the .* but has"):
+        check_data(shards, config)
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:

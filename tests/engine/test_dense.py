@@ -84,6 +84,8 @@ def test_gradient_in_double_precision() -> None:
     torch.Tensor.float = torch.Tensor.double
     try:
         assert torch.autograd.gradcheck(lambda x: dense.cross_entropy(x, [labels], [0.1])[0], coarse)
+        weights = [torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)]
+        assert torch.autograd.gradcheck(lambda x: dense.cross_entropy(x, [labels], [0.1], weights)[0], coarse)
         teacher, counted = torch.randn(1, 3, 8, 8, dtype=torch.float64), labels > 0
         assert torch.autograd.gradcheck(lambda x: dense.squared_difference(x, teacher, counted, 0.1)[0], coarse)
     finally:

@@ -2,7 +2,8 @@ import numpy as np
 import torch
 
 from cps_ray.config.train import CpsConfig
-from cps_ray.engine.mixing import boxes_mask, cutmix_masks, paste
+from cps_ray.engine.batch import IGNORE
+from cps_ray.engine.mixing import boxes_mask, classmix_masks, cutmix_masks, paste
 
 
 def test_one_box_has_the_area_asked_for() -> None:
@@ -33,3 +34,27 @@ def test_paste_takes_the_partner_inside_the_mask() -> None:
     mixed = paste(mask, own, partner)
     assert (mixed[:, :, :2] == 9).all()
     assert (mixed[:, :, 2:] == 0).all()
+
+
+def test_classmix_takes_half_of_the_classes_whole() -> None:
+    label = torch.randint(0, 5, (6, 20, 30), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    label[1][label[1] > 2] = 2  # three classes: one is taken
+    label[2] = 4  # one class: none is
+    label[3, :5] = IGNORE
+    masks = classmix_masks(label, 0, 7, range(6))
+    drawn = []
+    for mask, classes in zip(masks, label, strict=True):
+        taken = set(classes[mask].tolist())
+        assert taken.isdisjoint(classes[~mask].tolist())  # whole classes
+        assert len(taken) == len(set(classes.flatten().tolist()) - {IGNORE}) // 2
+        assert IGNORE not in taken
+        drawn.append(tuple(sorted(taken)))
+    assert len(set(drawn)) > 2
+    assert torch.equal(classmix_masks(label[2:], 0, 7, range(2, 6)), masks[2:])  # by position, not by place in a shard
+    assert not torch.equal(classmix_masks(label, 0, 8, range(6)), masks)
+
+
+def test_classmix_draws_classes_equally_often() -> None:
+    label = torch.arange(4, dtype=torch.uint8).view(1, 2, 2).repeat(400, 1, 1)
+    taken = classmix_masks(label, 0, 0, range(400)).float().mean(dim=0)
+    assert ((taken - 0.5).abs() < 0.08).all()

@@ -13,7 +13,7 @@ from support import changed
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.methods import METHODS
-from cps_ray.engine.mixing import cutmix_masks
+from cps_ray.engine.mixing import classmix_masks, cutmix_masks
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import TrainState, build_state
@@ -68,9 +68,10 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
     u0, u1, x, y = batch.unlabeled_image, batch.unlabeled_second, batch.labeled_image, batch.labeled_mask.long()
     joint = cps.forwards == "joint"
     labels: list[torch.Tensor] = []
+    pasted: list[torch.Tensor] = []
     seen = u1 if cps.student == "strong" else u0
     image, padding = seen, outside(batch.unlabeled_box)
-    if cps.mix == "cutmix" or cps.student == "strong" or cps.teacher == "average":
+    if cps.mix != "none" or cps.student == "strong" or cps.teacher == "average":
         mask = cutmix_masks(cps, config.seed, state.step, range(size), *SIZE)
         if cps.mix == "none":
             mask = torch.zeros_like(mask)
@@ -86,7 +87,12 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
                     own, other = net(torch.cat([u0, u1])).argmax(1).chunk(2)
                 else:
                     own, other = net(u0).argmax(1), net(u1).argmax(1)
-            labels.append(torch.where(mask, other, own))
+            pasted.append(other)
+            labels.append(own)
+        if cps.mix == "classmix":  # a decides for one image, b for the next
+            deciding = torch.stack([pasted[image % len(pasted)][image] for image in range(size)])
+            mask = classmix_masks(deciding, config.seed, state.step, range(size))
+        labels = [torch.where(mask, other, own) for own, other in zip(labels, pasted, strict=True)]
         partner, around = (
             (u1, outside(batch.second_box))
             if cps.cutmix_partner == "self"
@@ -110,11 +116,20 @@ def reference(config: TrainConfig, state: TrainState, batch: Batch, *, own_netwo
         labels = [label.masked_fill(padding, IGNORE) for label in labels]
     loss = torch.zeros(())
     ce = functools.partial(F.cross_entropy, ignore_index=IGNORE)
+    weights = None if config.loss.class_weights is None else torch.tensor(config.loss.class_weights)
+    pseudo_weights = torch.tensor(cps.class_weights or [1.0] * CLASSES)
+
+    def weighed(out: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Mean over the pixels that are not IGNORE, whatever their weights."""
+        return (ce(out, label, reduction="none") * pseudo_weights[label.clamp(max=CLASSES - 1)]).sum() / (
+            label != IGNORE
+        ).sum()
+
     for me, (out_x, out_u) in enumerate(outs):
-        loss = loss + ce(out_x, y)
+        loss = loss + ce(out_x, y, weights)
         out = torch.cat([out_x, out_u]) if cps.images == "all" else out_u
         peers = [label for other, label in enumerate(labels) if other != me]
-        loss = loss + cps.weight * sum(ce(out, label) for label in peers) / len(peers)
+        loss = loss + cps.weight * sum(weighed(out, label) for label in peers) / len(peers)
     return loss
 
 
@@ -152,6 +167,9 @@ FORMS = {
     "average, cutmix, strong": {"mix": "cutmix", "teacher": "average", "student": "strong"},
     "plain, no padding": {"mix": "none", "padding": "ignore"},
     "plain, no padding, all": {"mix": "none", "images": "all", "padding": "ignore"},
+    "classmix": {"mix": "classmix"},
+    "classmix, own view, average": {"mix": "classmix", "teacher": "average", "cutmix_partner": "self"},
+    "weights, all": {"mix": "none", "images": "all", "class_weights": [0.5, 2.0, 0.0]},
     "cutmix, no padding": {"mix": "cutmix", "padding": "ignore"},
     "cutmix, no padding, own view, all": {
         "mix": "cutmix",
@@ -170,6 +188,8 @@ def test_loss_and_gradient_equal_the_papers_equations(
     config = changed(
         full, model__networks=networks, ema__decay=0.9, **{f"cps__{name}": value for name, value in FORMS[form].items()}
     )
+    if form.startswith("weights"):
+        config = changed(config, loss__class_weights=[3.0, 0.2, 1.0])
     state, twin = state_of(config), state_of(config)
     for each in (state, twin):  # else averages would be the networks themselves
         torch.manual_seed(0)
