@@ -155,7 +155,7 @@ def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> I
     padding, _ = _paddings(settings, micro)
     if micro.observe:
         _count_labels(micro, [_pseudo_labels(micro, teacher_U, padding)], padding)
-    counted = ~padding if settings.padding == "ignore" else torch.ones_like(padding)
+    counted = _counted(settings, padding)
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
     mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
     loss_L, terms = _sum_of_terms(coarse_L, [mask_term])
@@ -220,7 +220,7 @@ def _student_logits(config: TrainConfig, model: nn.Module, batch: Batch, image_U
         return coarse[:labeled], coarse[labeled:]
     # Two passes update batch norm's running statistics twice, and the kind that comes last weighs most in them. The
     # paper's code has the unlabelled images first with CutMix, and last without.
-    if config.cps.mix == "cutmix":
+    if config.cps.mix != "none":
         coarse_U = _forward(config.compute, model, image_U3HW)
         return _forward(config.compute, model, batch.labeled_image), coarse_U
     return _forward(config.compute, model, batch.labeled_image), _forward(config.compute, model, image_U3HW)
@@ -280,6 +280,11 @@ def _padding(settings: RampedLoss, micro: MicroBatch, image_B3HW: Tensor, box_B4
     return (row_H1 < top) | (row_H1 >= bottom) | (column_W < left) | (column_W >= right)
 
 
+def _counted(settings: RampedLoss, padding_BHW: Tensor) -> Tensor:
+    """Where the loss is taken: bool (B, H, W)."""
+    return ~padding_BHW if settings.padding == "ignore" else torch.ones_like(padding_BHW)
+
+
 def _ignore(settings: RampedLoss, labels: Sequence[Tensor], padding_BHW: Tensor) -> list[Tensor]:
     """Labels (B, H, W) each, with IGNORE in the padding if it is not to count."""
     if settings.padding == "count":
@@ -314,8 +319,10 @@ def _sure_labels(
     labels = _pseudo_labels(micro, coarse_BChw, padding_BHW, settings.confidence)
     if settings.class_fraction == 1.0:
         return labels
-    unsure = ~surest(labels, certainty(coarse_BChw, micro.size), ~padding_BHW, settings.class_fraction, ranks)
-    return labels.masked_fill_(unsure, IGNORE)
+    counted = _counted(settings, padding_BHW)  # not `~padding_BHW`, which is known in some steps only
+    probability = certainty(coarse_BChw, micro.size)
+    sure = surest(labels, probability, counted, settings.class_fraction, coarse_BChw.shape[1], ranks)
+    return labels.masked_fill_(~sure, IGNORE)
 
 
 def _count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tensor) -> None:
@@ -348,9 +355,8 @@ def _labeled_by_teachers(
     by_average = settings.teacher == "average"
     batch_statistics = settings.teacher_bn == "train" and not by_average
     own = []
-    for teacher in (
-        state.averages if by_average else state.networks
-    ).values():  # without DDP's wrapper, which would wait for a backward pass
+    # `networks` and not `models`: DDP's wrapper would wait for a backward pass.
+    for teacher in (state.averages if by_average else state.networks).values():
         coarse = [_teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
         own.append(_sure_labels(settings, state.ranks, micro, torch.cat(coarse), torch.cat(paddings)))
     labels = [torch.chunk(each, len(views)) for each in state.ranks.exchange(own)]  # by network, then by view

@@ -7,12 +7,14 @@ from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.ranks import Ranks
 
 # B images, H W pixels, K classes.
-_BINS = 1024
+_BINS = 4096
 _DIGITS = 7
 """Decimals of 1 - probability that the bins tell apart: what float32 has."""
 
 
-def surest(label_BHW: Tensor, certainty_BHW: Tensor, counted_BHW: Tensor, fraction: float, ranks: Ranks) -> Tensor:
+def surest(
+    label_BHW: Tensor, certainty_BHW: Tensor, counted_BHW: Tensor, fraction: float, num_classes: int, ranks: Ranks
+) -> Tensor:
     """Whether a pixel is among the surest `fraction` of its class's pixels: bool (B, H, W) (Zou et al., ECCV 2018, class-balanced
     self-training).
 
@@ -23,12 +25,13 @@ def surest(label_BHW: Tensor, certainty_BHW: Tensor, counted_BHW: Tensor, fracti
     # Bins of equal width in log(1 - p), because networks are soon so sure that in p most pixels would share the last bin.
     unsure = (1.0 - certainty_BHW).clamp(min=10.0**-_DIGITS)
     bin_BHW = (-torch.log10(unsure) * (_BINS / _DIGITS)).long().clamp(0, _BINS - 1)
-    cell_BHW = label_BHW.long() * _BINS + bin_BHW
-    histogram = torch.zeros((IGNORE + 1) * _BINS, dtype=torch.float64, device=label_BHW.device)
+    class_BHW = label_BHW.long().clamp(max=num_classes)  # IGNORE becomes a class of its own, behind the others
+    cell_BHW = class_BHW * _BINS + bin_BHW
+    histogram = torch.zeros((num_classes + 1) * _BINS, dtype=torch.float64, device=label_BHW.device)
     histogram.scatter_add_(0, cell_BHW.flatten(), counted_BHW.flatten().double())
-    count_KN = ranks.sum_over_shards(histogram).view(IGNORE + 1, _BINS)
+    count_KN = ranks.sum_over_shards(histogram).view(num_classes + 1, _BINS)
     # Pixels in a bin and in surer ones: they fall from bin to bin, and the threshold is the last bin at which they are enough.
     surer_KN = count_KN.flip(1).cumsum(1).flip(1)
     enough_KN = surer_KN >= fraction * count_KN.sum(dim=1, keepdim=True)
     threshold_K = enough_KN.long().sum(dim=1) - 1
-    return (bin_BHW >= threshold_K[label_BHW.long()]) & (label_BHW != IGNORE)
+    return (bin_BHW >= threshold_K[class_BHW]) & (label_BHW != IGNORE)

@@ -17,7 +17,7 @@ def test_each_class_keeps_the_same_fraction_and_its_surest_pixels() -> None:
     )
     counted = torch.ones_like(label, dtype=torch.bool)
     counted[1, 70:] = False
-    kept = surest(label, certainty, counted, 0.3, Ranks())
+    kept = surest(label, certainty, counted, 0.3, 3, Ranks())
     assert not kept[label == IGNORE].any()
     for number in range(3):
         here = (label == number) & counted
@@ -28,4 +28,4 @@ def test_each_class_keeps_the_same_fraction_and_its_surest_pixels() -> None:
 
 def test_all_of_equal_certainty_are_kept() -> None:
     label = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    assert surest(label, torch.ones(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.1, Ranks()).all()
+    assert surest(label, torch.ones(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), 0.1, 1, Ranks()).all()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,40 @@ def outside(boxes: torch.Tensor) -> torch.Tensor:
     for image, (top, bottom, left, right) in enumerate(boxes.tolist()):
         padding[image, top:bottom, left:right] = False
     return padding
+
+
+@pytest.mark.parametrize("padding", ["count", "ignore"])
+def test_only_the_surest_labels_of_each_class_count(full: TrainConfig, batch: Batch, padding: str) -> None:
+    config = changed(full, cps__mix="none", cps__class_fraction=0.4, cps__padding=padding)
+    state = state_of(config)
+    outs = []
+    for network in state.networks.values():
+        out = full_logits(copy.deepcopy(network).train())(torch.cat([batch.labeled_image, batch.unlabeled_image]))
+        outs.append(out.split([4, 4]))
+    counted = torch.ones(4, *SIZE, dtype=torch.bool)
+    if padding == "ignore":
+        counted = ~outside(batch.unlabeled_box)
+    labels = []
+    for _, out in outs:
+        top, label = out.softmax(1).max(1)
+        for number in range(CLASSES):
+            here = (label == number) & counted
+            if here.any():
+                limit = top[here].sort(descending=True).values[max(0, math.ceil(0.4 * int(here.sum())) - 1)]
+                label[(label == number) & (top < limit - 1e-3)] = IGNORE  # what a bin holds beyond the limit stays
+        labels.append(label.masked_fill(~counted, IGNORE))
+    losses = train_step(config, state, batch)
+    found = float(losses["cps"])
+    expected = sum(
+        float(F.cross_entropy(out, label, ignore_index=IGNORE, reduction="sum") / counted.sum())
+        for (_, out), label in zip(outs, reversed(labels), strict=True)
+    )
+    assert found == pytest.approx(expected, rel=0.03)
+    everything = train_step(changed(config, cps__class_fraction=1.0), state_of(config), batch)
+    assert found < 0.7 * float(everything["cps"])
+    unobserved = state_of(config)
+    unobserved.step = 1
+    assert float(train_step(config, unobserved, batch)["cps"]) == found
 
 
 def gradients(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
