@@ -55,11 +55,13 @@ class TrainView:
         if mask is not None and label is not None:
             # Centres of pixels map as they do for the image; plain INTER_NEAREST is half a pixel off.
             self._crop(mask[window], region, flipped, cv2.INTER_NEAREST_EXACT, IGNORE, unflipped_label, label)
-        if self._augment.color > 0.0 or self._augment.blur > 0.0:
+        has_weak_change = self._augment.color > 0.0 or self._augment.blur > 0.0
+        if has_weak_change:
             pixels = self._change_colors("weak", pixels, (*seed, 1))
         # Writes each channel straight into its plane of the batch: (h, w, 3) becomes (3, h, w) without another copy.
         cv2.split(pixels, list(view))
-        for number, target in enumerate(strong):
+        # From the weak change's draws a strong one would have the same brightness once more: the changes of a view are numbered.
+        for number, target in enumerate(strong, start=int(has_weak_change)):
             # The 1 keeps these random numbers apart from those of zoom, crop and flip, which come from the bare seed.
             colors_seed = (*seed, 1, number) if number else (*seed, 1)
             cv2.split(self._change_colors("strong", pixels, colors_seed), list(target))

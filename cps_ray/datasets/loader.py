@@ -268,7 +268,13 @@ class _Producer:
         for row, position in enumerate(unlabeled):
             assert self._unlabeled is not None
             # Taken here and not in the pool: the stream's order is that of the positions, and it serves one thread.
-            writes.append(partial(self._write_unlabeled, position, next(self._unlabeled), batch, row))
+            encoded = next(self._unlabeled, None)
+            if encoded is None:
+                raise DataError(
+                    f"the stream of unlabelled images must last for all {self._config.schedule.steps} steps of the training, but it ended in "
+                    f"step {step} after {row} of {len(unlabeled)} images: it needs one image for every position of `unlabeled_positions`."
+                )
+            writes.append(partial(self._write_unlabeled, position, encoded, batch, row))
         # Handing over costs as much as a tenth of a small image: a few at a time.
         chunks = [writes[first : first + _IMAGES_PER_TASK] for first in range(0, len(writes), _IMAGES_PER_TASK)]
         return _PendingBatch(batch, [self._pool.submit(_call_all, chunk) for chunk in chunks])

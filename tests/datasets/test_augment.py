@@ -203,3 +203,17 @@ def test_the_strong_view_shows_the_same_place_in_other_colours() -> None:
         edges = [np.abs(np.diff(pixels.astype(int).sum(0), axis=1)) > 40 for pixels in (view, strong)]
         assert (edges[1] & ~edges[0]).mean() < 0.12
     assert changed >= 18
+
+
+def test_the_strong_change_does_not_follow_the_weak_one() -> None:
+    """On a grey image a change of colour is a factor of the brightness. From the same draws, both changes would have nearly the same."""
+    image = np.full((32, 48, 3), 100, np.uint8)
+    factors = []
+    for seed in range(200):
+        strong = np.zeros((3, 32, 48), np.uint8)
+        view, _ = view_of(AugmentConfig(color=1.0), (32, 48), image, None, seed, strong=[strong])
+        factors.append((view[0, 16, 24] / 100, strong[0, 16, 24] / view[0, 16, 24]))
+    weak, strong = np.array(factors).T
+    assert weak.std() > 0.1
+    assert strong.std() > 0.1
+    assert abs(np.corrcoef(weak, strong)[0, 1]) < 0.3

@@ -174,6 +174,15 @@ def test_an_error_of_the_stream_reaches_the_training(tiny: TrainConfig) -> None:
         list(train_batches(data, tiny, unlabeled=broken()))
 
 
+def test_a_stream_that_ends_early_says_so(tiny: TrainConfig) -> None:
+    data = train_data(open_shards(tiny.data.shards), tiny)
+    images = list(read_unlabeled(data, tiny, unlabeled_positions(tiny, 0, 1, 0)))
+    batches = train_batches(data, tiny, unlabeled=iter(images[:10]))
+    assert len([next(batches), next(batches)]) == 2  # those before it are trained on
+    with pytest.raises(DataError, match="for all 6 steps of the training, but it ended in step 2 after 2 of 4 images"):
+        next(batches)
+
+
 def test_a_damaged_image_reaches_the_training(tiny: TrainConfig) -> None:
     data = train_data(open_shards(tiny.data.shards), tiny)
     broken = (Encoded("x", b"no image", None) for _ in range(1000))
