@@ -1,6 +1,7 @@
 """Helpers that tests import."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ TINY_DATA = """\
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     """Returns the config with changes such as `cps__weight=2.0`: names with __ for the dot."""
     return apply(config, {name.replace("__", "."): value for name, value in changes.items()}, "test")
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Float64 throughout, also for networks that are built inside: the engine asks for single precision in no other way than by torch's default
+    and by `x.float()`. The caller's random state stays."""
+    single = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.Tensor.float = single
+        torch.set_default_dtype(torch.float32)
 
 
 def evaluate(

@@ -24,6 +24,7 @@ STEP, LOOP, DENSE = "tests/engine/test_step.py", "tests/engine/test_loop.py", "t
 DEPTHWISE, SCHEDULES = "tests/engine/cpu/test_depthwise.py", "tests/engine/test_schedules.py"
 LOSSES, METRICS = "tests/engine/test_losses.py", "tests/engine/test_metrics.py"
 EVALUATION, NETWORKS = "tests/engine/test_evaluation.py", "tests/engine/test_networks.py"
+AUTHORS = "tests/engine/test_authors_equations.py"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ BUGS = {
     "absent classes count as zero": Bug("metrics.py", "mean_iou", "A.nanmean()", "A.nan_to_num().mean()", METRICS),
     "dropout draws the same in no second run": Bug(
         "step.py", "_begin_step", "torch.manual_seed(A)", "torch.seed()", LOOP
+    ),
+    "labels are not exchanged": Bug("methods.py", "_peer_terms", "A != B", "A == B", AUTHORS),
+    "OHEM's threshold is halved": Bug("losses.py", "ohem_term", "math.log(A)", "math.log(A / 2)", AUTHORS),
+    "with CutMix the labelled images go first": Bug(
+        "methods.py", "_student_logits", "A == 'cutmix'", "A != 'cutmix'", AUTHORS
     ),
 }
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import double_precision
 
 from cps_ray.engine import dense
 from cps_ray.engine.batch import IGNORE
@@ -80,16 +81,12 @@ def test_gradient_in_double_precision() -> None:
     """Checks by finite differences, with logits at full resolution as networks without an upsampling at their end make them."""
     coarse = torch.randn(1, 3, 32, 32, dtype=torch.float64)[:, :, ::4, ::4].clone().requires_grad_()
     labels = torch.randint(0, 3, (1, 32, 32)).to(torch.uint8)
-    before = torch.Tensor.float
-    torch.Tensor.float = torch.Tensor.double
-    try:
+    with double_precision():
         assert torch.autograd.gradcheck(lambda x: dense.cross_entropy(x, [labels], [0.1])[0], coarse)
-        weights = [torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)]
+        weights = [torch.tensor([0.5, 2.0, 1.0])]
         assert torch.autograd.gradcheck(lambda x: dense.cross_entropy(x, [labels], [0.1], weights)[0], coarse)
-        teacher, counted = torch.randn(1, 3, 8, 8, dtype=torch.float64), labels > 0
+        teacher, counted = torch.randn(1, 3, 8, 8), labels > 0
         assert torch.autograd.gradcheck(lambda x: dense.squared_difference(x, teacher, counted, 0.1)[0], coarse)
-    finally:
-        torch.Tensor.float = before
 
 
 def test_full_logits_are_not_changed_by_the_loss() -> None:

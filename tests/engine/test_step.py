@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import changed
+from support import changed, double_precision
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
@@ -245,39 +245,21 @@ def test_loss_and_gradient_equal_the_papers_equations(
 
 def test_twenty_steps_are_those_of_the_papers_equations(full: TrainConfig, batch: Batch) -> None:
     """Golden losses: an own loop of plain SGD over the reference, in double precision, so that no tie turns a label."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        config = changed(full, schedule__steps=20, schedule__eval_every=20, optim__decay="constant")
+    config = changed(full, schedule__steps=20, schedule__eval_every=20, optim__decay="constant")
+    optim = config.optim
+    speed: dict[torch.Tensor, torch.Tensor] = {}
+    with double_precision():
         state, twin = state_of(config), state_of(config)
-        for each in (state, twin):
-            for network in each.networks.values():
-                network.double()
-        optim = config.optim
-        speed: dict[torch.Tensor, torch.Tensor] = {}
-        with torch.random.fork_rng(), _double():
-            for step in range(20):
-                twin.step = step
-                parameters = [p for network in twin.networks.values() for p in network.parameters()]
-                expected = reference(config, twin, batch, own_networks=True)
-                for p, grad in zip(parameters, torch.autograd.grad(expected, parameters), strict=True):
-                    pull = grad + optim.weight_decay * p.detach() * (p.dim() > 1)
-                    speed[p] = optim.momentum * speed[p] + pull if p in speed else pull
-                    p.data -= optim.lr * speed[p]
-                found = train_step(config, state, batch)
-                assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-9), step
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-class _double:  # noqa: N801
-    """`x.float()` keeps double precision inside."""
-
-    def __enter__(self) -> None:
-        self.float = torch.Tensor.float
-        torch.Tensor.float = torch.Tensor.double
-
-    def __exit__(self, *_: object) -> None:
-        torch.Tensor.float = self.float
+        for step in range(20):
+            twin.step = step
+            parameters = [p for network in twin.networks.values() for p in network.parameters()]
+            expected = reference(config, twin, batch, own_networks=True)
+            for p, grad in zip(parameters, torch.autograd.grad(expected, parameters), strict=True):
+                pull = grad + optim.weight_decay * p.detach() * (p.dim() > 1)
+                speed[p] = optim.momentum * speed[p] + pull if p in speed else pull
+                p.data -= optim.lr * speed[p]
+            found = train_step(config, state, batch)
+            assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-9), step
 
 
 @pytest.mark.parametrize("mix", ["none", "cutmix"])
