@@ -305,7 +305,8 @@ class ComputeConfig(Section):
     """How a step is computed. Its result stays the same, up to rounding and batch-norm statistics."""
 
     autocast: Precision = "none"
-    """Precision of the networks' passes. `fp16` scales the loss, and needs a GPU."""
+    """Precision of the networks' passes. `none`: float32, in which NVIDIA GPUs from Ampere on compute convolutions in TF32, as torch does by
+    default. `fp16` scales the loss, and needs a GPU."""
     channels_last: bool = False
     compile: bool = False
     """Whether `torch.compile` compiles the networks. On a CPU it needs a C++ compiler, and the first step takes minutes."""
