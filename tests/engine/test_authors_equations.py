@@ -116,7 +116,12 @@ def given(config: TrainConfig, step: int) -> Given:
     mask = (draws(2, step, shape=(LABELED, SIDE, SIDE)) * CLASSES).to(torch.uint8)
     mask[:, : 4 + 8 * step, 4:] = VOID
     boxes = cutmix_masks(config.cps, config.seed, step, range(UNLABELED), SIDE, SIDE)
-    return Given(Batch(images[:LABELED], mask, *images[LABELED:].chunk(2)), boxes)
+    # Crops of small images: their padding is trained on like the rest.
+    shown = {
+        name: torch.tensor([[4, SIDE - 4, 0, SIDE - 8]], dtype=torch.int32).expand(number, 4)
+        for name, number in (("labeled_box", LABELED), ("unlabeled_box", UNLABELED), ("second_box", UNLABELED))
+    }
+    return Given(Batch(images[:LABELED], mask, *images[LABELED:].chunk(2), **shown), boxes)
 
 
 def start(config: TrainConfig) -> TrainState:
