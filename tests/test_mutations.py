@@ -85,7 +85,7 @@ BUGS = {
         "step.py", "_begin_step", "torch.manual_seed(A)", "torch.seed()", LOOP
     ),
     "labels are not exchanged": Bug("methods.py", "_peer_terms", "A != B", "A == B", AUTHORS),
-    "OHEM's threshold is halved": Bug("losses.py", "ohem_term", "math.log(A)", "math.log(A / 2)", AUTHORS),
+    "OHEM's threshold is halved": Bug("losses.py", "hard_pixels", "math.log(A)", "math.log(A / 2)", AUTHORS),
     "with CutMix the labelled images go first": Bug(
         "methods.py", "_student_logits", "A == 'cutmix'", "A != 'cutmix'", AUTHORS
     ),
