@@ -34,12 +34,13 @@ class TrainState:
     optimizers: dict[str, torch.optim.Optimizer]
     averages: dict[str, Segmenter]
     """Networks with averaged weights, if there is an `ema.decay`: these are evaluated."""
-    scaler: torch.amp.GradScaler
-    """Does nothing unless autocast is fp16."""
+    scalers: dict[str, torch.amp.GradScaler]
+    """Loss scales, each network's own: what one network's gradients are like is unknown where another one is trained. They do nothing
+    unless autocast is fp16."""
     ranks: Ranks
     step: int = 0
     collapsed: int = 0
-    """Evaluations in a row at which the networks did not tell classes apart."""
+    """Evaluations in a row at which the networks did not tell classes apart, and pseudo labels kept that up."""
 
     @property
     def evaluated(self) -> dict[str, Segmenter]:
@@ -58,6 +59,7 @@ class TrainState:
                 "network": network.state_dict(),
                 "optimizer": self.optimizers[name].state_dict(),
                 "average": self.averages[name].state_dict() if self.averages else None,
+                "scaler": self.scalers[name].state_dict(),
             }
             for name, network in self.networks.items()
         }
@@ -68,7 +70,7 @@ class TrainState:
             if gathered is None:
                 return None
             own = {name: saved for each in gathered for name, saved in each.items()}
-        return {"step": self.step, "collapsed": self.collapsed, "networks": own, "scaler": self.scaler.state_dict()}
+        return {"step": self.step, "collapsed": self.collapsed, "networks": own}
 
     def load(self, snapshot: dict[str, Any], source: object) -> None:
         """Continues from a snapshot. Raises CheckpointError, which names `source`, if it is of another config."""
@@ -79,7 +81,7 @@ class TrainState:
                 self.optimizers[name].load_state_dict(saved["optimizer"])
                 if self.averages:
                     self.averages[name].load_state_dict(saved["average"])
-            self.scaler.load_state_dict(snapshot["scaler"])
+                self.scalers[name].load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
             reason = " ".join(str(err).split())[:300]
             raise CheckpointError(f"{source}: the checkpoint must be of this config's networks, but {reason}") from err
@@ -115,7 +117,7 @@ def load_networks(
 
 
 def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainState:
-    """Step 0 on this rank's device: networks, optimizers, averages, scaler; wrapped in DDP where others train the same."""
+    """Step 0 on this rank's device: networks, optimizers, averages, scalers; wrapped in DDP where others train the same."""
     networks = build_networks(config, num_classes)
     if ranks.ranks_per_shard > 1:
         name = NETWORK_NAMES[ranks.network_index]
@@ -123,6 +125,7 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
     models: dict[str, nn.Module] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     averages: dict[str, Segmenter] = {}
+    scalers: dict[str, torch.amp.GradScaler] = {}
     for name, network in networks.items():
         network.to(ranks.device)
         if config.compute.channels_last:
@@ -139,8 +142,8 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
             network.network.compile(dynamic=False)  # in place: names of weights stay
         models[name] = _wrap_in_ddp(network, ranks) if ranks.num_batch_shards > 1 else network
         optimizers[name] = _optimizer(config.optim, network)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.compute.autocast == "fp16")
-    return TrainState(networks, models, optimizers, averages, scaler, ranks)
+        scalers[name] = torch.amp.GradScaler(ranks.device.type, enabled=config.compute.autocast == "fp16")
+    return TrainState(networks, models, optimizers, averages, scalers, ranks)
 
 
 def _wrap_in_ddp(network: Segmenter, ranks: Ranks) -> nn.Module:

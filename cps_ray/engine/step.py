@@ -41,7 +41,8 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
             # The method is suspended between networks: when the next one goes forward inside it, this one has gone back, was
             # updated and has dropped its gradients. Targets that must be older than the update were computed before.
             for name, losses in zip(state.networks, losses_of_networks(config, state, micro), strict=True):
-                state.scaler.scale(losses["loss"] / accumulate).backward()  # type: ignore[no-untyped-call]
+                scaler = state.scalers[name]
+                scaler.scale(losses["loss"] / accumulate).backward()  # type: ignore[no-untyped-call]
                 # With one network per worker a rank knows its own network's losses only: times the number of networks, the
                 # mean over ranks is their sum, as it is where each rank has all networks.
                 for term, value in losses.items():
@@ -49,13 +50,13 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
                 if last:
                     optimizer = state.optimizers[name]
                     if observe or clip_norm is not None:
-                        norm = _clip(state.scaler, optimizer, clip_norm)
+                        norm = _clip(scaler, optimizer, clip_norm)
                         totals[f"grad_norm_{name}"] = norm * ranks.ranks_per_shard
-                    state.scaler.step(optimizer)
+                    scaler.step(optimizer)
+                    scaler.update()
                     optimizer.zero_grad(set_to_none=True)
         for term, value in micro.measured.items():
             totals[term] = totals.get(term, 0.0) + value / accumulate
-    state.scaler.update()  # once per step, for all networks: they have one scale in common
     if state.averages:
         update_averages(config.ema, state)
     state.step += 1

@@ -21,6 +21,7 @@ SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
 from cps_ray.config.reader import parse_train
+from cps_ray.config.train import NETWORK_NAMES
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.evaluation import evaluate
@@ -52,6 +53,8 @@ for name, raw in jobs.items():
         losses.append(float(ranks.sum(measured["loss"])) / world)
     counts = evaluate(config.evaluation, state.evaluated, eval_batches(shards, "test", **mine), 7, ranks)
     read = meter.read()
+    for network in state.networks:  # only now: their steps are in single precision
+        state.scalers[network] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (1 + NETWORK_NAMES.index(network)))
     snapshot = state.snapshot()
     if rank == 0:
         means = {name: value for name, value in read.items() if name.startswith(("train/", "pseudo/"))}
@@ -138,3 +141,19 @@ def test_checkpoints_of_both_placements_are_the_same_and_load_into_either(traine
     state = build_state(changed(tiny, ema__decay=0.9), 7, Ranks())
     state.load(read_checkpoint(trained / "averaged-spread"), source="averaged-spread")
     assert state.step == 20
+
+
+@pytest.mark.parametrize("name", ["averaged", "averaged-spread"])
+def test_each_networks_loss_scale_is_its_own_in_either_placement(trained: Path, tiny: TrainConfig, name: str) -> None:
+    snapshot = read_checkpoint(trained / name)
+    scales = {network: kept["scaler"]["scale"] for network, kept in snapshot["networks"].items()}
+    assert scales == {"a": 2.0, "b": 4.0}
+    config = changed(tiny, ema__decay=0.9, compute__autocast="fp16", resources__gpus_per_worker=1.0)
+    cpu = torch.device("cpu")
+    # All networks here, and each rank of a pair: none takes the scale of another rank's network.
+    for ranks in (Ranks(), Ranks(0, 2, cpu, 2), Ranks(1, 2, cpu, 2)):
+        state = build_state(config, 7, ranks)
+        state.load(snapshot, source=name)
+        assert {network: scaler.get_scale() for network, scaler in state.scalers.items()} == {
+            network: scales[network] for network in state.networks
+        }

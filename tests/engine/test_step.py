@@ -517,3 +517,24 @@ def test_a_checkpoint_holds_every_network_and_average(tiny: TrainConfig, batch: 
         for name in own:
             for p, q in zip(own[name].state_dict().values(), loaded[name].state_dict().values(), strict=True):
                 assert torch.equal(p, q)
+
+
+def test_each_network_has_a_loss_scale_of_its_own(full: TrainConfig, batch: Batch) -> None:
+    """Scales of powers of two change no bit of a step; one network's overflow skips its own step and halves its own scale."""
+    plain, scaled = state_of(full), state_of(full)
+    for pace, name in enumerate(scaled.networks, start=1):
+        scaled.scalers[name] = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=pace)
+    for _ in range(2):
+        train_step(full, plain, batch)
+        train_step(full, scaled, batch)
+    assert {name: scaler.get_scale() for name, scaler in scaled.scalers.items()} == {"a": 64.0, "b": 32.0}
+    before = {name: [p.clone() for p in network.parameters()] for name, network in scaled.networks.items()}
+    for name, network in plain.networks.items():
+        assert all(map(torch.equal, network.parameters(), before[name]))
+    next(scaled.networks["b"].parameters()).register_hook(lambda grad: grad + float("inf"))
+    train_step(full, scaled, batch)
+    assert {name: scaler.get_scale() for name, scaler in scaled.scalers.items()} == {"a": 128.0, "b": 16.0}
+    moved = {
+        name: not all(map(torch.equal, network.parameters(), before[name])) for name, network in scaled.networks.items()
+    }
+    assert moved == {"a": True, "b": False}
