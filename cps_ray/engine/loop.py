@@ -7,7 +7,7 @@ from cps_ray.engine.batch import Batch
 from cps_ray.engine.schedules import learning_rate, ramped_weight
 from cps_ray.engine.state import TrainState
 from cps_ray.engine.step import train_step
-from cps_ray.engine.telemetry import PATIENCE, Meter, Metrics, collapse, is_lost
+from cps_ray.engine.telemetry import PATIENCE, Meter, Metrics, collapse, is_kept_up, is_lost
 from cps_ray.errors import DivergedError
 
 Validate = Callable[[TrainState], Metrics]
@@ -20,6 +20,9 @@ def fit(config: TrainConfig, state: TrainState, batches: Iterable[Batch], valida
 
     Raises DivergedError where going on is of no use: a loss is not finite, or the networks have collapsed for good.
     """
+    if is_lost(config.schedule, state.step, state.collapsed):
+        # The process was lost between the last checkpoint and the news of its end. Going on would give another end.
+        raise DivergedError(f"the networks had collapsed for good at step {state.step}.")
     meter = Meter(state.ranks)
     for batch in meter.timed(batches):
         meter.add(state.step, train_step(config, state, batch))  # advances state.step
@@ -27,7 +30,7 @@ def fit(config: TrainConfig, state: TrainState, batches: Iterable[Batch], valida
             metrics = meter.read() | _scheduled(config, state) | validate(state)
             why = collapse(metrics)
             # Before the report, which saves it: a resumed training counts on.
-            state.collapsed = state.collapsed + 1 if why else 0
+            state.collapsed = state.collapsed + 1 if why and is_kept_up(config, metrics) else 0
             if not report(metrics | {"step": state.step}, state):
                 return
             # After the report: the evaluation at which a training ends is on record.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import ScheduleConfig
+from cps_ray.config.train import ScheduleConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
 from cps_ray.errors import DivergedError
@@ -19,6 +19,12 @@ PATIENCE = 3
 """Evaluations in a row, in the second half of a training, at which a collapse must show before it ends it."""
 _ONE_CLASS = 0.999
 """Fraction of the pseudo labels from which on one class counts as taking all."""
+_SHOW_MORE = 0.99
+"""Fraction of the commonest class in the masks up to which they show more than such pseudo labels: ten times as much of the others."""
+_HARD_LABELS = ("cps", "fixmatch")
+"""Methods that train on hard pseudo labels. The squared difference of mean_teacher keeps the probabilities of rarer classes alive."""
+_COUNT_EVERY = 10
+"""Batches of which the masks of one are counted."""
 _KAPPA_BLIND = 0.9
 """Fraction of the commonest label from which on kappa says nothing: chance alone then agrees nearly everywhere."""
 _CHANCE = 0.02
@@ -33,6 +39,9 @@ class Meter:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._batches = 0
+        self._mask_pixels = torch.zeros(256, dtype=torch.float64)
+        """Number by train id. Of all the training, which `reset` does not forget: what masks show does not change."""
         self.reset()
 
     def reset(self) -> None:
@@ -54,6 +63,9 @@ class Meter:
             self._wait_s += time.perf_counter() - asked
             self._images += batch.labeled_image.shape[0]
             self._images += 0 if batch.unlabeled_image is None else batch.unlabeled_image.shape[0]
+            if self._batches % _COUNT_EVERY == 0:
+                self._mask_pixels += torch.bincount(batch.labeled_mask.flatten(), minlength=256).cpu()
+            self._batches += 1
             yield batch
 
     def add(self, step: int, measured: dict[str, Tensor]) -> None:
@@ -72,7 +84,8 @@ class Meter:
 
         `train/loss` and its terms, `train/grad_norm_a` ...; `pseudo/confidence` and what `_pseudo` lists; `time/images_per_s`
         (all ranks), `time/data_wait` (fraction 0..1 of the time) and `time/data_wait_s` (seconds, mean over ranks);
-        `memory/peak_bytes`, the most that a rank has held (on a GPU its tensors, on a CPU the process).
+        `memory/peak_bytes`, the most that a rank has held (on a GPU its tensors, on a CPU the process); `labeled/top_fraction`, the
+        fraction of the commonest class in the masks so far.
         """
         self._check()
         ranks, elapsed = self._ranks, time.perf_counter() - self._started
@@ -90,6 +103,9 @@ class Meter:
             metrics["pseudo/confidence"] = metrics.pop("train/confidence")
         if labels is not None:
             metrics |= _pseudo(ranks.sum(labels).cpu())
+        in_masks = ranks.sum(self._mask_pixels.to(ranks.device)).cpu()[:IGNORE]
+        if in_masks.sum() > 0:
+            metrics["labeled/top_fraction"] = float(in_masks.max() / in_masks.sum())
         peak = ranks.max(torch.tensor(_peak_bytes(ranks.device), device=ranks.device))
         return metrics | {
             "time/images_per_s": images,
@@ -132,7 +148,10 @@ def _pseudo(labels: Tensor) -> Metrics:
 
 
 def collapse(metrics: Metrics) -> str | None:
-    """Returns what is wrong with networks that do not tell classes apart; None if nothing is."""
+    """Returns what is wrong with networks that do not tell classes apart; None if nothing is.
+
+    That is worth a line in the log. By itself it ends nothing: of a baseline, or where foreground is rare, it is a result.
+    """
     ious = {name.removeprefix("val/iou/"): value for name, value in metrics.items() if name.startswith("val/iou/")}
     found = [name for name, value in ious.items() if value > 0.0]
     takes_all = metrics.get("pseudo/top_fraction", 1.0) >= _ONE_CLASS
@@ -144,8 +163,23 @@ def collapse(metrics: Metrics) -> str | None:
     return None
 
 
+def is_kept_up(config: TrainConfig, metrics: Metrics) -> bool:
+    """Whether pseudo labels keep a collapse up, so that the masks alone cannot undo it: these labels must be hard, weigh something, be of
+    one class nearly everywhere (unsure pixels teach nothing) and by both networks (one that tells classes apart teaches the other one
+    again), and the masks must show more.
+
+    So a supervised training is never ended for what it finds, nor one whose masks are of one class themselves. Networks that agree by
+    chance are not ended either: one of them may be good, and whether it is, its scores say.
+    """
+    labels_are_hard = config.method in _HARD_LABELS and metrics.get(f"{config.method}/weight", 0.0) > 0.0
+    one_class = metrics.get("pseudo/coverage", 0.0) * metrics.get("pseudo/top_fraction", 0.0) >= _ONE_CLASS
+    by_both = metrics.get("pseudo/agreement", 1.0) >= _ONE_CLASS  # not measured of a single network
+    masks_show_more = metrics.get("labeled/top_fraction", 1.0) <= _SHOW_MORE
+    return labels_are_hard and one_class and by_both and masks_show_more
+
+
 def is_lost(schedule: ScheduleConfig, step: int, collapsed: int) -> bool:
-    """Whether a collapse that has shown at `collapsed` evaluations in a row is beyond recovery.
+    """Whether a collapse that was kept up at `collapsed` evaluations in a row is beyond recovery.
 
     Only those of the second half count: at first the commonest class takes all, and running statistics lag.
     """

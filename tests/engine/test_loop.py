@@ -11,11 +11,13 @@ from support import changed, evaluate
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.batch import Batch
+from cps_ray.engine.batch import Batch, EvalBatch
+from cps_ray.engine.evaluation import summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.metrics import confusion
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import TrainState, build_state, load_networks
+from cps_ray.engine.telemetry import collapse
 from cps_ray.errors import CheckpointError, DivergedError
 from cps_ray.runs import read_checkpoint, write_checkpoint
 
@@ -155,7 +157,14 @@ def test_the_networks_of_a_checkpoint_are_the_averages_if_there_are_any(tiny: Tr
         load_networks(changed(config, model__networks=3), read_checkpoint(folder), 7, source=folder)
 
 
-DEAD = {"val/iou/road": 0.3, "val/iou/sky": 0.0, "val/iou/car": 0.0, "pseudo/top_fraction": 1.0}
+DEAD = {
+    "val/iou/road": 0.3,
+    "val/iou/sky": 0.0,
+    "val/iou/car": 0.0,
+    "pseudo/coverage": 1.0,
+    "pseudo/top_fraction": 1.0,
+    "pseudo/agreement": 1.0,
+}
 ALIVE = {**DEAD, "val/iou/sky": 0.1, "pseudo/top_fraction": 0.8}
 
 
@@ -185,3 +194,58 @@ def test_a_checkpoint_knows_how_long_a_collapse_has_lasted(tiny: TrainConfig, tm
     resumed.load(read_checkpoint(tmp_path), source=tmp_path)
     with pytest.raises(DivergedError, match="the last at step 7"):
         finding(config, resumed, [DEAD])
+    # Its process may be lost before anybody has heard of it: resumed, the training ends as it had ended.
+    with pytest.raises(DivergedError, match="collapsed for good at step 7"):
+        finding(config, resumed, [])
+
+
+def rare(foreground: float) -> Iterator[Batch]:
+    """Noise, of which this fraction of pixels is called foreground at random: there is nothing to find."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        image = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        mask = (torch.rand(2, 32, 32, generator=generator) < foreground).to(torch.uint8)
+        yield Batch(image[:2], mask, image[2:])
+
+
+def train_on_rare(config: TrainConfig, foreground: float) -> list[dict[str, Any]]:
+    """Trains on `rare` and evaluates on it; returns the reports."""
+    state = build_state(config, 2, Ranks())
+    reports: list[dict[str, Any]] = []
+    batch = next(rare(foreground))
+    whole = EvalBatch(("x", "y"), batch.labeled_image, batch.labeled_mask)
+
+    def report(metrics: dict[str, Any], _: TrainState) -> bool:
+        reports.append(metrics)
+        return True
+
+    def validate(state: TrainState) -> dict[str, Any]:
+        return summarise(evaluate(config, state.evaluated, [whole], 2, Ranks()), ["background", "foreground"], "val")
+
+    fit(config, state, rare(foreground), validate, report)
+    return reports
+
+
+@pytest.fixture
+def blind(tiny: TrainConfig) -> TrainConfig:
+    """Learns nothing but that background is common, and the networks teach each other so."""
+    return changed(tiny, schedule__steps=40, schedule__eval_every=5, optim__lr=0.1, optim__decay="constant")
+
+
+def test_a_baseline_that_finds_no_foreground_is_a_result(blind: TrainConfig) -> None:
+    reports = train_on_rare(changed(blind, method="supervised"), 0.03)
+    assert reports[-1]["step"] == 40
+    assert 0.96 < reports[-1]["labeled/top_fraction"] < 0.98
+    assert all("one class takes all" in (collapse(report) or "") for report in reports[-4:]), "it is reported"
+
+
+def test_networks_that_teach_each_other_away_what_masks_show_are_ended(blind: TrainConfig) -> None:
+    with pytest.raises(DivergedError, match="of 2 classes in val only background is found"):
+        train_on_rare(blind, 0.03)
+
+
+def test_networks_whose_masks_show_next_to_nothing_else_are_not_ended(blind: TrainConfig) -> None:
+    reports = train_on_rare(blind, 0.0005)
+    assert reports[-1]["step"] == 40
+    assert reports[-1]["pseudo/top_fraction"] >= 0.999
+    assert reports[-1]["labeled/top_fraction"] >= 0.999

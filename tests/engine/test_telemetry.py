@@ -7,7 +7,7 @@ from support import changed
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.telemetry import Meter, collapse, is_lost
+from cps_ray.engine.telemetry import Meter, collapse, is_kept_up, is_lost
 from cps_ray.errors import DivergedError
 
 
@@ -79,6 +79,60 @@ def test_a_loss_that_is_not_finite_is_named_by_its_first_step() -> None:
 def test_collapses_are_told_from_late_learning(metrics: dict[str, float], reason: str | None) -> None:
     why = collapse(metrics)
     assert (why is None) if reason is None else (why is not None and reason in why)
+
+
+KEPT_UP = {
+    "pseudo/coverage": 1.0,
+    "pseudo/top_fraction": 0.9995,
+    "pseudo/agreement": 0.9995,
+    "labeled/top_fraction": 0.97,
+    "cps/weight": 1.0,
+    "fixmatch/weight": 1.0,
+    "mean_teacher/weight": 100.0,
+}
+ONE_NETWORK = {name: value for name, value in KEPT_UP.items() if name != "pseudo/agreement"}
+
+
+@pytest.mark.parametrize(
+    ("method", "metrics", "expected"),
+    [
+        ("cps", KEPT_UP, True),
+        ("fixmatch", ONE_NETWORK, True),  # of one network no agreement is measured
+        ("supervised", {"labeled/top_fraction": 0.97}, False),  # no pseudo labels
+        ("mean_teacher", ONE_NETWORK, False),  # no hard ones
+        ("cps", KEPT_UP | {"cps/weight": 0.0}, False),  # they weigh nothing
+        ("cps", KEPT_UP | {"pseudo/top_fraction": 0.99}, False),
+        ("cps", KEPT_UP | {"pseudo/agreement": 0.9}, False),  # network b still tells classes apart
+        ("fixmatch", ONE_NETWORK | {"pseudo/coverage": 0.9}, False),  # a tenth is unsure, and taught nothing
+        ("fixmatch", {"pseudo/coverage": 0.0, "fixmatch/weight": 1.0, "labeled/top_fraction": 0.5}, False),  # all is
+        ("cps", KEPT_UP | {"labeled/top_fraction": 0.9995}, False),  # the masks say the same
+        ("cps", {name: value for name, value in KEPT_UP.items() if name != "labeled/top_fraction"}, False),
+        ("cps", KEPT_UP | {"pseudo/top_fraction": 0.5, "pseudo/agreement": 0.5, "pseudo/kappa": 0.0}, False),
+    ],
+)
+def test_only_hard_labels_of_one_class_keep_a_collapse_up(
+    tiny: TrainConfig, method: str, metrics: dict[str, float], expected: bool
+) -> None:
+    config = changed(tiny, method=method, ema__decay=0.99)
+    assert is_kept_up(config, metrics) == expected
+
+
+def test_masks_are_counted_over_all_the_training() -> None:
+    """Every tenth batch: the first has 3 of 4 pixels of class 0 and ignored ones beside, the eleventh 4 of class 5."""
+    image = torch.zeros(1, 3, 2, 4, dtype=torch.uint8)
+    first, other = (torch.tensor([[row, [IGNORE] * 4]], dtype=torch.uint8) for row in ([0, 0, 0, 1], [5, 5, 5, 5]))
+    meter = Meter(Ranks())
+    batches = meter.timed([Batch(image, mask, None) for mask in (first, *[other] * 9, other)])
+    next(batches)
+    assert read_top(meter) == pytest.approx(3 / 4)
+    meter.reset()
+    list(batches)
+    assert read_top(meter) == pytest.approx(4 / 8)
+
+
+def read_top(meter: Meter) -> float:
+    meter.add(0, {"loss": torch.tensor(1.0)})
+    return float(meter.read()["labeled/top_fraction"])
 
 
 def test_a_collapse_is_final_after_three_evaluations_of_the_second_half(tiny: TrainConfig) -> None:
