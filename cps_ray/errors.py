@@ -52,4 +52,4 @@ class ResourceError(CpsRayError):
 
 
 class DivergedError(CpsRayError):
-    """Continuing a training is of no use (exit 1; in a sweep its trial fails): its loss is not finite, or its networks have collapsed. The message names the step."""
+    """Continuing a training is of no use (exit 1; in a sweep its trial has collapsed): its loss is not finite, or its networks have collapsed. The message names the step."""

@@ -14,7 +14,8 @@ DEFAULT_METRIC = "val/miou"
 def train_loop(settings: dict[str, Any]) -> dict[str, str]:
     """Runs in each worker. Continues from the run's latest checkpoint, if there is one.
 
-    Returns {"diverged": why} when the loss was not finite: trying again would only find the same, so it is no crash.
+    Returns {"diverged": why} when the loss was not finite or the networks collapsed: trying again would only find the same, so it is no
+    crash.
     """
     # Not above: a trial and the run's controller load this module as well, and would load what only workers need (albumentations,
     # the loader: more than a second of CPU each).

@@ -13,6 +13,8 @@ from rich.text import Text
 from cps_ray.search.records import Event
 
 _FINISHED_SHOWN = 8
+_STYLES = {"finished": "green", "pruned": "yellow", "collapsed": "magenta", "failed": "red", "running": "cyan"}
+"""State of a run -> its colour."""
 
 
 class Display(Protocol):
@@ -78,8 +80,8 @@ def _sentence(event: Event) -> str:
         return f"{run}  finished  best {event['value']:.4f}"
     if kind == "pruned":
         return f"{run}  pruned at step {event['step']}  best {event['value']:.4f}"
-    if kind == "failed":
-        return f"{run}  failed: {event['failure']}"
+    if kind in ("failed", "collapsed"):
+        return f"{run}  {kind}: {event['failure']}"
     if kind == "best":
         return f"{run}  is the new best: {event['value']:.4f}"
     if kind == "phase":
@@ -127,14 +129,14 @@ class LiveTable:
         elif kind == "report":
             best = max(row.get("best", event["value"]), event["value"])
             row |= {"state": "running", "step": event["step"], "last": event["value"], "best": best}
-        else:  # finished, pruned or failed: the clock of this row stops
+        else:  # finished, pruned, collapsed or failed: the clock of this row stops
             row |= {"state": kind, "seconds": time.monotonic() - row["since"], "failure": event.get("failure", "")}
 
     def _render(self) -> Group:
         states = [row["state"] for row in list(self._rows.values())]
         head = Text(f"{self._name}", style="bold")
         head.append(f"   {self._phase}   {_clock(time.monotonic() - self._start)}   ", style="not bold")
-        for state, style in (("finished", "green"), ("pruned", "yellow"), ("failed", "red"), ("running", "cyan")):
+        for state, style in _STYLES.items():
             # Starting takes seconds and no decision: for the count it is running.
             count = states.count(state) + (states.count("starting") if state == "running" else 0)
             head.append(f"{count} {state}   ", style=style if count else "dim")
@@ -159,7 +161,6 @@ class LiveTable:
         rows = list(self._rows.items())  # a copy: events come in another thread
         running = [entry for entry in rows if entry[1]["state"] in ("starting", "running")]
         done = [entry for entry in rows if entry not in running]
-        styles = {"finished": "green", "pruned": "yellow", "failed": "red", "running": "cyan", "starting": "dim"}
         # Running ones last, and only a few of the ended ones: rich cannot redraw what has scrolled out of the window.
         for name, row in [*done[-_FINISHED_SHOWN:], *running]:
             seconds = row.get("seconds", time.monotonic() - row["since"])
@@ -169,5 +170,5 @@ class LiveTable:
             step = f"{row.get('step', 0)}/{row['steps']}"
             # Text, not a string: rich would take square brackets in a failure for markup, and drop them.
             cells = (name, row["state"], step, last, best, _clock(seconds), Text(about))
-            table.add_row(*cells, style=styles.get(row["state"]))
+            table.add_row(*cells, style=_STYLES.get(row["state"], "dim"))
         return table

@@ -50,7 +50,7 @@ def trial_folder(root: Path, number: int) -> Path:
 
 
 def trial_rows(study: SweepStudy, config: SweepConfig) -> list[dict[str, Any]]:
-    """Returns one plain dict per trial: number, state, failure, best and last score, steps, seconds, params."""
+    """Returns one plain dict per trial: number, state, failure (also why it collapsed), scores, steps, seconds, params."""
     rows = []
     for trial in study.trials:
         curve = trial.intermediate_values

@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from optuna.trial import TrialState
-
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
@@ -15,7 +13,7 @@ from cps_ray.runs import drop_checkpoints
 from cps_ray.search.display import show_params
 from cps_ray.search.export import write_best
 from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
-from cps_ray.search.study import SweepStudy
+from cps_ray.search.study import COLLAPSED, COMPLETE, FAILED, SweepStudy
 from cps_ray.search.tune_session import TrainingJob
 from cps_ray.text import display_path
 
@@ -53,7 +51,7 @@ class SearchPhase:
         if found is None:
             return None
         number, config = found
-        job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config)
+        job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config, self.config.objective.metric)
         params = self.study.study.trials[number].params  # after `ask`, which draws them
         self.events("started", run=job.name, params=params, steps=config.schedule.steps)
         self._publish()
@@ -66,17 +64,17 @@ class SearchPhase:
         self.study.report(number, metrics["step"], value)
         return not self.study.should_prune(number)
 
-    def tell(self, job: TrainingJob, failure: str | None) -> None:
+    def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Ends a trial in the study, and brings best.yaml, tables and summary up to date."""
         number = int(job.name)
         before = self.study.best()  # only `tell` changes it
-        state = self.study.tell(number, failure=failure)
+        state = self.study.tell(number, failure=failure, collapsed=collapsed)
         curve = self.study.study.trials[number].intermediate_values
-        if state == TrialState.FAIL:
-            self.events("failed", run=job.name, failure=failure or "no finite value was reported")
+        if state in (FAILED, COLLAPSED):
+            self.events(state, run=job.name, failure=failure or "no finite value was reported")
             self._check_limits(failure or "")
         else:
-            kind = "finished" if state == TrialState.COMPLETE else "pruned"
+            kind = "finished" if state == COMPLETE else "pruned"
             self.events(kind, run=job.name, step=max(curve), value=self.config.objective.value(curve))
         best = self.study.best()
         if best is not None and (before is None or best.number != before.number):
@@ -111,9 +109,9 @@ class SearchPhase:
         where = f"Last: {failure}. Details: {self.root / 'trials'}/*/error.txt"
         # In a row first: it is the sharper sign that the sweep itself is wrong.
         if in_a_row >= limits.max_consecutive:
-            self.limit = f"{in_a_row} trials in a row failed (failures.max_consecutive). {where}"
+            self.limit = f"{in_a_row} trials in a row failed or collapsed (failures.max_consecutive). {where}"
         elif total >= limits.max_failed:
-            self.limit = f"{total} trials failed (failures.max_failed). {where}"
+            self.limit = f"{total} trials failed or collapsed (failures.max_failed). {where}"
 
     def _publish(self) -> None:
         best = self.study.best()

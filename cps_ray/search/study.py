@@ -1,8 +1,9 @@
 """A sweep's study: an Optuna study on disk, which is the truth of a sweep. Knows nothing of Ray.
 
 Whatever else is lost, the study says which points were tried, what they reported and how they ended. A trial cut short
-is PRUNED with its curve, one that crashed or diverged is FAIL, a finished one is COMPLETE with the value that
-`objective.select` names.
+is PRUNED with its curve, one that crashed is FAIL, a finished one is COMPLETE with the value that `objective.select` names.
+One that collapsed or diverged is COMPLETE with the worst value, and with its reason as the attribute `failure`: Optuna's
+samplers learn nothing from FAIL, and would try the same region again.
 """
 
 import math
@@ -20,13 +21,16 @@ from cps_ray.config.sweep import EarlyStoppingConfig, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 
 STUDY_FILE = "study.db"
-_STATE_NAMES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-RUNNING = "running"
+WORST = 0.0
+"""Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
+COMPLETE, PRUNED, COLLAPSED, FAILED, RUNNING = STATES = ("complete", "pruned", "collapsed", "failed", "running")
 
 
 def state_name(trial: FrozenTrial) -> str:
-    """Name of a trial's state: complete, pruned, failed or running."""
-    return _STATE_NAMES.get(trial.state, RUNNING)
+    """Name of a trial's state, one of STATES."""
+    if trial.state == TrialState.COMPLETE:
+        return COLLAPSED if "failure" in trial.user_attrs else COMPLETE
+    return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
 
 
 def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseSampler:
@@ -54,6 +58,29 @@ def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
     assert_never(config.type)
 
 
+class _WithoutCollapsed(optuna.pruners.BasePruner):  # type: ignore[misc]
+    """Shows a pruner no collapsed trials: one that was good until it diverged would set a bar that trials which end well may miss."""
+
+    def __init__(self, pruner: optuna.pruners.BasePruner) -> None:
+        self._pruner = pruner
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return bool(self._pruner.prune(_StudyWithoutCollapsed(study), trial))
+
+
+class _StudyWithoutCollapsed:
+    """A study of which `get_trials` leaves out collapsed trials."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return [trial for trial in self._study.get_trials(*args, **kwargs) if state_name(trial) != COLLAPSED]
+
+
 class SweepStudy:
     """Proposes trials, takes their curves, says which to stop, and keeps how they ended; `ask`, `report`, `should_prune` and `tell`
     mean what they mean in Optuna.
@@ -71,7 +98,7 @@ class SweepStudy:
                 storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
             )
             self.study.sampler = _sampler(config.sampler, len(self.study.trials))
-            self.study.pruner = _pruner(config.early_stopping)
+            self.study.pruner = _WithoutCollapsed(_pruner(config.early_stopping))
         self._config = config
         self._objective = config.objective
         if not self.study.trials:
@@ -105,15 +132,15 @@ class SweepStudy:
         return [t for t in self.study.trials if t.state != TrialState.WAITING]
 
     def counts(self) -> dict[str, int]:
-        """Number of trials by state: complete, pruned, failed, running."""
-        counts = dict.fromkeys((*_STATE_NAMES.values(), RUNNING), 0)
+        """Number of trials by state: complete, pruned, collapsed, failed, running."""
+        counts = dict.fromkeys(STATES, 0)
         for trial in self.trials:
             counts[state_name(trial)] += 1
         return counts
 
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
-        done = [t for t in self.trials if t.state == TrialState.COMPLETE and t.value is not None]
+        done = [t for t in self.trials if state_name(t) == COMPLETE]
         return max(done, key=lambda t: t.value or 0.0, default=None)
 
     def ask(self) -> tuple[int, TrainConfig] | None:
@@ -155,8 +182,11 @@ class SweepStudy:
             return False  # it ends by itself, and complete
         return bool(self._live[number].should_prune())
 
-    def tell(self, number: int, *, failure: str | None, **facts: Any) -> TrialState:
-        """Ends a trial and returns its state; `facts` are kept with it. `failure` in one line, None if there was none."""
+    def tell(self, number: int, *, failure: str | None, collapsed: bool = False, **facts: Any) -> str:
+        """Ends a trial and returns the name of its state; `facts` are kept with it.
+
+        `failure`: what went wrong, in one line; None if nothing did. `collapsed`: whether that was the training's own result, not a crash.
+        """
         curve = self._frozen(number).intermediate_values
         trial = self._live.pop(number)
         reported = self._curves.pop(number, {})
@@ -165,21 +195,23 @@ class SweepStudy:
             if value is not None:
                 trial.set_user_attr(name, value)
         finite = {step: value for step, value in curve.items() if math.isfinite(value)}
-        if failure is not None or not finite:
+        if failure is not None and collapsed:
+            self.study.tell(number, WORST)
+        elif failure is not None or not finite:
             self.study.tell(number, state=TrialState.FAIL)
         elif max(finite) < self._config.train.schedule.steps:
             # Optuna takes the last intermediate value as a pruned trial's own.
             self.study.tell(number, state=TrialState.PRUNED)
         else:
             self.study.tell(number, self._objective.value(finite))
-        return self._frozen(number).state
+        return state_name(self._frozen(number))
 
     def failures(self) -> tuple[int, int]:
-        """Number of failed trials in all, and in a row at the end of the finished ones."""
+        """Number of failed or collapsed trials in all, and in a row at the end of the finished ones."""
         ended = [t for t in self.trials if t.state.is_finished()]
         # By time, not by number: trials that run at once do not end in the order in which they began.
         ended.sort(key=lambda t: t.user_attrs.get("ended", 0.0))
-        failed = [t.state == TrialState.FAIL for t in ended]
+        failed = [state_name(t) in (FAILED, COLLAPSED) for t in ended]
         in_a_row = next((n for n, one in enumerate(reversed(failed)) if not one), len(failed))
         return sum(failed), in_a_row
 

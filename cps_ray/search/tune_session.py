@@ -19,8 +19,9 @@ from ray.tune.stopper import Stopper
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.telemetry import Metrics
+from cps_ray.on_ray.trainer import DEFAULT_METRIC
 from cps_ray.runs import CONFIG_FILE, read_metrics
-from cps_ray.search.tune_trial import FAILURE, TuneTrial
+from cps_ray.search.tune_trial import COLLAPSED, FAILURE, TuneTrial
 
 _DRIVER_BYTES = 256 * 2**20
 """A trial itself holds memory only: CPUs would be booked twice, as its workers have their own placement group."""
@@ -34,6 +35,8 @@ class TrainingJob:
     name: str
     folder: Path
     config: TrainConfig
+    metric: str = DEFAULT_METRIC
+    """Metric by which its best checkpoint is kept."""
 
 
 class Phase(Protocol):
@@ -45,18 +48,18 @@ class Phase(Protocol):
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
         """Takes one evaluation; False stops the training."""
 
-    def tell(self, job: TrainingJob, failure: str | None) -> None:
-        """Takes the end of a training: finished, stopped by `report`, or failed."""
+    def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
+        """Takes the end of a training: finished or stopped by `report`, or failed: by itself (`collapsed`), or by a crash."""
 
 
 class TuneSession:
     """Runs a phase to its end, or to `stop`."""
 
-    def __init__(self, phase: Phase, folder: Path, *, sweep: str, at_once: int, metric: str, retries: int) -> None:
-        """`folder`: for Ray's own files, safe to delete afterwards. `metric`: by which a training keeps its best checkpoint."""
+    def __init__(self, phase: Phase, folder: Path, *, sweep: str, at_once: int, retries: int) -> None:
+        """`folder`: for Ray's own files, safe to delete afterwards."""
         self._phase = phase
         self._folder = folder
-        self._sweep, self._at_once, self._metric, self._retries = sweep, at_once, metric, retries
+        self._sweep, self._at_once, self._retries = sweep, at_once, retries
         self._jobs: dict[str, TrainingJob] = {}
         self._last_step: dict[str, int] = {}
         self._stopped: set[str] = set()
@@ -84,7 +87,7 @@ class TuneSession:
 
     def _fit(self) -> None:
         try:
-            trial = tune.with_parameters(TuneTrial, sweep=self._sweep, metric=self._metric, retries=self._retries)
+            trial = tune.with_parameters(TuneTrial, sweep=self._sweep, retries=self._retries)
             tuner = tune.Tuner(
                 tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])),
                 tune_config=tune.TuneConfig(
@@ -112,7 +115,7 @@ class TuneSession:
     # What the adapters below call, all in Tune's thread: so a phase needs no locks.
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Begins the next training: its config for Tune is the folder that holds its real one. None: there is no more."""
+        """Begins the next training: its config for Tune names the folder that holds its real one. None: there is no more."""
         job = None if self.stopping else self._phase.ask()
         if job is None:
             return None
@@ -121,7 +124,7 @@ class TuneSession:
             dump_yaml(job.config.dump(str(job.folder)), f"Training {job.name} of {self._sweep}.")
         )
         self._jobs[trial_id] = job
-        return {"folder": str(job.folder)}
+        return {"folder": str(job.folder), "metric": job.metric}
 
     def pass_on_reports(self, trial_id: str) -> bool:
         """Passes on what the run has recorded since the last call; False: stop it."""
@@ -141,8 +144,8 @@ class TuneSession:
     def end(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
         """Passes on the last reports, and how the training ended."""
         self.pass_on_reports(trial_id)
-        failure = "the process that ran the trial died" if error else (result or {}).get(FAILURE)
-        self._phase.tell(self._jobs.pop(trial_id), failure)
+        last: dict[str, Any] = {FAILURE: "the process that ran the trial died"} if error else result or {}
+        self._phase.tell(self._jobs.pop(trial_id), last.get(FAILURE), collapsed=last.get(COLLAPSED, False))
 
 
 def _name(trial: Any) -> str:

@@ -14,7 +14,7 @@ from ray import tune
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cps_ray.config.reader import load_train
-from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer, reason
+from cps_ray.on_ray.trainer import make_trainer, reason
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE
 
 _BEAT_S = 0.5
@@ -22,6 +22,8 @@ _ABORT_S = 9
 """How long an abort is waited for: at the end of a session Tune gives `cleanup` about 15 s in all."""
 FAILURE = "failure"
 """Key of a last result: why the training failed, in one line."""
+COLLAPSED = "collapsed"
+"""Key of a last result with FAILURE: whether the training collapsed or diverged, which another try would only repeat; else it crashed."""
 
 
 class _AnnounceController(ControllerCallback):  # type: ignore[misc]
@@ -35,11 +37,12 @@ class _AnnounceController(ControllerCallback):  # type: ignore[misc]
 
 
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
-    """Trains the config in `config["folder"]/config.yaml`, continuing from that folder's latest checkpoint."""
+    """Trains the config in `config["folder"]/config.yaml`, continuing from that folder's latest checkpoint; keeps the best by
+    `config["metric"]`."""
 
-    def setup(self, config: dict[str, Any], sweep: str = "", metric: str = DEFAULT_METRIC, retries: int = 1) -> None:
-        self._folder = Path(config["folder"])
-        self._sweep, self._metric, self._retries = sweep, metric, retries
+    def setup(self, config: dict[str, Any], sweep: str = "", retries: int = 1) -> None:
+        self._folder, self._metric = Path(config["folder"]), config["metric"]
+        self._sweep, self._retries = sweep, retries
         self._run: Future[Any] | None = None
         self._controller: Any = None
         self._aborted = False
@@ -49,7 +52,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         self._controller = controller
 
     def step(self) -> dict[str, Any]:
-        """Returns within half a second; the last result has `done`, and FAILURE if the training failed."""
+        """Returns within half a second; the last result has `done`, and FAILURE and COLLAPSED if the training failed."""
         if self._run is None:
             me = ray.get_runtime_context().current_actor
             # In a thread: Tune calls `step` again only when it has returned, and stops a trial only between two calls.
@@ -58,11 +61,12 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         wait([self._run], timeout=_BEAT_S)
         if not self._run.done():
             return {"beat": 1}
-        failure = self._run.result()
-        return {"done": True} | ({FAILURE: failure} if failure else {})
+        return {"done": True, **self._run.result()}
 
-    def _fit(self, callbacks: list[Any]) -> str | None:
-        """Trains. Returns one line about what went wrong, and writes all of it to error.txt; None if nothing did."""
+    def _fit(self, callbacks: list[Any]) -> dict[str, Any]:
+        """Trains. Returns FAILURE and COLLAPSED, and writes all about it to error.txt; nothing if nothing went wrong."""
+        error_file = self._folder / ERROR_FILE
+        error_file.unlink(missing_ok=True)  # of an earlier try
         try:
             config = load_train(self._folder / CONFIG_FILE)
             trainer = make_trainer(
@@ -76,13 +80,13 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
             outcome = trainer.fit().return_value
             diverged: str | None = outcome.get("diverged") if outcome else None
             if diverged:
-                (self._folder / ERROR_FILE).write_text(f"{diverged}\n")
-            return diverged
+                error_file.write_text(f"{diverged}\n")
+            return {FAILURE: diverged, COLLAPSED: True} if diverged else {}
         except Exception as err:  # whatever it was, it is this trial's failure, not the sweep's
             if self._aborted:
-                return None  # `cleanup` has ended the run, and this is how `fit` learns of it
-            (self._folder / ERROR_FILE).write_text(traceback.format_exc())
-            return reason(err)
+                return {}  # `cleanup` has ended the run, and this is how `fit` learns of it
+            error_file.write_text(traceback.format_exc())
+            return {FAILURE: reason(err), COLLAPSED: False}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Saves nothing: the Train run keeps its own."""

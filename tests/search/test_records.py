@@ -30,7 +30,7 @@ def config(tiny: TrainConfig, tmp_path: Path) -> SweepConfig:
             "name": "s",
             "output": str(tmp_path),
             "train": tiny.dump(),
-            "budget": {"trials": 3},
+            "budget": {"trials": 4},
             "early_stopping": {"type": "none"},
             "search_space": {
                 "optim.lr": {"type": "float", "low": 0.001, "high": 0.1},
@@ -44,11 +44,12 @@ def config(tiny: TrainConfig, tmp_path: Path) -> SweepConfig:
 
 def fill(study: SweepStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cps_ray.search.study.apply", lambda train, changes, where: train)
-    for number, curve in enumerate(({2: 0.1, 4: 0.4, 6: 0.3}, {2: 0.2}, {})):
+    for number, curve in enumerate(({2: 0.1, 4: 0.4, 6: 0.3}, {2: 0.2}, {}, {2: 0.5})):
         study.ask()
         for step, value in curve.items():
             study.report(number, step, value)
-        study.tell(number, failure=None if curve else "boom")
+        failure = {2: "boom", 3: "one class takes all"}.get(number)
+        study.tell(number, failure=failure, collapsed=number == 3)
 
 
 def test_tables_and_summary_say_what_happened(
@@ -61,15 +62,16 @@ def test_tables_and_summary_say_what_happened(
     (folder / "metrics.jsonl").write_text('{"step": 2, "val/miou": 0.1}\n{"step": 4, "val/miou": 0.4, "new": 1}\n')
     write_tables(tmp_path, study, config)
     rows = pq.read_table(tmp_path / "trials.parquet").to_pylist()
-    assert [row["state"] for row in rows] == ["complete", "pruned", "failed"]
-    assert [row["score"] for row in rows] == [0.4, None, None]
+    assert [row["state"] for row in rows] == ["complete", "pruned", "failed", "collapsed"]
+    assert [row["score"] for row in rows] == [0.4, None, None, 0.0]
     assert (rows[0]["score_best"], rows[0]["step_best"], rows[0]["score_last"]) == (0.4, 4, 0.3)
-    assert rows[2]["failure"] == "boom"
+    assert [row["failure"] for row in rows] == [None, None, "boom", "one class takes all"]
     assert {row["params.model.options.decoder_atrous_rates"] for row in rows} <= {"1", "a"}, "a mixed choice is text"
     history = pq.read_table(tmp_path / "history.parquet").to_pylist()
     assert [(row["run"], row["step"], row["new"]) for row in history] == [("0000", 2, None), ("0000", 4, 1)]
     summary = write_summary(tmp_path, study, config, "finished", final={"x": 1})
-    assert summary["trials"] == {"budget": 3, "complete": 1, "pruned": 1, "failed": 1, "running": 0}
+    states = {"complete": 1, "pruned": 1, "collapsed": 1, "failed": 1, "running": 0}
+    assert summary["trials"] == {"budget": 4, **states}
     assert (summary["best"]["trial"], summary["best"]["value"], summary["best"]["step"]) == (0, 0.4, 4)
     assert write_summary(tmp_path, study, config, "running")["final"] == {"x": 1}, "it is of this best trial"
 
@@ -116,7 +118,7 @@ def evaluated(arm: str, seed: int, miou: float, config: TrainConfig) -> Evaluate
 
 def test_gain_is_in_points_of_the_means(tiny: TrainConfig) -> None:
     pairs = (("best", (0.5, 0.6)), ("plain", (0.4, 0.5)))
-    table = compare([evaluated(arm, n, v, tiny) for arm, values in pairs for n, v in enumerate(values)])
+    table = compare([evaluated(arm, n, v, tiny) for arm, values in pairs for n, v in enumerate(values)], "val/miou")
     assert table["gain"] == {"plain": pytest.approx(10.0)}
     own = table["arms"]["best"]["test/miou"]
     assert (own["mean"], own["sd"], own["n"]) == (pytest.approx(0.55), pytest.approx(0.0707107, rel=1e-5), 2)
@@ -146,6 +148,8 @@ EVENTS = (
     {"event": "pruned", "run": "0000", "step": 2, "value": 0.25},
     {"event": "started", "run": "0001", "params": {}, "steps": 6},
     {"event": "failed", "run": "0001", "failure": "boom [try]"},
+    {"event": "started", "run": "0003", "params": {}, "steps": 6},
+    {"event": "collapsed", "run": "0003", "failure": "one class [road] takes all"},
     {"event": "started", "run": "0002", "params": {}, "steps": 6},
     {"event": "report", "run": "0002", "step": 6, "steps": 6, "value": 0.5},
     {"event": "finished", "run": "0002", "step": 6, "value": 0.5},
@@ -167,6 +171,17 @@ def test_both_displays_tell_the_story(terminal: bool, tmp_path: Path) -> None:
         if terminal:
             console.print(display._render())
     text = console.export_text()
-    for word in ("0000", "pruned", "0001", "boom [try]", "0002", "0.5000", "search", "optim.lr 0.01"):
+    for word in (
+        "0000",
+        "pruned",
+        "0001",
+        "boom [try]",
+        "collapsed",
+        "class [road]",
+        "0002",
+        "0.5000",
+        "search",
+        "optim.lr 0.01",
+    ):
         assert word in text
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == len(EVENTS)

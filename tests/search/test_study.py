@@ -68,7 +68,7 @@ def test_a_finished_trial_has_its_best_value(config: SweepConfig, tmp_path: Path
     study = SweepStudy(config, tmp_path)
     study.ask()
     assert train_to(study, 0, [0.2, 0.5, 0.4, 0.3])
-    assert study.tell(0, failure=None) == TrialState.COMPLETE
+    assert study.tell(0, failure=None) == "complete"
     assert study.study.trials[0].value == 0.5
     assert study.best().number == 0
 
@@ -89,7 +89,7 @@ def test_asha_prunes_the_worse_half_and_keeps_its_curve(config: SweepConfig, tmp
     assert train_to(study, 0, [0.5])
     assert train_to(study, 1, [0.6])
     assert not train_to(study, 2, [0.1])
-    assert study.tell(2, failure=None) == TrialState.PRUNED
+    assert study.tell(2, failure=None) == "pruned"
     assert study.study.trials[2].intermediate_values == {2: 0.1}
 
 
@@ -121,9 +121,70 @@ def test_crashes_and_nan_are_failures(
     study = SweepStudy(config, tmp_path)
     study.ask()
     train_to(study, 0, values)
-    assert study.tell(0, failure=failure) == TrialState.FAIL
+    assert study.tell(0, failure=failure) == "failed"
     assert study.best() is None
     assert study.failures() == (1, 1)
+
+
+def collapse(study: SweepStudy, number: int, values: list[float], failure: str = "one class takes all") -> str:
+    train_to(study, number, values)
+    return study.tell(number, failure=failure, collapsed=True)
+
+
+def test_a_collapsed_trial_has_the_worst_value_and_its_reason_and_is_never_the_best(
+    config: SweepConfig, tmp_path: Path
+) -> None:
+    study = SweepStudy(config, tmp_path)
+    for _ in range(3):
+        study.ask()
+    assert collapse(study, 0, [0.9, 0.9, 0.9]) == "collapsed"
+    assert collapse(study, 1, []) == "collapsed", "its loss may be infinite before any evaluation"
+    assert study.best() is None
+    told = study.study.trials[0]
+    assert (told.state, told.value, told.user_attrs["failure"]) == (TrialState.COMPLETE, 0.0, "one class takes all")
+    assert study.failures() == (2, 2)
+    train_to(study, 2, [0.0, 0.0, 0.0, 0.0])
+    study.tell(2, failure=None)
+    assert study.best().number == 2, "of equal values only one is a result"
+    # Another session reads the same.
+    again = SweepStudy(config, tmp_path)
+    assert again.counts() == {"complete": 1, "pruned": 0, "collapsed": 2, "failed": 0, "running": 0}
+    assert again.best().number == 2
+    assert again.failures() == (2, 0)
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_the_curve_of_a_collapsed_trial_sets_no_bar(config: SweepConfig, tmp_path: Path, pruner: str) -> None:
+    stopping = config.early_stopping.model_copy(update={"type": pruner})
+    study = SweepStudy(config.model_copy(update={"early_stopping": stopping}), tmp_path)
+    for _ in range(6):
+        study.ask()
+    for number in range(5):  # five, as the median wants to see some trials first
+        collapse(study, number, [0.7 + 0.01 * number], "the loss is not finite")
+    assert train_to(study, 5, [0.5, 0.5, 0.5, 0.5]), "good early values of those are no reason to stop this one"
+
+
+@pytest.mark.parametrize(("collapsed", "fewest", "most"), [(True, 0, 12), (False, 15, 20)])
+def test_the_sampler_leaves_a_region_that_collapses(
+    config: SweepConfig, tmp_path: Path, collapsed: bool, fewest: int, most: int
+) -> None:
+    """Beyond a weight of 2, a third of the range, every training collapses. Told FAIL, which TPE does not read, most of the proposals
+    go there: where nothing is known to it, it looks."""
+    space = {"cps.weight": config.search_space["cps.weight"]}
+    budget = config.budget.model_copy(update={"trials": 30})
+    sampler = config.sampler.model_copy(update={"startup_trials": 10})
+    changes = {"search_space": space, "budget": budget, "sampler": sampler, "enqueue": []}
+    study = SweepStudy(config.model_copy(update=changes), tmp_path)
+    collapses = []
+    for number in range(30):
+        _, train = study.ask()
+        collapses.append(train.cps.weight > 2)
+        if collapses[-1]:
+            study.tell(number, failure="one class takes all", collapsed=collapsed)
+        else:
+            study.report(number, 8, 0.3 + 0.1 * train.cps.weight)
+            study.tell(number, failure=None)
+    assert fewest <= sum(collapses[10:]) <= most, f"{sum(collapses[10:])} of 20 proposals"
 
 
 def test_failures_in_a_row_end_with_a_success(config: SweepConfig, tmp_path: Path) -> None:
@@ -147,7 +208,7 @@ def test_a_new_session_goes_on_where_the_old_one_stopped(config: SweepConfig, tm
     train_to(first, 1, [0.6])
 
     second = SweepStudy(config, tmp_path)
-    assert second.counts() == {"complete": 1, "pruned": 0, "failed": 0, "running": 2}
+    assert second.counts() == {"complete": 1, "pruned": 0, "collapsed": 0, "failed": 0, "running": 2}
     # The unfinished ones come back with their numbers and points, then new ones.
     assert [second.ask() for _ in range(2)] == points[1:]
     assert report(second, 1, 2, 0.6), "a step heard before is not news"
