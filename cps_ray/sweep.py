@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
-    resume.add_argument("--trials", type=int, help="a larger budget of trials")
+    resume.add_argument("--trials", type=int, help="another budget of trials, those so far included")
     resume.add_argument("--time", help="a larger budget of wall time, over all sessions, such as 10h")
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
@@ -122,11 +122,18 @@ def _dry_run(config: SweepConfig, draws: int) -> int:
 
 def _resume(args: argparse.Namespace) -> int:
     from cps_ray.search import sweep, sweep_folder
+    from cps_ray.search.study import SweepStudy
 
     _need_sweep_folder(args.folder)
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
     config = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
+    begun = len(SweepStudy(config, root).trials)
+    if args.trials is not None and args.trials < begun:
+        raise ConfigError(
+            f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
+            "It is the number in all, not of further ones."
+        )
     if overrides:  # stored, so that a later `resume` keeps the larger budget
         sweep_folder.write_resolved(root, config)
     return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config))

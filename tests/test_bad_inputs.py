@@ -10,7 +10,12 @@ import trees
 from support import TINY_DATA
 
 from cps_ray import prepare, sweep, train
+from cps_ray.config.reader import load_sweep
 from cps_ray.datasets.prepare.assembly import write_shards
+from cps_ray.files import read_json, write_json
+from cps_ray.search import sweep_folder
+from cps_ray.search.records import write_summary
+from cps_ray.search.study import SweepStudy
 
 SWEEP = (
     """\
@@ -77,6 +82,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (("cpus_per_worker: 0.5", "workers: 3"), ["labeled_batch", "== 0` must hold", "4 images for 3 x 1"]),
         (("resources:", "compute: {autocast: fp16}\n  resources:"), ["fp16", "gpus_per_worker", "bf16"]),
+        (
+            ("final: {retrain: none}", "baselines:\n  best: {method: supervised}"),
+            ["bad.yaml:20", "baselines.best", "the name of the best configuration itself"],
+        ),
+        (("retrain: none", "seeds: [1, 2, 1]"), ["bad.yaml:19", "final.seeds", "lists 1 twice"]),
         (("version: 1", "version: 1\n\tname: x"), ["bad.yaml:2"]),
     ],
     ids=lambda value: value[1].strip()[:30] if isinstance(value, tuple) else "",
@@ -180,6 +190,75 @@ def test_an_existing_training_folder(tmp_path: Path, shards: Path, capsys: pytes
 def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["resume", str(tmp_path)]) == 2
     assert "must be the folder of a sweep" in one_line(capsys)
+
+
+@pytest.fixture
+def finished(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished sweep of two trials without final runs; whoever starts a cluster for it, fails."""
+    path = Path(write())
+    config = load_sweep(path)
+    root = sweep_folder.begin(config, path, fresh=False)
+    study = SweepStudy(config, root)
+    for number in range(2):
+        study.ask()
+        study.report(number, 4, 0.5 - 0.1 * number)
+        study.tell(number, failure=None)
+    (root / "best").mkdir()
+    (root / "best.yaml").touch()
+    write_summary(root, study, config, "finished", final=None)
+
+    def start(address: str | None) -> None:
+        raise AssertionError("a cluster is started")
+
+    monkeypatch.setattr("cps_ray.search.sweep.connected", start)
+    return root
+
+
+def test_a_budget_below_what_is_done(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "sweep.yaml").read_text()
+    assert sweep.main(["resume", str(finished), "--trials", "1"]) == 2
+    assert "--trials 1: must be at least 2, as many trials as" in one_line(capsys)
+    assert (finished / "sweep.yaml").read_text() == before
+
+
+def test_nothing_to_do_starts_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = finished / "events.jsonl"
+    assert sweep.main(["resume", str(finished), "--trials", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing to do" in out
+    assert "Best trial 0: val/miou 0.5000" in out
+    assert not events.exists()
+    with pytest.raises(AssertionError, match="a cluster is started"):
+        sweep.main(["resume", str(finished), "--trials", "3"])
+
+
+@pytest.mark.parametrize("name", ["best", "best.yaml", "study.db"])
+def test_what_is_missing_or_has_changed_is_made_again(finished: Path, name: str) -> None:
+    """A deleted result, and another best trial than the summary's."""
+    if name == "study.db":
+        summary = read_json(finished / "summary.json") or {}
+        write_json(finished / "summary.json", {**summary, "best": {**summary["best"], "trial": 1}})
+    elif name == "best":
+        (finished / name).rmdir()
+    else:
+        (finished / name).unlink()
+    with pytest.raises(AssertionError, match="a cluster is started"):
+        sweep.main(["resume", str(finished)])
+
+
+def test_a_sweep_without_a_best_trial_starts_nothing_for_it(
+    write: Write, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(finished)
+    path = Path(write())
+    config = load_sweep(path)
+    root = sweep_folder.begin(config, path, fresh=False)
+    study = SweepStudy(config, root)
+    for number in range(2):
+        study.ask()
+        study.tell(number, failure="one class takes all", collapsed=number == 0)
+    assert sweep.main(["resume", str(root)]) == 3
+    assert "no trial completed (1 collapsed, 1 failed)" in one_line(capsys)
 
 
 def test_a_test_split_without_masks(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

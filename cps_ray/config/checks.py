@@ -12,7 +12,7 @@ from typing import Any
 
 from cps_ray.config.schema import as_yaml, dotted, locate, renaming, settings, types_at
 from cps_ray.config.space import active, apply, listed
-from cps_ray.config.sweep import ChoiceParam, IntParam, Param, Scalar, SweepConfig
+from cps_ray.config.sweep import BEST_ARM, ChoiceParam, IntParam, Param, Scalar, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
@@ -69,6 +69,8 @@ def _name_faults(sweep: SweepConfig) -> Iterator[Fault]:
                 ("baselines", name),
                 "names a folder: letters, digits, `.`, `_` and `-`, with a letter or digit first.",
             )
+        if name == BEST_ARM:
+            yield ("baselines", name), "is the name of the best configuration itself; give the baseline another one."
 
 
 def _name_fault(name: str) -> str:

@@ -12,6 +12,8 @@ from cps_ray.config.train import NonNegativeInt, PositiveInt, TrainConfig
 
 Scalar = bool | int | float | str
 
+BEST_ARM = "best"
+"""Name of the best configuration among the baselines' names."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -128,9 +130,9 @@ class FailuresConfig(Section):
     retries: NonNegativeInt = 1
     """Restarts of one training after a crash or a lost node; each continues from the last checkpoint."""
     max_failed: PositiveInt = 10
-    """Number of failed trials that stops the sweep (exit 4)."""
+    """Number of failed or collapsed trials that stops the sweep (exit 4)."""
     max_consecutive: PositiveInt = 5
-    """Number of failed trials in a row that stops the sweep (exit 4)."""
+    """Number of failed or collapsed trials in a row that stops the sweep (exit 4)."""
 
 
 class FinalConfig(Section):
@@ -140,6 +142,14 @@ class FinalConfig(Section):
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 2, 3)
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        repeated = [seed for number, seed in enumerate(seeds) if seed in seeds[:number]]
+        if repeated:
+            raise ValueError(f"lists {repeated[0]} twice: a run with the same seed is the same run. Remove one.")
+        return seeds
 
 
 class SweepConfig(Section):

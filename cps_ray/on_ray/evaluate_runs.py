@@ -14,7 +14,7 @@ from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import tune_cpu
-from cps_ray.engine.evaluation import evaluate, predict, summarise
+from cps_ray.engine.evaluation import ENSEMBLE, evaluate, predict, summarise
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks
@@ -36,8 +36,11 @@ class CheckpointScores:
     examples: list[Example]
 
 
-def evaluate_checkpoint(train: dict[str, Any], checkpoint: str, split: str, num_examples: int = 0) -> CheckpointScores:
-    """Evaluates a checkpoint's networks on every image of a split, and predicts a's masks of a few images spread over it."""
+def evaluate_checkpoint(
+    train: dict[str, Any], checkpoint: str, split: str, num_examples: int = 0, shown: str = "a"
+) -> CheckpointScores:
+    """Evaluates a checkpoint's networks on every image of a split, and predicts masks of a few images spread over it by the network
+    `shown`, or with ENSEMBLE by all together."""
     config = parse_train(train, "train")
     # Ray sets CUDA_VISIBLE_DEVICES to what the task asked for, so the first visible GPU is this task's.
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
@@ -57,13 +60,14 @@ def evaluate_checkpoint(train: dict[str, Any], checkpoint: str, split: str, num_
         slices=config.data.slices,
         precision=precision,
     )
-    examples = _examples(config.evaluation, networks["a"], shards.index(split), num_examples, device, precision)
+    showing = [*networks.values()] if shown == ENSEMBLE else [networks[shown]]
+    examples = _examples(config.evaluation, showing, shards.index(split), num_examples, device, precision)
     return CheckpointScores(summarise(counts, shards.classes, split), examples)
 
 
 def _examples(
     evaluation: EvaluationConfig,
-    network: Segmenter,
+    networks: list[Segmenter],
     index: Index,
     count: int,
     device: torch.device,
@@ -74,26 +78,28 @@ def _examples(
     # The same images for every checkpoint, so that pictures can stand side by side.
     for row in rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else ():
         batch = eval_batch(index, [int(row)])
-        scores = predict(evaluation, network, batch.image.to(device), precision=precision)
-        predicted = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        scores = [predict(evaluation, network, batch.image.to(device), precision=precision) for network in networks]
+        if len(scores) > 1 and evaluation.sum == "logits":
+            scores = [each.softmax(dim=1) for each in scores]
+        predicted = torch.stack(scores).mean(dim=0).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
         image = batch.image[0].permute(1, 2, 0).numpy()
         examples.append((batch.ids[0], np.ascontiguousarray(image), batch.mask[0].numpy(), predicted))
     return examples
 
 
 def evaluate_checkpoints(
-    runs: list[tuple[TrainConfig, Path]], split: str, num_examples: int = 0
+    runs: list[tuple[TrainConfig, Path, str]], split: str, num_examples: int = 0
 ) -> list[CheckpointScores]:
-    """Evaluates each (config, checkpoint), spread over the connected cluster; scores in the same order."""
+    """Evaluates each (config, checkpoint, network shown), spread over the connected cluster; scores in the same order."""
     import ray
 
     task = ray.remote(evaluate_checkpoint)  # by reference: workers import this module
     waiting = []
-    for config, checkpoint in runs:
+    for config, checkpoint, shown in runs:
         resources = config.resources
         # Never more CPUs than a training had, and at most the one that Ray Data had: it is idle now.
         placed = task.options(num_cpus=min(1.0, resources.cpus_per_worker), num_gpus=resources.gpus_per_worker)
-        waiting.append(placed.remote(config.dump(), str(checkpoint), split, num_examples))
+        waiting.append(placed.remote(config.dump(), str(checkpoint), split, num_examples, shown))
     try:
         scores: list[CheckpointScores] = ray.get(waiting)
     except ray.exceptions.RayTaskError as err:

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, NetworkConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Manifest
 from cps_ray.datasets.show.picture import paint_mask
 from cps_ray.engine.batch import IGNORE
+from cps_ray.engine.evaluation import ENSEMBLE
+from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.state import load_networks
 from cps_ray.files import write_json, write_text
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
@@ -33,34 +35,36 @@ def write_best(root: Path, config: TrainConfig, header: str) -> Path:
 
 
 def export_model(
-    root: Path, config: TrainConfig, checkpoint: Path, manifest: Manifest, metrics: dict[str, Any]
+    root: Path, config: TrainConfig, checkpoint: Path, manifest: Manifest, metrics: dict[str, Any], network: str = "a"
 ) -> Path:
-    """Writes best/: network a as safetensors, what is needed to build and use it, its config and its scores."""
+    """Writes best/: a network as safetensors, what is needed to build and use it, its config and its scores.
+
+    `network`: its name, or ENSEMBLE for all of them, a as model.safetensors and the others as model-b.safetensors, ...
+    """
     folder = root / MODEL_FOLDER
     # Written beside it, so that a kill leaves the model of before.
     unfinished = root / f".{MODEL_FOLDER}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    network = load_networks(config, read_checkpoint(checkpoint), len(manifest.classes), source=checkpoint)["a"]
-    # safetensors stores memory as it lies and would refuse channels_last.
-    # Of the inner network, so that smp loads the file by itself; normalisation is described in model.json.
-    weights = {name: value.contiguous() for name, value in network.network.state_dict().items()}
-    save_file(weights, unfinished / "model.safetensors")
-    model = config.model
+    networks = load_networks(config, read_checkpoint(checkpoint), len(manifest.classes), source=checkpoint)
+    first, *peers = networks if network == ENSEMBLE else [network]
+    described = {}
+    for name in (first, *peers):
+        # safetensors stores memory as it lies and would refuse channels_last.
+        # Of the inner network, so that smp loads the file by itself; normalisation is described in model.json.
+        weights = {key: value.contiguous() for key, value in networks[name].network.state_dict().items()}
+        save_file(weights, unfinished / _weights_file(name, first))
+        form = config.model.of(NETWORK_NAMES.index(name))
+        described[name] = _describe(form, networks[name], len(manifest.classes))
+    together: dict[str, Any] = {
+        "combine": "mean of all networks' probabilities, each the softmax of its logits over the classes",
+        "peers": [{"network": name, "weights": _weights_file(name, first), **described[name]} for name in peers],
+    }
     describe = {
         "library": "segmentation-models-pytorch",
-        "create_model": {
-            "arch": model.architecture,
-            "encoder_name": model.encoder,
-            "encoder_weights": None,  # all weights are in the file: whoever builds it must not fetch any
-            "classes": len(manifest.classes),
-            **model.options,
-        },
-        "input": {
-            "layout": "RGB, float32, (image / 255 - mean) / std, sides padded to a multiple of 32",
-            "mean": (network.mean.flatten() / 255).tolist(),
-            "std": (network.std.flatten() / 255).tolist(),
-        },
+        "network": network,
+        **described[first],
+        **(together if peers else {}),
         "classes": list(manifest.classes),
         "palette": [list(color) for color in manifest.palette],
         "ignore": IGNORE,
@@ -72,6 +76,28 @@ def export_model(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return folder
+
+
+def _weights_file(name: str, first: str) -> str:
+    return "model.safetensors" if name == first else f"model-{name}.safetensors"
+
+
+def _describe(form: NetworkConfig, network: Segmenter, num_classes: int) -> dict[str, Any]:
+    """Returns how smp builds a network, and what it takes."""
+    return {
+        "create_model": {
+            "arch": form.architecture,
+            "encoder_name": form.encoder,
+            "encoder_weights": None,  # all weights are in the file: whoever builds it must not fetch any
+            "classes": num_classes,
+            **form.options,
+        },
+        "input": {
+            "layout": "RGB, float32, (image / 255 - mean) / std, sides padded to a multiple of 32",
+            "mean": (network.mean.flatten() / 255).tolist(),
+            "std": (network.std.flatten() / 255).tolist(),
+        },
+    }
 
 
 def write_seeds(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -13,16 +13,15 @@ from typing import Any
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
-from cps_ray.runs import CONFIG_FILE, best_checkpoint, checkpoints, read_metrics
+from cps_ray.runs import CONFIG_FILE, ERROR_FILE, best_checkpoint, checkpoints, read_metrics
+from cps_ray.search.objective import measured_network, own_metric
 from cps_ray.search.records import FINAL_FOLDER, Events
 from cps_ray.search.tune_session import TrainingJob
 
-BEST_ARM = "best"
-"""The arm of the best configuration itself, beside the baselines' names."""
 _EXAMPLES = 5
 
 
@@ -46,32 +45,40 @@ def plan_final_runs(root: Path, config: SweepConfig, best: TrainConfig) -> list[
             name = f"{arm}-seed{seed}"
             # The seed comes last: a baseline changes the method, never which seeds are compared.
             changed = apply(best, {**config.final.set, **changes, "seed": seed}, f"final run {name}")
-            runs.append(FinalRun(arm, seed, TrainingJob(name, root / FINAL_FOLDER / name, changed)))
+            metric = own_metric(config.objective.metric, changed)
+            runs.append(FinalRun(arm, seed, TrainingJob(name, root / FINAL_FOLDER / name, changed, metric)))
     return runs
 
 
 def drop_stale(runs: list[FinalRun]) -> None:
     """Removes final runs of an earlier best configuration, left by a sweep that was extended since."""
     for run in runs:
-        config = run.job.folder / CONFIG_FILE
-        if config.exists() and load_train(config) != run.job.config:
+        if is_stale(run.job):
             shutil.rmtree(run.job.folder)  # else Ray Train would continue from its checkpoint, with other settings
 
 
+def is_stale(job: TrainingJob) -> bool:
+    """Whether the run's folder holds a training with other settings."""
+    config = job.folder / CONFIG_FILE
+    return config.exists() and load_train(config) != job.config
+
+
 def is_done(job: TrainingJob) -> bool:
-    """Whether the run's last checkpoint, which is always kept, is that of its last step."""
+    """Whether the run's last checkpoint, which is always kept, is that of its last step, and it did not fail there."""
     found = checkpoints(job.folder)
-    return bool(found) and found[-1][1]["step"] >= job.config.schedule.steps
+    at_end = bool(found) and found[-1][1]["step"] >= job.config.schedule.steps
+    return at_end and not (job.folder / ERROR_FILE).exists()
 
 
 class FinalPhase:
     """Final runs as a phase of a session: those that are not done yet."""
 
-    def __init__(self, runs: list[FinalRun], metric: str, events: Events) -> None:
+    def __init__(self, runs: list[FinalRun], events: Events) -> None:
         # A run that was cut off is not done: its folder makes it continue from its latest checkpoint.
         self._waiting = deque(run.job for run in runs if not is_done(run.job))
-        self._metric, self._events = metric, events
+        self._events = events
         self.failed: dict[str, str] = {}
+        self.collapsed: dict[str, str] = {}
 
     def ask(self) -> TrainingJob | None:
         """Returns the next run that is not done, or None."""
@@ -83,18 +90,18 @@ class FinalPhase:
 
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
         """Shows an evaluation; no final run is stopped."""
-        value = metrics[self._metric]
+        value = metrics[job.metric]
         self._events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
         return True  # early stopping would leave an arm without its seeds
 
-    def tell(self, job: TrainingJob, failure: str | None) -> None:
+    def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Records how a run ended."""
         if failure is not None:
             # The others go on: they are kept, and a resume has only this one to do.
-            self.failed[job.name] = failure
-            self._events("failed", run=job.name, failure=failure)
+            (self.collapsed if collapsed else self.failed)[job.name] = failure
+            self._events("collapsed" if collapsed else "failed", run=job.name, failure=failure)
         else:
-            best = max(record[self._metric] for record in read_metrics(job.folder))
+            best = max(record[job.metric] for record in read_metrics(job.folder))
             self._events("finished", run=job.name, value=best)
 
 
@@ -108,18 +115,20 @@ class EvaluatedRun:
     validation: float
     scores: CheckpointScores
 
-    def row(self, metric: str) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """Returns a line of seeds.csv."""
         scores = {name: value for name, value in self.scores.metrics.items() if name.endswith("miou")}
-        return {"arm": self.run.arm, "seed": self.run.seed, "step": self.step, metric: self.validation, **scores}
+        validation = {self.run.job.metric: self.validation}
+        return {"arm": self.run.arm, "seed": self.run.seed, "step": self.step, **validation, **scores}
 
 
-def evaluate_final_runs(runs: list[FinalRun], metric: str) -> list[EvaluatedRun]:
+def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
     """Evaluates each run's best checkpoint, chosen on the validation split, on the test split."""
-    chosen = [(run, best_checkpoint(run.job.folder, metric)) for run in runs]
+    chosen = [(run, best_checkpoint(run.job.folder, run.job.metric)) for run in runs]
     there = [(run, found) for run, found in chosen if found is not None]  # for the type checker: each has ended well
-    scores = evaluate_checkpoints([(run.job.config, found[0]) for run, found in there], "test", _EXAMPLES)
+    asked = [(run.job.config, found[0], measured_network(run.job.metric)) for run, found in there]
+    scores = evaluate_checkpoints(asked, "test", _EXAMPLES)
     return [
-        EvaluatedRun(run, folder, meta["step"], meta["metrics"][metric], each)
+        EvaluatedRun(run, folder, meta["step"], meta["metrics"][run.job.metric], each)
         for (run, (folder, meta)), each in zip(there, scores, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,29 +11,31 @@ from typing import Any
 
 from rich.console import Console
 
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError
+from cps_ray.files import read_json
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.runs import best_checkpoint
 from cps_ray.search.display import make_display
-from cps_ray.search.export import export_model, write_best, write_picture, write_seeds
+from cps_ray.search.export import BEST_FILE, MODEL_FOLDER, export_model, write_best, write_picture, write_seeds
 from cps_ray.search.final_phase import (
-    BEST_ARM,
     EvaluatedRun,
     FinalPhase,
     FinalRun,
     drop_stale,
     evaluate_final_runs,
     is_done,
+    is_stale,
     plan_final_runs,
 )
-from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
+from cps_ray.search.objective import measured_network
+from cps_ray.search.records import SUMMARY_FILE, Events, trial_folder, write_summary, write_tables
 from cps_ray.search.search_phase import SearchPhase, best_config, best_header
-from cps_ray.search.study import SweepStudy
-from cps_ray.search.sweep_folder import RESUME, final_training_configs, locked
+from cps_ray.search.study import COLLAPSED, FAILED, RUNNING, SweepStudy
+from cps_ray.search.sweep_folder import RESUME, SWEEP_FILE, final_training_configs, locked
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare, verdict_lines
 from cps_ray.text import display_path
@@ -82,7 +85,14 @@ class Sweep:
         with locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
             self._events = Events(self._root)
+            summary = read_json(self._root / SUMMARY_FILE) or {}
+            if self._is_finished(summary):
+                self._say("Nothing to do: the sweep is finished. More trials: --trials N.")
+                self._say_verdict(summary)
+                return 0
             try:
+                if not self._trials_left():
+                    self._need_best()  # before a cluster is started for nothing
                 with connected(self._address) as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
                     self._at_once = self._how_many_fit([self._config.train])
@@ -98,6 +108,32 @@ class Sweep:
                 raise
         return 0
 
+    def _is_finished(self, summary: dict[str, Any]) -> bool:
+        """Whether no trial is left, and `summary` and the files are of the best trial and of the final runs that the sweep asks for:
+        nothing is then evaluated a second time."""
+        best = self._study.best()
+        if summary.get("status") != "finished" or self._trials_left() or best is None:
+            return False
+        runs = plan_final_runs(self._root, self._config, best_config(self._study, self._config))
+        arms = (summary.get("final") or {}).get("arms", {})
+        compared = {arm: row["test/miou"]["n"] for arm, row in arms.items()}
+        return (
+            summary["best"]["trial"] == best.number
+            and compared == Counter(run.arm for run in runs)
+            and all(is_done(run.job) and not is_stale(run.job) for run in runs)
+            and all((self._root / name).exists() for name in (BEST_FILE, MODEL_FOLDER))
+        )
+
+    def _trials_left(self) -> bool:
+        """Whether there are trials to begin or to continue, and time for them."""
+        limit = self._config.budget.time
+        in_time = limit is None or self._study.seconds_before <= limit
+        return in_time and self._num_ended() < self._config.budget.trials
+
+    def _num_ended(self) -> int:
+        counts = self._study.counts()
+        return sum(counts.values()) - counts[RUNNING]  # running ones are left by a session that was killed: resumed
+
     def _how_many_fit(self, trainings: list[TrainConfig]) -> int:
         """Number of these that may run at once. ResourceError if one never could."""
         asked, there = self._config.concurrency, nodes()
@@ -109,11 +145,7 @@ class Sweep:
         self._events.subscribers.append(display.on_event)
         with display:
             self._run_search()
-            if self._study.best() is None:
-                failed = self._study.counts()["failed"]
-                raise NoTrialError(
-                    f"{self._root}: no trial completed ({failed} failed). See trials/*/error.txt and log.txt."
-                )
+            self._need_best()
             best = best_config(self._study, self._config)
             # Again, though each new best trial writes it: a resume after the search may find it deleted, or of an older version.
             write_best(self._root, best, best_header(self._root, self._study, self._config))
@@ -121,13 +153,21 @@ class Sweep:
             evaluated = self._run_finals(runs)
         self._export(best, evaluated, shards)
 
+    def _need_best(self) -> None:
+        """Raises NoTrialError if no trial has completed."""
+        if self._study.best() is None:
+            counts = self._study.counts()
+            raise NoTrialError(
+                f"{self._root}: no trial completed ({counts[COLLAPSED]} collapsed, {counts[FAILED]} failed). "
+                "See trials/*/error.txt and log.txt."
+            )
+
     def _session(self, phase: Phase, at_once: int, tick: Callable[[TuneSession], None] = lambda _: None) -> None:
         session = TuneSession(
             phase,
             self._root / "tune",
             sweep=self._config.name,
             at_once=at_once,
-            metric=self._metric,
             retries=self._config.failures.retries,
         )
         # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.
@@ -140,12 +180,9 @@ class Sweep:
             raise Interrupted
 
     def _run_search(self) -> None:
-        counts = self._study.counts()
-        done = sum(counts.values()) - counts["running"]  # running ones are left by a session that was killed: resumed
-        left = self._config.budget.trials - done
-        limit = self._config.budget.time
-        if left <= 0 or (limit is not None and self._study.seconds_before > limit):
+        if not self._trials_left():
             return
+        done = self._num_ended()
         self._events("phase", text=f"search: {done} of {self._config.budget.trials} trials done" if done else "search")
         phase = SearchPhase(self._study, self._config, self._root, self._events, SweepGauges(self._config.name))
 
@@ -168,38 +205,50 @@ class Sweep:
         drop_stale(runs)  # before the rest is looked at: a stale run would count as done
         waiting = [run for run in runs if not is_done(run.job)]
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
-        phase = FinalPhase(runs, self._metric, self._events)
+        phase = FinalPhase(runs, self._events)
         if waiting:
             self._session(phase, self._finals_at_once)
         write_tables(self._root, self._study, self._config)
+        resume = f"{RESUME} {display_path(self._root)}"
         if phase.failed:
             name, failure = next(iter(phase.failed.items()))
             raise FinalRunError(
                 f"{self._root}: {len(phase.failed)} of {len(runs)} final runs failed ({name}: {failure}). "
-                f"Try them again: {RESUME} {display_path(self._root)}"
+                f"Try them again: {resume}"
+            )
+        if phase.collapsed:
+            name, failure = next(iter(phase.collapsed.items()))
+            raise FinalRunError(
+                f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. "
+                f"To compare the other seeds, take theirs out of final.seeds in {display_path(self._root / SWEEP_FILE)}, then: {resume}"
             )
         self._events("phase", text="evaluating the final models on the test split")
-        return evaluate_final_runs(runs, self._metric)
+        return evaluate_final_runs(runs)
 
     def _export(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
         if any(one.run.arm == BEST_ARM for one in evaluated):
-            self._export_final(best, evaluated, shards)
-            final = compare(evaluated)
+            self._export_final(evaluated, shards)
+            final = compare(evaluated, self._metric)
         else:  # `final.retrain: none`: the search's own best model is what there is
             self._export_best_trial(best, shards)
             final = None
-        summary = self._save("finished", final=final)
+        self._say_verdict(self._save("finished", final=final))
+
+    def _say_verdict(self, summary: dict[str, Any]) -> None:
         for line in verdict_lines(self._root, summary):
             self._say(line)
 
-    def _export_final(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
+    def _export_final(self, evaluated: list[EvaluatedRun], shards: Shards) -> None:
         # Of the seeds the one that is best on val: choosing by test would make its test score too good.
         top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
-        metrics = {"step": top.step, "seed": top.run.seed, self._metric: top.validation, **top.scores.metrics}
-        folder = export_model(self._root, top.run.job.config, top.checkpoint, shards.manifest, metrics)
-        write_seeds(folder / "seeds.csv", [one.row(self._metric) for one in evaluated])
+        job = top.run.job
+        metrics = {"step": top.step, "seed": top.run.seed, job.metric: top.validation, **top.scores.metrics}
+        network = measured_network(job.metric)
+        folder = export_model(self._root, job.config, top.checkpoint, shards.manifest, metrics, network)
+        write_seeds(folder / "seeds.csv", [one.row() for one in evaluated])
         columns = {one.run.arm: one.scores for one in evaluated if one.run.seed == top.run.seed}
-        columns[best.method.upper()] = columns.pop(BEST_ARM)  # last, so that it stands beside what it is compared with
+        # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
+        columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
         write_picture(folder / "examples.png", columns, shards.manifest)
 
     def _export_best_trial(self, best: TrainConfig, shards: Shards) -> None:
@@ -209,7 +258,8 @@ class Sweep:
         if found is not None:
             checkpoint, meta = found
             metrics = {"step": meta["step"], "seed": best.seed, **meta["metrics"]}
-            export_model(self._root, best, checkpoint, shards.manifest, metrics)
+            network = measured_network(self._metric)
+            export_model(self._root, best, checkpoint, shards.manifest, metrics, network)
 
     def _save(self, status: str, **facts: Any) -> dict[str, Any]:
         write_tables(self._root, self._study, self._config)
@@ -220,9 +270,7 @@ class Sweep:
         summary = self._save("interrupted")
         best = summary["best"]
         so_far = f", best {self._config.objective.metric} {best['value']:.4f} (trial {best['trial']})" if best else ""
-        counts = summary["trials"]
-        ended = counts["complete"] + counts["pruned"] + counts["failed"]
-        self._say(f"interrupted: {ended} of {counts['budget']} trials done{so_far}.")
+        self._say(f"interrupted: {self._num_ended()} of {self._config.budget.trials} trials done{so_far}.")
         self._say(f"Resume: {RESUME} {display_path(self._root)}")
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 

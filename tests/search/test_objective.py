@@ -1,0 +1,234 @@
+"""What follows the network that the objective is of: checkpoints, verdict, weights and pictures. No cluster."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import changed, predict
+
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import eval_batch
+from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import build_state, load_networks
+from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
+from cps_ray.runs import META_FILE, STATE_FILE, best_checkpoint, read_checkpoint, write_checkpoint
+from cps_ray.search.export import export_model
+from cps_ray.search.final_phase import EvaluatedRun, FinalPhase, FinalRun, is_done, plan_final_runs
+from cps_ray.search.objective import headline_score, measured_network, own_metric
+from cps_ray.search.records import Events
+from cps_ray.search.tune_session import TrainingJob, TuneSession
+from cps_ray.search.tune_trial import COLLAPSED, FAILURE, TuneTrial
+from cps_ray.search.verdict import compare, verdict_lines
+
+
+@pytest.mark.parametrize(
+    ("metric", "network"),
+    [
+        ("val/miou", "a"),
+        ("val/b/miou", "b"),
+        ("val/ensemble/miou", "ensemble"),
+        ("val/ab/miou", "a"),  # a slice
+        ("val/iou/b", "a"),  # a class
+    ],
+)
+def test_the_network_of_a_metric(metric: str, network: str) -> None:
+    assert measured_network(metric) == network
+    assert headline_score(metric, ["test/miou"]) == "test/miou", "of one network there is nothing else"
+    both = ["test/miou", "test/b/miou", "test/ensemble/miou"]
+    assert headline_score(metric, both) == ("test/miou" if network == "a" else f"test/{network}/miou")
+
+
+@pytest.mark.parametrize("metric", ["val/b/miou", "val/ensemble/miou", "val/agreement", "val/iou/b", "val/miou"])
+def test_a_baseline_of_one_network_is_measured_by_what_it_has(tiny: TrainConfig, metric: str) -> None:
+    assert own_metric(metric, tiny) == metric
+    of_a = metric in ("val/iou/b", "val/miou")
+    for alone in (changed(tiny, method="supervised"), changed(tiny, evaluation__networks="a")):
+        assert own_metric(metric, alone) == (metric if of_a else "val/miou")
+
+
+def sweep(tiny: TrainConfig, root: Path, metric: str) -> SweepConfig:
+    return SweepConfig.model_validate(
+        {
+            "version": 1,
+            "name": "s",
+            "output": str(root),
+            "train": tiny.dump(),
+            "budget": {"trials": 1},
+            "objective": {"metric": metric},
+            "early_stopping": {"type": "none"},
+            "search_space": {"optim.lr": {"type": "float", "low": 0.001, "high": 0.1}},
+            "baselines": {"supervised-only": {"method": "supervised"}},
+            "final": {"seeds": [1]},
+        }
+    )
+
+
+def test_final_runs_keep_and_report_what_they_measure(tiny: TrainConfig, tmp_path: Path) -> None:
+    ours, theirs = plan_final_runs(tmp_path, sweep(tiny, tmp_path, "val/b/miou"), tiny)
+    assert (ours.job.metric, theirs.job.metric) == ("val/b/miou", "val/miou")
+    phase = FinalPhase([ours, theirs], Events(tmp_path))
+    for run, record in ((ours, {"val/miou": 0.1, "val/b/miou": 0.2}), (theirs, {"val/miou": 0.3})):
+        assert phase.report(run.job, {"step": 6, **record})
+        run.job.folder.mkdir(parents=True)
+        (run.job.folder / "metrics.jsonl").write_text(json.dumps({"step": 6, **record}) + "\n")
+        phase.tell(run.job, None, collapsed=False)
+    told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["value"] for event in told if event["event"] == "finished"] == [0.2, 0.3]
+    rows = [EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({}, [])).row() for run in (ours, theirs)]
+    assert [list(row)[-1] for row in rows] == ["val/b/miou", "val/miou"]
+
+
+def test_a_run_that_collapsed_at_its_last_step_is_not_done(tiny: TrainConfig, tmp_path: Path) -> None:
+    job = TrainingJob("r", tmp_path / "r", tiny)
+    checkpoint = job.folder / "checkpoint_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE_FILE).write_bytes(b"x")
+    (checkpoint / META_FILE).write_text(json.dumps({"step": 6, "bytes": 1, "metrics": {}}))
+    assert is_done(job)
+    (job.folder / "error.txt").write_text("one class takes all")
+    assert not is_done(job)
+    phase = FinalPhase([FinalRun("best", 1, job)], Events(tmp_path))
+    assert phase.ask() == job
+    phase.tell(job, "one class takes all", collapsed=True)
+    assert (phase.collapsed, phase.failed) == ({"r": "one class takes all"}, {})
+
+
+def evaluated(arm: str, config: TrainConfig, metric: str, scores: dict[str, float]) -> EvaluatedRun:
+    run = FinalRun(arm, 1, TrainingJob(f"{arm}-1", Path(), config, metric))
+    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(scores, []))
+
+
+@pytest.mark.parametrize(
+    ("metric", "gain", "lines"),
+    [
+        ("val/miou", 10.0, ["50.0 % over 1 seed(s)", "40.0 % over 1 seed(s)   best is +10.0 points"]),
+        ("val/b/miou", 20.0, ["60.0 % over 1 seed(s), network b", "best is +20.0 points"]),
+        ("val/ensemble/miou", 30.0, ["70.0 % over 1 seed(s), all networks together", "best is +30.0 points"]),
+        ("val/iou/car", 10.0, ["best is +10.0 points", "test/iou/car  best              20.0 % over 1 seed(s)"]),
+    ],
+)
+def test_the_verdict_is_on_the_network_of_the_objective(
+    tiny: TrainConfig, tmp_path: Path, metric: str, gain: float, lines: list[str]
+) -> None:
+    pair = {"test/miou": 0.5, "test/b/miou": 0.6, "test/ensemble/miou": 0.7, "test/iou/car": 0.2}
+    runs = [
+        evaluated("best", tiny, metric, pair),
+        evaluated("plain", tiny, "val/miou", {"test/miou": 0.4, "test/iou/car": 0.1}),
+    ]
+    final = compare(runs, metric)
+    assert final["gain"] == {"plain": pytest.approx(gain)}
+    best = {"trial": 0, "value": 0.5, "step": 6, "params": {}}
+    text = "\n".join(verdict_lines(tmp_path, {"best": best, "objective": metric, "final": final}))
+    assert all(line in text for line in lines), text
+    assert text.count("test/iou/car") == (2 if metric == "val/iou/car" else 0)
+    earlier = {name: value for name, value in final.items() if name != "headline"}
+    assert verdict_lines(tmp_path, {"best": best, "objective": metric, "final": earlier}), "of an earlier version"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A checkpoint of two networks of different forms."""
+    b = {"encoder": "tu-test_resnet", "options": {"decoder_channels": 16}}
+    config = changed(tiny, model__b=b)
+    folder = tmp_path_factory.mktemp("objective")
+    snapshot = build_state(config, 7, Ranks()).snapshot()
+    assert snapshot is not None
+    write_checkpoint(folder, snapshot, {})
+    return config, folder
+
+
+@pytest.mark.parametrize("network", ["a", "b", "ensemble"])
+def test_what_is_exported_is_the_network_of_the_objective(
+    trained: tuple[TrainConfig, Path], tmp_path: Path, network: str
+) -> None:
+    config, checkpoint = trained
+    manifest = open_shards(config.data.shards).manifest
+    folder = export_model(tmp_path, config, checkpoint, manifest, {}, network)
+    networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
+    first = "b" if network == "b" else "a"
+    described: dict[str, Any] = json.loads((folder / "model.json").read_text())
+    assert described["network"] == network
+    parts = [(first, "model.safetensors", described)]
+    parts += [(peer["network"], peer["weights"], peer) for peer in described.get("peers", [])]
+    assert [name for name, _, _ in parts] == (["a", "b"] if network == "ensemble" else [network])
+    assert ("combine" in described) == (network == "ensemble")
+    assert {path.name for path in folder.glob("*.safetensors")} == {file for _, file, _ in parts}
+    for name, file, part in parts:
+        weights, expected = load_file(folder / file), networks[name].network.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in weights)
+        assert part["create_model"]["encoder_name"] == config.model.of("ab".index(name)).encoder
+
+
+@pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
+def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, Path], shown: str) -> None:
+    config, checkpoint = trained
+    scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 2, shown)
+    networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
+    index = open_shards(config.data.shards).index("test")
+    for row, (name, _, _, mask) in zip((0, len(index) - 1), scores.examples, strict=True):
+        batch = eval_batch(index, [row])
+        assert batch.ids == (name,)
+        with torch.inference_mode():
+            prob = {each: predict(config, networks[each], batch.image).softmax(1) for each in "ab"}
+        expected = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1)[0]
+        assert np.array_equal(mask, expected.numpy())
+
+
+def test_the_checkpoint_is_chosen_by_the_objective(tmp_path: Path) -> None:
+    for step, b in ((2, 0.9), (4, 0.1)):
+        folder = tmp_path / f"checkpoint_{step}"
+        folder.mkdir()
+        (folder / STATE_FILE).write_bytes(b"x")
+        meta = {"step": step, "bytes": 1, "metrics": {"val/miou": step / 10, "val/b/miou": b}}
+        (folder / META_FILE).write_text(json.dumps(meta))
+    assert [best_checkpoint(tmp_path, metric)[1]["step"] for metric in ("val/miou", "val/b/miou")] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ({"diverged": "the loss is not finite"}, {FAILURE: "the loss is not finite", COLLAPSED: True}),
+        (ValueError("boom"), {FAILURE: "ValueError: boom", COLLAPSED: False}),
+        ({}, {}),
+    ],
+)
+def test_a_trial_tells_a_collapse_from_a_crash(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Any, expected: dict[str, Any]
+) -> None:
+    class Trainer:
+        def fit(self) -> Any:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return type("Result", (), {"return_value": outcome})
+
+    monkeypatch.setattr("cps_ray.search.tune_trial.make_trainer", lambda *_, **__: Trainer())
+    heard: list[Any] = []
+
+    class Heard:
+        def ask(self) -> TrainingJob:
+            return TrainingJob("r", tmp_path / "r", tiny, "val/b/miou")
+
+        def report(self, job: TrainingJob, metrics: dict[str, Any]) -> bool:
+            return True
+
+        def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
+            heard.append((failure, collapsed))
+
+    session = TuneSession(Heard(), tmp_path, sweep="s", at_once=1, retries=0)
+    settings = session.suggest("id")
+    assert settings == {"folder": str(tmp_path / "r"), "metric": "val/b/miou"}
+    (tmp_path / "r" / "error.txt").write_text("of an earlier try")
+    trial = TuneTrial.__new__(TuneTrial)  # without Tune around it
+    trial.setup(settings)
+    found = trial._fit([])
+    assert found == expected
+    assert (tmp_path / "r" / "error.txt").exists() == bool(expected)
+    session.end("id", {"done": True, **found}, error=False)
+    assert heard == [(expected.get(FAILURE), expected.get(COLLAPSED, False))]
