@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import ScheduleConfig, TrainConfig
+from cps_ray.config.train import PseudoLabelLoss, ScheduleConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
 from cps_ray.errors import DivergedError
@@ -21,8 +21,6 @@ _ONE_CLASS = 0.999
 """Fraction of the pseudo labels from which on one class counts as taking all."""
 _SHOW_MORE = 0.99
 """Fraction of the commonest class in the masks up to which they show more than such pseudo labels: ten times as much of the others."""
-_HARD_LABELS = ("cps", "fixmatch")
-"""Methods that train on hard pseudo labels. The squared difference of mean_teacher keeps the probabilities of rarer classes alive."""
 _COUNT_EVERY = 10
 """Batches of which the masks of one are counted."""
 _KAPPA_BLIND = 0.9
@@ -171,11 +169,13 @@ def is_kept_up(config: TrainConfig, metrics: Metrics) -> bool:
     So a supervised training is never ended for what it finds, nor one whose masks are of one class themselves. Networks that agree by
     chance are not ended either: one of them may be good, and whether it is, its scores say.
     """
-    labels_are_hard = config.method in _HARD_LABELS and metrics.get(f"{config.method}/weight", 0.0) > 0.0
+    # Not those of mean_teacher: its squared difference keeps the probabilities of rarer classes alive.
+    labels_are_hard = isinstance(getattr(config, config.method, None), PseudoLabelLoss)
+    they_count = metrics.get(f"{config.method}/weight", 0.0) > 0.0
     one_class = metrics.get("pseudo/coverage", 0.0) * metrics.get("pseudo/top_fraction", 0.0) >= _ONE_CLASS
     by_both = metrics.get("pseudo/agreement", 1.0) >= _ONE_CLASS  # not measured of a single network
     masks_show_more = metrics.get("labeled/top_fraction", 1.0) <= _SHOW_MORE
-    return labels_are_hard and one_class and by_both and masks_show_more
+    return labels_are_hard and they_count and one_class and by_both and masks_show_more
 
 
 def is_lost(schedule: ScheduleConfig, step: int, collapsed: int) -> bool:
