@@ -14,15 +14,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from cps_ray.command import command_parser, entry, run_command
-from cps_ray.config.reader import load_sweep
-from cps_ray.config.space import apply, preview
+from cps_ray.config.reader import read_sweep
+from cps_ray.config.schema import Where
+from cps_ray.config.space import preview
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cps_ray.datasets.shards import Shards
+    from cps_ray.engine.preflight import Preflight
 
 _VERBS = ("run", "resume", "status", "best")
 
@@ -67,39 +73,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None) -> SweepConfig:
+def _load(
+    path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None
+) -> tuple[SweepConfig, Where]:
     options = [f"name={name}"] if name else []
     options += [f"output={output.absolute()}"] if output else []
-    return load_sweep(path, [*overrides, *options])
+    return read_sweep(path, [*overrides, *options])
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = _load(args.file, args.set, args.name, args.output)
+    config, where = _load(args.file, args.set, args.name, args.output)
     if args.dry_run is not None:
-        return _dry_run(config, args.dry_run)
+        return _dry_run(config, where, args.dry_run)
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from cps_ray.search import sweep, sweep_folder
 
-    shards = sweep_folder.check(config)
+    shards = sweep_folder.check(config, where)
     root = sweep_folder.begin(config, args.file, fresh=args.fresh)
     return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
-def _dry_run(config: SweepConfig, draws: int) -> int:
+def _dry_run(config: SweepConfig, where: Where, draws: int) -> int:
     """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data."""
-    from cps_ray.datasets.loader import check_data
-    from cps_ray.datasets.shards import open_shards
-    from cps_ray.engine.networks import check_names
+    from cps_ray.engine.preflight import check_sweep, searched_networks
 
+    shards, data = _data(config)
+    check_sweep(_preflight(config, shards), config, where)
     console = Console()
     table = Table(
         title=f"{config.name}: {draws} random draws of {config.budget.trials} trials", title_justify="left", box=None
     )
     for name in config.search_space:
         table.add_column(name, justify="right")
-    for number, changes in enumerate(preview(config.search_space, draws, config.sampler.seed)):
-        changed = apply(config.train, changes, f"draw {number}")
-        check_names(changed.model)
+    for changes in preview(config.search_space, draws, config.sampler.seed):
         cells = [changes.get(name, "-") for name in config.search_space]
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
@@ -108,16 +114,41 @@ def _dry_run(config: SweepConfig, draws: int) -> int:
     console.print(
         f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs. Every draw is a valid training."
     )
+    normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
+    for line in (*normalised, data):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
+    """Returns the data if they are there, and a sentence about them."""
+    from cps_ray.datasets.loader import check_data
+    from cps_ray.datasets.shards import open_shards
+
     data = config.train.data
     if data.synthetic is not None and not data.shards.exists():
-        console.print(f"Data: {data.shards} will be drawn on first use.")
-        return 0
+        return None, f"Data: {data.shards} will be drawn on first use."
     try:
-        check_data(open_shards(data.shards, data.prepare), config.train)
-        console.print(f"Data: {data.shards} is there.")
+        shards = open_shards(data.shards, data.prepare)
+        check_data(shards, config.train)
     except DataError as err:
-        console.print(f"Data is missing: {err}", soft_wrap=True, markup=False, highlight=False)
-    return 0
+        untried = (
+            "" if config.train.evaluation.window_px else " Until then networks are tried on crops, not on whole images."
+        )
+        return None, f"Data is missing: {err}{untried}"
+    return shards, f"Data: {data.shards} is there."
+
+
+def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
+    from cps_ray.datasets.loader import evaluated_sizes
+    from cps_ray.engine.preflight import Preflight
+
+    synthetic, window = config.train.data.synthetic, config.train.evaluation.window_px
+    if shards is not None:
+        return Preflight(len(shards.classes), evaluated_sizes(shards, config.train))
+    if synthetic is not None:
+        return Preflight(image_sizes=[(synthetic.height_px, synthetic.width_px)])
+    return Preflight(image_sizes=[] if window is None else [window])
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -126,7 +157,7 @@ def _resume(args: argparse.Namespace) -> int:
 
     _need_sweep_folder(args.folder)
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
-    config = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
+    config, where = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
     begun = len(SweepStudy(config, root).trials)
     if args.trials is not None and args.trials < begun:
@@ -136,7 +167,7 @@ def _resume(args: argparse.Namespace) -> int:
         )
     if overrides:  # stored, so that a later `resume` keeps the larger budget
         sweep_folder.write_resolved(root, config)
-    return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config))
+    return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config, where))
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -146,7 +177,7 @@ def _status(args: argparse.Namespace) -> int:
     from cps_ray.search.verdict import verdict_lines
 
     _need_sweep_folder(args.folder)
-    config = _load(args.folder / sweep_folder.SWEEP_FILE, [])
+    config, _ = _load(args.folder / sweep_folder.SWEEP_FILE, [])
     study = SweepStudy(config, args.folder.absolute())
     summary = read_json(args.folder / records.SUMMARY_FILE) or {}
     console = Console()

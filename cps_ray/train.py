@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cps_ray.command import command_parser, entry, run_command
-from cps_ray.config.reader import load_train
+from cps_ray.config.reader import load_train, read_train
+from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
@@ -54,21 +55,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
-    config = load_train(args.file, [*args.set, *workers])
+    config, where = read_train(args.file, [*args.set, *workers])
     folder = (args.output or _default_folder(args.file)).absolute()
     _check_folder(folder, config, args.resume)
     if args.dry_run:
-        _print_plan(config, args.output or _default_folder(args.file))
+        _print_plan(config, where, args.output or _default_folder(args.file))
         return 0
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
-    from cps_ray.datasets.loader import check_data
+    from cps_ray.datasets.loader import check_data, evaluated_sizes
     from cps_ray.datasets.open import open_data
-    from cps_ray.engine.networks import check_model
+    from cps_ray.engine.preflight import Preflight, check_training
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
     from cps_ray.runs import CONFIG_FILE
 
-    check_model(config.model)
-    check_data(open_data(config.data), config, evaluated=("val",))
+    shards = open_data(config.data)
+    check_data(shards, config, evaluated=("val",))
+    check_training(Preflight(len(shards.classes), evaluated_sizes(shards, config)), config, where)
     folder.mkdir(parents=True, exist_ok=True)
     source = args.file.name if args.file.exists() else f"the preset {args.file}"
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
@@ -113,9 +115,12 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
         )
 
 
-def _print_plan(config: TrainConfig, folder: Path) -> None:
+def _print_plan(config: TrainConfig, where: Where, folder: Path) -> None:
     """Checks what can be checked without a cluster and without hub weights, and prints what the training would do."""
-    images, subset, num_classes = _images(config)
+    from cps_ray.engine.preflight import Preflight, check_training
+
+    images, subset, num_classes, sizes = _images(config)
+    check_training(Preflight(num_classes, sizes), config, where)
     resources = config.resources
     per_worker = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
     rows = [
@@ -131,21 +136,23 @@ def _print_plan(config: TrainConfig, folder: Path) -> None:
         print(f"{name:<12}{text}")
 
 
-def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int]:
-    """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), and the number of classes."""
-    from cps_ray.datasets.loader import check_data, train_data
+def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
+    """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), the number of classes, and
+    the sizes of evaluated images."""
+    from cps_ray.datasets.loader import check_data, evaluated_sizes, train_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.synthetic import CLASSES
 
     synthetic = config.data.synthetic
     if synthetic is not None and not config.data.shards.exists():
-        return f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use", None, len(CLASSES)
+        images = f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use"
+        return images, None, len(CLASSES), [(synthetic.height_px, synthetic.width_px)]
     shards = open_data(config.data)
     check_data(shards, config, evaluated=("val",))
     subset = train_data(shards, config).subset
     num_val = int(shards.index("val").labeled.sum())
     images = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {num_val} to validate"
-    return images, subset, len(shards.classes)
+    return images, subset, len(shards.classes), evaluated_sizes(shards, config)
 
 
 def _method(config: TrainConfig) -> str:
@@ -159,10 +166,9 @@ def _method(config: TrainConfig) -> str:
 
 
 def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:
-    """Yields each network's name with its form and size."""
-    from cps_ray.engine.networks import build_networks, check_model
+    """Yields each network's name with its form and size, and what its images are normalised by."""
+    from cps_ray.engine.networks import build_networks, planned_normalisation
 
-    check_model(config.model)
     # Built to count parameters, without hub weights, so that a dry run downloads nothing.
     b = config.model.b
     no_weights = {"weights": "none"}
@@ -173,6 +179,7 @@ def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]
         weights = form.weights_file.name if form.weights_file else form.weights
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         yield f"network {name}", f"{form.architecture}, {form.encoder}, weights {weights}: {millions:.1f} M parameters"
+        yield "normalised", planned_normalisation(form)
 
 
 def _steps_and_batches(config: TrainConfig, subset: "LabeledSubset | None") -> Iterator[tuple[str, str]]:

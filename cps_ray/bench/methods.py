@@ -24,6 +24,7 @@ from cps_ray.datasets.open import open_data
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
+from cps_ray.engine.networks import padding_color
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.errors import ConfigError, DivergedError
@@ -86,7 +87,7 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int) -> Figures
         fit(
             config,
             state,
-            train_batches(data, config, threads=threads),
+            train_batches(data, config, threads=threads, fill=padding_color(config.model)),
             lambda _: {},
             lambda metrics, _: not last.update(metrics),  # update returns None, so this is True: continue
         )

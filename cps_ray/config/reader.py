@@ -23,7 +23,7 @@ from cps_ray.config.yaml_reader import Document, Loc
 from cps_ray.errors import ConfigError
 from cps_ray.text import did_you_mean, nearest
 
-__all__ = ["load_sweep", "load_train", "parse", "parse_train", "presets"]
+__all__ = ["load_sweep", "load_train", "parse", "parse_train", "presets", "read_sweep", "read_train"]
 
 _PRESET = "preset"
 _PRESETS = Path(__file__).with_name("presets")
@@ -47,11 +47,16 @@ def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
     """
+    return read_train(path, overrides)[0]
+
+
+def read_train(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, Where]:
+    """Returns what `load_train` does, and a function from a setting to where it was written, for checks that come later."""
     if path.exists():
-        return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides)[0]
+        return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides)
     name = path.as_posix()
     preset = _preset(name, f"{path}: no such file, and")
-    return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides)[0]
+    return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides)
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -59,12 +64,17 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Raises ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
     """
+    return read_sweep(path, overrides)[0]
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Where]:
+    """Returns what `load_sweep` does, and a function from a setting to where it was written, for checks that come later."""
     sweep, where = _load(SweepConfig, yaml_reader.load(path), path.parent, overrides)
     sweep = _with_absolute_changes(sweep, path.parent)
     sweep_faults = faults(sweep)
     if sweep_faults:
         raise ConfigError(first_sentences(f"{where(loc)}: {describe((loc, text))}" for loc, text in sweep_faults))
-    return sweep
+    return sweep, where
 
 
 def _load(model: type[M], document: Document, base: Path, overrides: Sequence[str]) -> tuple[M, Where]:

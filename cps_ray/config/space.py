@@ -5,7 +5,7 @@ Imports `schema`, `sweep` and `train`.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from graphlib import TopologicalSorter
 from typing import Any, Protocol
@@ -69,6 +69,32 @@ def draw(space: Mapping[str, Param], suggest: Suggest) -> dict[str, Scalar]:
         if active(space[name], point):
             point[name] = _suggest_value(name, space[name], suggest)
     return point
+
+
+def combinations(space: Mapping[str, Param], chosen: Callable[[str], bool]) -> list[dict[str, Scalar]]:
+    """Returns the points of the parameters whose names are `chosen`, and of those that their `when` needs: every combination of
+    choices, ranges by their ends."""
+    needed = {name for name in space if chosen(name)}
+    while missing := {other for name in needed for other in space[name].when or {}} - needed:
+        needed |= missing
+    points: list[dict[str, Scalar]] = [{}]
+    for name in TopologicalSorter({name: space[name].when or {} for name in space if name in needed}).static_order():
+        values = _telling_values(space, name)
+        points = [
+            new
+            for point in points
+            for new in ([{**point, name: value} for value in values] if active(space[name], point) else [point])
+        ]
+    return points
+
+
+def _telling_values(space: Mapping[str, Param], name: str) -> Iterable[Scalar]:
+    """Returns the choices; of a range, its ends and the values on which others depend."""
+    param = space[name]
+    if isinstance(param, ChoiceParam):
+        return param.values
+    asked = (value for other in space.values() for value in listed((other.when or {}).get(name, [])))
+    return dict.fromkeys((param.low, param.high, *asked))
 
 
 def active(param: Param, point: Mapping[str, Scalar]) -> bool:

@@ -9,13 +9,26 @@ from cps_ray.config.section import RelativePath, Section
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
 Precision = Literal["none", "bf16", "fp16"]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2)]
 """One weight per class, in the order of the classes."""
+ColorMean = tuple[Fraction, Fraction, Fraction]
+ColorStd = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 OptionValue = bool | int | float | str | None | list[int] | list[float]
+_OUR_OPTIONS = {
+    "arch": "set model.architecture instead",
+    "encoder_name": "set model.encoder instead",
+    "encoder_weights": "set model.weights instead",
+    "in_channels": "images are RGB",
+    "classes": "there are as many as the data have",
+    "activation": "losses and evaluation need logits",
+    "aux_params": "losses know one output",
+}
+"""Arguments of `create_model` that are not `model.options` -> why."""
 
 
 class SyntheticConfig(Section):
@@ -83,6 +96,11 @@ class NetworkConfig(Section):
     """`none`, or a tag of the encoder's hub weights, such as `imagenet`."""
     weights_file: RelativePath | None = None
     """Local file (.pt, .pth, .safetensors) with the encoder's weights, instead of `weights`. Every key must fit."""
+    mean: ColorMean | None = None
+    """Mean of images per RGB channel, for values in 0..1, that the weights were trained with. None: that of the `weights`; with a
+    weights_file, timm's for a `tu-` encoder; else ImageNet's."""
+    std: ColorStd | None = None
+    """Standard deviation; given with `mean` or not at all."""
     options: dict[str, OptionValue] = Field(default_factory=dict)
     """Further arguments of `create_model`, such as `decoder_channels`."""
 
@@ -90,6 +108,20 @@ class NetworkConfig(Section):
     def _one_source_of_weights(self) -> Self:
         if self.weights_file is not None and self.weights != "none":
             raise ValueError(f"`weights: none` must hold beside `weights_file`, but got weights={self.weights!r}.")
+        return self
+
+    @model_validator(mode="after")
+    def _mean_and_std_together(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            given, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise ValueError(f"`{given}` needs `{other}`, too: images are normalised by both.")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_not_ours(self) -> Self:
+        for name, why in _OUR_OPTIONS.items():
+            if name in self.options:
+                raise ValueError(f"`options.{name}` cannot be given: {why}.")
         return self
 
 

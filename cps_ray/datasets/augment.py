@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cps_ray.config.train import AugmentConfig
 from cps_ray.engine.batch import IGNORE
 
-_MEAN_COLOR = (124, 116, 104)
-"""RGB mean of ImageNet: after normalisation, padding of this colour is zero, as in the CPS reference."""
+IMAGENET_MEAN = (124, 116, 104)
+"""RGB mean of ImageNet in 0..255."""
 
 Pixels = NDArray[np.uint8]
 
@@ -24,8 +24,14 @@ Pixels = NDArray[np.uint8]
 class TrainView:
     """Makes a view of an image as a function of (image, mask, seed). One object serves many threads."""
 
-    def __init__(self, augment: AugmentConfig, crop_px: tuple[int, int]) -> None:
-        """`crop_px`: (height, width) of every view; smaller images are padded, masks with IGNORE."""
+    def __init__(
+        self, augment: AugmentConfig, crop_px: tuple[int, int], fill: tuple[int, int, int] = IMAGENET_MEAN
+    ) -> None:
+        """`crop_px`: (height, width) of every view; smaller images are padded with the colour `fill` (RGB), masks with IGNORE.
+
+        With the networks' mean colour, padding is zero after normalisation, as in the CPS reference.
+        """
+        self._fill = fill
         self._augment = augment
         self._crop_px = crop_px
         self._local = threading.local()
@@ -79,7 +85,7 @@ class TrainView:
         """
         if not hasattr(self._local, "scratch"):
             height, width = self._crop_px
-            padding = np.tile(np.array(_MEAN_COLOR, np.uint8), (height, width, 1))
+            padding = np.tile(np.array(self._fill, np.uint8), (height, width, 1))
             self._local.scratch = padding.copy(), padding.copy(), padding, np.empty((height, width), np.uint8)
         scratch: tuple[Pixels, Pixels, Pixels, Pixels] = self._local.scratch
         return scratch

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.augment import TrainView
+from cps_ray.datasets.augment import IMAGENET_MEAN, TrainView
 from cps_ray.datasets.images import decode_image, decode_mask
 from cps_ray.datasets.order import LABELED, UNLABELED, ShardPositions, image_at, positions
 from cps_ray.datasets.shards import Encoded, ImageLocations, Index, Shards
@@ -103,17 +103,18 @@ def train_batches(
     start_step: int = 0,
     unlabeled: Iterator[Encoded] | None = None,
     threads: int = 2,
+    fill: tuple[int, int, int] = IMAGENET_MEAN,
 ) -> Generator[Batch, None, None]:
     """Yields one worker's batch shard of each step, in order, from `start_step` to the last step.
 
     `unlabeled`: the unlabelled images of this batch shard, in the order of `unlabeled_positions`; None: they are read here.
-    Method `supervised` has none. `threads`: how many decode. Closing the generator stops all threads, without waiting for them.
+    Method `supervised` has none. `threads`: how many decode. `fill`: RGB colour that pads views, the networks' mean. Closing the generator stops all threads, without waiting for them.
     """
     if config.semi_supervised and unlabeled is None:
         unlabeled = read_unlabeled(data, config, unlabeled_positions(config, batch_shard, num_batch_shards, start_step))
     if not config.semi_supervised:
         unlabeled = None
-    producer = _Producer(data, config, (batch_shard, num_batch_shards), start_step, unlabeled, threads)
+    producer = _Producer(data, config, (batch_shard, num_batch_shards), start_step, unlabeled, threads, fill)
     try:
         yield from producer.batches()
     finally:
@@ -180,6 +181,7 @@ class _Producer:
         start_step: int,
         unlabeled: Iterator[Encoded] | None,
         threads: int,
+        fill: tuple[int, int, int],
     ) -> None:
         """`batch_shard`: (its number, how many there are). The producer's thread starts at once."""
         self._config, self._batch_shard, self._start_step = config, batch_shard, start_step
@@ -187,7 +189,7 @@ class _Producer:
         self._labeled_pass = data.repeats(config.augment.repeat_threshold)
         self._unlabeled = unlabeled
         self._further_views = config.unlabeled_views[1:]
-        self._view = TrainView(config.augment, config.data.crop_px)
+        self._view = TrainView(config.augment, config.data.crop_px, fill)
         self._pin_memory = torch.cuda.is_available()
         cv2.setNumThreads(1)  # the threads are over images; OpenCV's own within each would only get in their way
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -317,6 +319,20 @@ def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = (
     for split in evaluated:
         if not shards.index(split).labeled.any():
             raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
+
+
+def evaluated_sizes(shards: Shards, config: TrainConfig) -> list[tuple[int, int]]:
+    """Returns the different (height, width) in px of images that the training evaluates: those with masks of val and test, and with
+    `evaluation.hidden_images` of train."""
+    hidden = config.semi_supervised and config.evaluation.hidden_images > 0
+    splits = ("val", "test", "train") if hidden else ("val", "test")
+    indexes = [shards.index(split) for split in splits if split in shards.manifest.splits]
+    sizes = {
+        (int(height), int(width))
+        for index in indexes
+        for height, width in zip(index.height[index.labeled], index.width[index.labeled], strict=True)
+    }
+    return sorted(sizes)
 
 
 def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:

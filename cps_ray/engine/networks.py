@@ -1,6 +1,7 @@
 """The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,8 +100,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
             ) from err
     if config.weights_file is not None:
         load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
-    mean, std = _normalisation(config, weights)
-    return Segmenter(network, mean, std)
+    normalised = normalisation(config)
+    return Segmenter(network, normalised.mean, normalised.std)
 
 
 def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
@@ -118,14 +119,80 @@ def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.
     return network
 
 
-def _normalisation(config: NetworkConfig, weights: str | None) -> tuple[Iterable[float], Iterable[float]]:
-    """Mean and standard deviation that the weights were trained with; ImageNet's from scratch."""
-    if weights is None:
-        return _IMAGENET
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """What images are normalised by, per RGB channel, for values in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    """Where both come from, in words."""
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std} ({self.source})"
+
+
+def normalisation(config: NetworkConfig) -> Normalisation:
+    """Returns the normalisation that the weights were trained with; the settings' own if given, ImageNet's from scratch.
+
+    Hub weights of smp's own encoders bring theirs from the hub: these alone need the network, or a cache. timm's are known here.
+    """
+    if config.mean is not None and config.std is not None:
+        return Normalisation(config.mean, config.std, "model.mean and model.std")
+    if config.weights == "none" and config.weights_file is None:
+        return Normalisation(*_IMAGENET, "ImageNet's, for an encoder without weights")
+    cfg = timm_cfg(config)
+    if cfg is not None:
+        name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
+        file = "" if config.weights_file is None else f", the encoder of {config.weights_file.name}"
+        return Normalisation(tuple(cfg.mean), tuple(cfg.std), f"timm's of {name}{file}")
+    if config.weights_file is not None:
+        file = config.weights_file.name
+        return Normalisation(*_IMAGENET, f"ImageNet's: {file} does not say; model.mean and model.std would")
     import segmentation_models_pytorch as smp
 
-    params: dict[str, Any] = smp.encoders.get_preprocessing_params(config.encoder, pretrained=weights)
-    return params.get("mean") or _IMAGENET[0], params.get("std") or _IMAGENET[1]
+    params: dict[str, Any] = smp.encoders.get_preprocessing_params(config.encoder, pretrained=config.weights)
+    mean, std = params.get("mean") or _IMAGENET[0], params.get("std") or _IMAGENET[1]
+    return Normalisation(tuple(mean), tuple(std), f"smp's of the {config.weights} weights")
+
+
+def planned_normalisation(config: NetworkConfig) -> str:
+    """Returns mean, std and where they come from, in words, for a plan: fetches nothing from the hub."""
+    fetched = config.weights != "none" and config.mean is None and not config.encoder.startswith("tu-")
+    if fetched:
+        return f"mean and std that the hub has beside the {config.weights} weights of {config.encoder}"
+    return str(normalisation(config))
+
+
+def padding_color(config: ModelConfig) -> tuple[int, int, int]:
+    """The mean colour of network a, RGB in 0..255: training views are padded with it, and normalisation makes it zero."""
+    red, green, blue = (round(255.0 * value) for value in normalisation(config).mean)
+    return red, green, blue
+
+
+def timm_cfg(config: NetworkConfig) -> Any:
+    """Returns timm's record of a `tu-` encoder's weights (mean, std, input_size, has_weights, ...); None for other encoders, and
+    for models that timm has no record of. Raises ConfigError for a tag that timm does not know."""
+    if not config.encoder.startswith("tu-"):
+        return None
+    import timm
+
+    name = config.encoder.removeprefix("tu-")
+    if config.architecture == ARCHITECTURE and config.weights not in ("none", "imagenet"):
+        name = f"{name.split('.')[0]}.{config.weights}"  # as `build_deeplab` names it
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError as err:
+        model, _, tag = name.partition(".")
+        setting = "model.encoder" if "." in config.encoder else "model.weights"
+        raise ConfigError(_unknown(setting, tag, _timm_tags(model))) from err
+
+
+def _timm_tags(model: str) -> list[str]:
+    import timm
+
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{model}.*")]
 
 
 def check_names(config: NetworkConfig) -> None:
@@ -143,6 +210,7 @@ def check_names(config: NetworkConfig) -> None:
         name = config.encoder.removeprefix("tu-")
         if not timm.is_model(name.split(".")[0]):
             raise ConfigError(_unknown("model.encoder", config.encoder, [f"tu-{m}" for m in timm.list_models()]))
+        _check_timm_weights(config)
         return
     encoders = smp.encoders.get_encoder_names()
     if config.encoder not in encoders:
@@ -152,12 +220,22 @@ def check_names(config: NetworkConfig) -> None:
         raise ConfigError(_unknown("model.weights", config.weights, ["none", *tags]))
 
 
-def check_model(config: ModelConfig) -> None:
-    """Builds the networks without their hub weights: wrong names, options and weight files are found before any cluster starts."""
-    for network in (config, config.b):
-        if network is not None:
-            check_names(network)
-            build_network(network.model_copy(update={"weights": "none"}), num_classes=2, seed=0)
+def _check_timm_weights(config: NetworkConfig) -> None:
+    """Raises ConfigError for weights that timm does not have: smp would take the default ones for any name."""
+    cfg = timm_cfg(config)
+    if config.weights == "none":
+        return
+    if config.architecture != ARCHITECTURE and config.weights != "imagenet":
+        raise ConfigError(
+            f"model.weights: must be none or imagenet with a tu- encoder, but got {config.weights!r}. "
+            "Other weights of timm are a tag of the encoder, such as tu-resnet50.a1_in1k."
+        )
+    if cfg is None or not cfg.has_weights:
+        tags = _timm_tags(config.encoder.removeprefix("tu-").split(".")[0])
+        hint = f" There are {', '.join(f'{config.encoder}.{tag}' for tag in tags[:3])}." if tags else ""
+        raise ConfigError(
+            f"model.weights: timm has no weights of {config.encoder}; choose none or a weights_file.{hint}"
+        )
 
 
 def _unknown(place: str, name: str, known: list[str]) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config.reader import parse_train
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
+from cps_ray.engine.networks import normalisation, padding_color
 from cps_ray.engine.ranks import join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse
@@ -77,6 +78,7 @@ def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -
         start_step=state.step,
         unlabeled=unlabeled,
         threads=decode_threads(context.get_local_world_size()),
+        fill=padding_color(config.model),
     )
     report = WorkerReport(config, folder, sweep, state, log)
     fit(config, state, batches, lambda state: validate(config, shards, data, state), report)
@@ -172,6 +174,8 @@ def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state:
         *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
         *(len(data.subset.labeled), len(data.subset.unlabeled), ", ".join(sizes)),
     )
+    for name in state.networks:
+        log.info("network %s: images normalised by %s", name, normalisation(config.model.of(NETWORK_NAMES.index(name))))
 
 
 def _log(run_dir: Path) -> logging.Logger:

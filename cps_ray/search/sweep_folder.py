@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
-from cps_ray.config.sweep import ChoiceParam, SweepConfig
-from cps_ray.config.train import DataConfig, ModelConfig, TrainConfig
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import check_data, metrics_of
+from cps_ray.datasets.loader import check_data, evaluated_sizes, metrics_of
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.evaluation import further_scores
-from cps_ray.engine.networks import check_model
+from cps_ray.engine.preflight import Preflight, check_sweep
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_text
 from cps_ray.search.records import EVENTS_FILE, SUMMARY_FILE, TRIALS_FOLDER
@@ -74,34 +75,25 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
     )
 
 
-def check(config: SweepConfig) -> Shards:
-    """Checks everything that can be wrong before a cluster starts: networks, data and metric, of trials and of final runs."""
+def check(config: SweepConfig, where: Where) -> Shards:
+    """Checks everything that can be wrong before a cluster starts: data, networks and metric, of trials and of final runs.
+
+    `where`: as `read_sweep` returns it.
+    """
     shards = open_data(config.train.data)
-    # Building a network takes seconds: each model and each data set is checked once, however many trainings have it.
-    models: list[ModelConfig] = []
+    # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
-    for changed in (*_network_choices(config), *final_training_configs(config)):
-        if changed.model not in models:
-            models.append(changed.model)
-            check_model(changed.model)
+    for changed in (config.train, *final_training_configs(config)):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data), changed)
+    check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
     known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric
     if metric not in known:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
     return shards
-
-
-def _network_choices(config: SweepConfig) -> Iterator[TrainConfig]:
-    yield config.train
-    # One choice at a time, not all combinations.
-    for name, param in config.search_space.items():
-        if name.startswith("model.") and isinstance(param, ChoiceParam):
-            for value in param.values:
-                yield apply(config.train, {name: value}, f"search_space.{name}")
 
 
 def final_training_configs(config: SweepConfig) -> list[TrainConfig]:
