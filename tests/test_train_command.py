@@ -58,6 +58,10 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
     assert rows["method"] == "cps, weight 1 after a ramp over 10% of the steps on unlabeled images, mix cutmix"
     assert re.fullmatch(r"deeplabv3plus, tu-test_efficientnet, weights none: \d\.\d M parameters", rows["network a"])
     assert rows["network b"] == rows["network a"]
+    assert (
+        rows["normalised"]
+        == "mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (ImageNet's, for an encoder without weights)"
+    )
     assert rows["images"] == "6 labelled, 18 unlabelled, 6 to validate"
     assert rows["steps"] == "60, with 3 evaluations, one every 20"
     # 60 steps of 4 images: 240 views of 6 and of 18 images.

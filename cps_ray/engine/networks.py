@@ -1,5 +1,6 @@
 """The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,8 @@ def check_names(config: NetworkConfig) -> None:
         raise ConfigError(_unknown("model.architecture", config.architecture, architectures))
     if config.architecture == ARCHITECTURE:
         check_deeplab(config.encoder)
+    else:
+        _check_options(config)
     if config.encoder.startswith("tu-"):
         import timm
 
@@ -218,6 +221,19 @@ def check_names(config: NetworkConfig) -> None:
     tags = list(smp.encoders.encoders[config.encoder].get("pretrained_settings", {}))
     if config.weights != "none" and config.weights not in tags:
         raise ConfigError(_unknown("model.weights", config.weights, ["none", *tags]))
+
+
+def _check_options(config: NetworkConfig) -> None:
+    """Raises ConfigError for an option that nobody reads: smp passes what it does not know to the encoder, and only timm's look at it."""
+    import segmentation_models_pytorch as smp
+
+    architectures = {name.lower(): network for name, network in smp.MODEL_ARCHITECTURES_MAPPING.items()}
+    known = list(inspect.signature(architectures[config.architecture.lower()].__init__).parameters)
+    for name in config.options if not config.encoder.startswith("tu-") else ():
+        if name not in known:
+            raise ConfigError(
+                f"model.options: {config.architecture} has no option {name!r}.{did_you_mean(name, known)}"
+            )
 
 
 def _check_timm_weights(config: NetworkConfig) -> None:

@@ -5,7 +5,7 @@ Nothing is fetched from the hub. What was tried once is not tried again.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +60,11 @@ class _OneValueError(Exception):
 
 
 class _ShapesAlone(TorchFunctionMode):
-    """Batch norm and resizing as what they do to shapes: on the meta device torch's own are in Python, and take most of a pass's time."""
+    """Batch norm, resizing and random weights as what they do to shapes: on the meta device torch's own are in Python, and take most of
+    the time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return {F.batch_norm: _scaled, F.interpolate: _nearest}.get(func, func)(*args, **(kwargs or {}))
+        return _ON_META.get(func, func)(*args, **(kwargs or {}))
 
 
 def _nearest(
@@ -88,6 +89,17 @@ def _scaled(
         raise _OneValueError
     broadcast = (-1, *[1] * (x.dim() - 2))
     return x.clone() if weight is None else x * weight.view(broadcast)
+
+
+def _as_it_is(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+_ON_META: dict[Any, Callable[..., Tensor]] = {
+    F.batch_norm: _scaled,
+    F.interpolate: _nearest,
+    **dict.fromkeys((Tensor.normal_, Tensor.uniform_, Tensor.erfinv_), _as_it_is),
+}
 
 
 class Preflight:
@@ -208,8 +220,8 @@ def _build(place: str, form: NetworkConfig, num_classes: int) -> Segmenter:
     try:
         check_names(form)
         try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a weights_file's tensors fit, but have no place to go
+            # Among the warnings is that a weights_file's tensors fit, but have no place to go.
+            with torch.device("meta"), _shapes_only():
                 return build_network(bare, num_classes, seed=0)
         except ConfigError:
             # Some networks compute with values when they are built (mit_b0). An error that is one without the meta device, too, counts.
@@ -279,21 +291,19 @@ def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Se
         with _shapes_only():
             predict(evaluation, network, _image(1, size))
     except Exception as err:  # see `_runs`
-        what = (
-            "images"
-            if evaluation.window_px is None
-            else f"windows (evaluation.window_px) of {_px(evaluation.window_px)} of images"
-        )
-        advice = ""
-        if evaluation.window_px is None:
+        names = [f"{place}.{name}" for name in ("encoder", "architecture", "options")]
+        what, advice = f"images of {_px(size)}", ""
+        if evaluation.window_px is not None:
+            names.insert(0, "evaluation.window_px")
+            what = f"windows of {_px(evaluation.window_px)}"
+        else:
             advice = (
                 f" Set evaluation.window_px, such as to the crop's {[*config.data.crop_px]}, or choose another encoder."
             )
         raise _DoesNotRunError(
-            f"{form.encoder} in {form.architecture} takes crops of {_px(config.data.crop_px)}, but in evaluations not {what} of "
-            f"{_px(size)}: {first_line(err)[:200].rstrip('.')}.{advice}",
-            *(f"{place}.{name}" for name in ("encoder", "architecture", "options")),
-            "evaluation.window_px",
+            f"{form.encoder} in {form.architecture} takes crops of {_px(config.data.crop_px)}, but in evaluations not {what}: "
+            f"{first_line(err)[:200].rstrip('.')}.{advice}",
+            *names,
         ) from err
 
 

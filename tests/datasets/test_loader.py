@@ -217,3 +217,12 @@ def test_evaluation_sees_every_image_once(shards: Path, num_batch_shards: int) -
 
 def test_the_embedded_data_is_fit_for_use(tiny: TrainConfig) -> None:
     check_data(open_shards(tiny.data.shards), tiny)
+
+
+def test_padding_has_the_colour_that_is_asked_for(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__crop_px=[96, 96], augment__scale=[0.5, 0.5])
+    data = train_data(open_shards(tiny.data.shards), config)
+    (first, *_) = train_batches(data, config, fill=(1, 2, 3))
+    for image in (first.labeled_image, first.unlabeled_image):
+        assert image is not None
+        assert image[:, :, 0, 0].tolist() == [[1, 2, 3]] * len(image)

@@ -1,12 +1,17 @@
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from support import changed
 
+from cps_ray.config.space import apply
 from cps_ray.config.train import NetworkConfig, TrainConfig
-from cps_ray.engine.networks import build_network, build_networks, check_names
+from cps_ray.engine.networks import build_network, build_networks, check_names, normalisation, padding_color
+from cps_ray.engine.state import load_networks
 from cps_ray.errors import CheckpointError, ConfigError
 
 TINY = NetworkConfig(encoder="tu-test_efficientnet", options={"decoder_channels": 16})
@@ -131,3 +136,90 @@ def test_a_state_carries_its_normalisation() -> None:
     other = build_network(TINY, 2, seed=1)
     other.load_state_dict(network.state_dict())
     assert other.mean.flatten().tolist() == [127.5] * 3
+
+
+LITE = NetworkConfig(architecture="unet", encoder="tu-tf_efficientnet_lite0")  # timm: mean and std 0.5
+
+
+@pytest.fixture(scope="module")
+def lite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the whole timm model, as its files are."""
+    path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), path)
+    return path
+
+
+def normalised(network: torch.nn.Module, value: int) -> list[float]:
+    """What a network sees of pixels of this value, per channel."""
+    seen: list[torch.Tensor] = []
+    network.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        network.eval()(torch.full((1, 3, 32, 32), value, dtype=torch.uint8))
+    return [round(x, 5) for x in seen[0][0, :, 0, 0].tolist()]
+
+
+def test_a_weights_file_of_timm_is_normalised_as_timm_does(lite_file: Path) -> None:
+    network = build_network(LITE.model_copy(update={"weights_file": lite_file}), 2, seed=0)
+    assert normalised(network, 255) == [1.0, 1.0, 1.0]
+    assert normalised(network, 0) == [-1.0, -1.0, -1.0]
+
+
+def test_mean_and_std_of_the_settings_come_first(lite_file: Path) -> None:
+    update = {"weights_file": lite_file, "mean": (0.0, 0.2, 0.4), "std": (1.0, 0.8, 0.6)}
+    assert normalised(build_network(LITE.model_copy(update=update), 2, seed=0), 255) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mean", "source"),
+    [
+        ({}, 0.485, "ImageNet's, for an encoder without weights"),
+        ({"weights_file": Path("x/lite0.pt")}, 0.5, "timm's of tf_efficientnet_lite0.in1k, the encoder of lite0.pt"),
+        ({"weights": "imagenet"}, 0.5, "timm's of tf_efficientnet_lite0.in1k"),
+        (
+            {"encoder": "resnet18", "weights_file": Path("x/r.pt")},
+            0.485,
+            "ImageNet's: r.pt does not say; model.mean and",
+        ),
+        ({"encoder": "tu-resnet50.a1_in1k", "weights": "imagenet"}, 0.485, "timm's of resnet50.a1_in1k"),
+        (
+            {"architecture": "deeplabv3plus-cps", "encoder": "tu-resnet50", "weights": "fb_swsl_ig1b_ft_in1k"},
+            *(0.485, "timm's of resnet50.fb_swsl_ig1b_ft_in1k"),
+        ),
+        ({"mean": (0.1, 0.2, 0.3), "std": (0.1, 0.1, 0.1)}, 0.1, "model.mean and model.std"),
+    ],
+)
+def test_where_mean_and_std_come_from(changes: dict[str, Any], mean: float, source: str) -> None:
+    found = normalisation(LITE.model_copy(update=changes))
+    assert found.mean[0] == mean
+    assert found.source.startswith(source)
+    assert str(found).startswith(f"mean {mean:g} ")
+
+
+def test_padding_has_the_mean_colour_of_network_a(tiny: TrainConfig) -> None:
+    assert padding_color(tiny.model) == (124, 116, 104)
+    mean_std = {"model.mean": [0.5, 0.4, 0.0], "model.std": [0.5, 0.5, 0.5]}
+    assert padding_color(apply(tiny, mean_std, "").model) == (128, 102, 0)
+
+
+def test_loaded_networks_are_normalised_as_they_were_trained(tiny: TrainConfig) -> None:
+    config = changed(tiny, model__mean=[0.5, 0.5, 0.5], model__std=[0.5, 0.5, 0.5])
+    saved = {
+        name: {"network": network.state_dict(), "average": None} for name, network in build_networks(config, 3).items()
+    }
+    # The snapshot's, whatever the config says.
+    for network in load_networks(tiny, {"networks": saved}, 3, "test").values():
+        assert normalised(network, 255) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"mean": [0.5, 0.5, 0.5]}, "`mean` needs `std`, too"),
+        ({"std": [0.5, 0.5, 0.5]}, "`std` needs `mean`, too"),
+        ({"mean": [123.7, 116.3, 103.5], "std": [0.5, 0.5, 0.5]}, "must be at most 1"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.0, 0.5]}, "must be greater than 0"),
+    ],
+)
+def test_half_a_normalisation_is_refused(tiny: TrainConfig, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        changed(tiny, model=model)
