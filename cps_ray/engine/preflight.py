@@ -310,7 +310,11 @@ def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Se
 def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
     """Takes the losses of one micro-batch, as the method has them, forward and back: in the last step, and in the first, which may be one
     before the method's `start`."""
-    quick = config.model_copy(update={"compute": ComputeConfig()})
+    # Without weights of classes, whose number may not be known yet: the data's own check counts them.
+    unweighted = {
+        name: getattr(config, name).model_copy(update={"class_weights": None}) for name in ("loss", "cps", "fixmatch")
+    }
+    quick = config.model_copy(update={"compute": ComputeConfig(), **unweighted})
     count_L, count_U = _images(config)
     crop = config.data.crop_px
     mask = torch.empty(count_L, *crop, dtype=torch.uint8, device=_META)
