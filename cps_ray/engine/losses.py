@@ -28,7 +28,7 @@ class Term(NamedTuple):
 @functools.lru_cache
 def class_weights_on(device: torch.device, weights: tuple[float, ...] | None) -> Tensor | None:
     """Returns weights of classes as float32 (C,)."""
-    return None if weights is None else torch.tensor(weights, device=device)
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def weighed_pixels(loss: LossConfig, mask_BHW: Tensor) -> Tensor:

@@ -324,8 +324,7 @@ def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
     named = dict(zip("ab"[: config.networks], [*networks, *networks], strict=False))
     for network in networks:
         network.train()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainState(named, dict(named), {}, dict(named), scaler, Ranks(device=_META))  # type: ignore[arg-type]
+    state = TrainState(named, dict(named), {}, dict(named), {}, Ranks(device=_META))  # type: ignore[arg-type]
     micro = MicroBatch(batch, 0, torch.ones((), device=_META), observe=False)
     starts = getattr(getattr(config, config.method, None), "start", 0.0) > 0.0
     try:
