@@ -86,18 +86,35 @@ def _add_placement(benchmarks: "Benchmarks") -> None:
 def _add_methods(benchmarks: "Benchmarks") -> None:
     methods = benchmarks.add_parser(
         "methods",
-        help="the methods, and each switch of CPS on its own, at equal steps over seeds: mIoU on a split",
-        description="Trains variants of one training by the engine alone, without Ray, and evaluates the last step's networks.",
+        help="the methods, and each switch of CPS on its own, at equal steps over draws and seeds: mIoU on a split",
+        description="Trains variants of one training by the engine alone, without Ray, and evaluates the last step's networks. Runs "
+        "are paired: the same draw of labelled images, the same seed. docs/methods.md says how to read the table.",
     )
     add = methods.add_argument
-    add("file", type=Path, help="a training, or a sweep, whose `train` is then taken")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all variants")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    add("--only", nargs="+", metavar="NAME", help="variants (default: all)")
+    add("file", type=Path, help="a training, the name of a preset, or a sweep, whose `train` is then taken")
+    settings = "change a setting of all variants: data.shards, data.labeled, schedule.steps, model.weights_file, ..."
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=settings)
+    draws = (
+        "train on N draws of labelled images (data.subset_seed 0 to N - 1) with each seed (default: that of the file)"
+    )
+    add("--draws", type=_positive, metavar="N", help=draws)
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the training (default 1 2 3)")
+    add("--only", nargs="+", metavar="NAME", help="variants beside the control (default: all)")
+    further = "a further variant, such as 'half weight: method=cps cps.weight=0.5'; may be repeated"
+    add("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help=further)
+    control = "variant that all are compared with (default supervised)"
+    add("--control", default="supervised", metavar="NAME", help=control)
     add("--split", default="test", help="split that the last networks are evaluated on (default test)")
-    add("--jobs", type=int, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     record = "file that every run is written to as it ends; runs that it already holds are not repeated"
     add("--json", type=Path, metavar="FILE", help=record)
+
+
+def _positive(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
 
 
 def _num_images(text: str) -> int:

@@ -1,0 +1,182 @@
+"""Variants of a training compared with one of them, the control, pair by pair: mean difference, its t-interval, its signs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from cps_ray.config.space import apply
+from cps_ray.config.train import DataConfig, TrainConfig
+
+Figures = dict[str, Any]
+Pair = tuple[int, int]
+"""(draw, seed): two runs with the same labelled images, and the same order of images, augmentation and initialisation."""
+_COLUMNS = {
+    "mIoU %": ("{split}/miou", 100.0),
+    "ensemble": ("{split}/ensemble/miou", 100.0),
+    "pseudo labels": ("pseudo/miou", 100.0),
+    "agreement": ("pseudo/agreement", 100.0),
+    "seconds": ("seconds", 1.0),
+}
+"""Columns of the table: what they show of a run, and the factor by which it is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """A variant minus the control, over n draws of labelled images, or over n seeds of a single draw."""
+
+    mean: float
+    half_width: float | None
+    """The interval is mean +- half_width; None where n is 1."""
+    better: int
+    """In how many of the n the variant is better; equal does not count."""
+    n: int
+
+
+def independent_values(values: Mapping[Pair, float], *, over_draws: bool) -> list[float]:
+    """Returns what a spread or an interval is computed over: the mean over seeds of each draw, or the values as they are.
+
+    Seeds within a draw share their labelled images and are not independent: counted one by one, the interval would be too narrow.
+    """
+    if not over_draws:
+        return list(values.values())
+    draws: dict[int, list[float]] = {}
+    for (draw, _), value in values.items():
+        draws.setdefault(draw, []).append(value)
+    return [fmean(seeds) for seeds in draws.values()]
+
+
+def paired_difference(
+    scores: Mapping[Pair, float], control: Mapping[Pair, float], *, over_draws: bool
+) -> PairedDifference | None:
+    """Compares over the pairs that both have. None if there is none.
+
+    Student's 95 % interval for the mean of n independent, normal differences: mean +- t(0.975, n - 1) * sd / sqrt(n).
+    """
+    from scipy.special import stdtrit  # takes a third of a second to import
+
+    both = {pair: score - control[pair] for pair, score in scores.items() if pair in control}
+    differences = independent_values(both, over_draws=over_draws)
+    if not differences:
+        return None
+    n = len(differences)
+    half_width = None if n == 1 else float(stdtrit(n - 1, 0.975)) * stdev(differences) / sqrt(n)
+    return PairedDifference(fmean(differences), half_width, sum(each > 0.0 for each in differences), n)
+
+
+def is_drawn(data: DataConfig) -> bool:
+    """Tells whether `data.subset_seed` decides which images are labelled. `labeled: 1` is one image and `labeled: 1.0` is all."""
+    return isinstance(data.labeled, int) or (isinstance(data.labeled, float) and data.labeled < 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is trained, and what is computed of it."""
+
+    trainings: dict[str, TrainConfig]
+    """By the name of the variant."""
+    control: str
+    split: str
+    pairs: list[Pair]
+
+    @property
+    def over_draws(self) -> bool:
+        """Whether spreads and intervals are over draws; over seeds if there is one draw."""
+        return len({draw for draw, _ in self.pairs}) > 1
+
+    def key(self, name: str, pair: Pair) -> str:
+        """Returns the name of a run. Draws of one that has the same labelled images in all of them are one run."""
+        draw = f" draw {pair[0]}" if is_drawn(self.trainings[name].data) else ""
+        return f"{name.strip()}{draw} seed {pair[1]}"
+
+    def config(self, name: str, pair: Pair) -> TrainConfig:
+        """Returns the training of a run."""
+        draw, seed = pair
+        return apply(self.trainings[name], {"seed": seed, "data.subset_seed": draw}, self.key(name, pair))
+
+    def figures(self, runs: Mapping[str, Figures]) -> dict[str, Figures]:
+        """Returns what the table shows, by variant: `mean` and `sd` of each metric, number of `runs` and of those that `failed`, and
+        the `difference` to the control, None where there is none. Scores are in 0..1.
+        """
+        control = next(name for name in self.trainings if name.strip() == self.control)
+        return {name.strip(): self._figures(name, control, runs) for name in self.trainings}
+
+    def _figures(self, name: str, control: str, runs: Mapping[str, Figures]) -> Figures:
+        keys = {self.key(name, pair) for pair in self.pairs} & {*runs}
+        failed = sum("failed" in runs[key] for key in keys)
+        figures: Figures = {"runs": len(keys) - failed, "failed": failed}
+        for template, _ in _COLUMNS.values():
+            metric = template.format(split=self.split)
+            if values := self._values(name, metric, runs):
+                figures[metric] = self._spread(name, values)
+        difference = None if name == control else self._difference(name, control, runs)
+        return {**figures, "difference": difference and asdict(difference)}
+
+    def _values(self, name: str, metric: str, runs: Mapping[str, Figures]) -> dict[Pair, float]:
+        """Returns a metric of the runs that have it, in the order of `pairs`."""
+        ended = {pair: runs.get(self.key(name, pair), {}) for pair in self.pairs}
+        return {pair: figures[metric] for pair, figures in ended.items() if metric in figures}
+
+    def _spread(self, name: str, values: Mapping[Pair, float]) -> Figures:
+        independent = independent_values(values, over_draws=self.over_draws)
+        # Runs that stand for all draws have no spread over them.
+        known = len(independent) > 1 and (not self.over_draws or is_drawn(self.trainings[name].data))
+        return {"mean": fmean(independent), "sd": stdev(independent) if known else None}
+
+    def _difference(self, name: str, control: str, runs: Mapping[str, Figures]) -> PairedDifference | None:
+        scores, controls = (self._values(one, f"{self.split}/miou", runs) for one in (name, control))
+        if not any(is_drawn(self.trainings[one].data) for one in (name, control)):
+            # The same runs stand for all draws: only seeds differ.
+            scores = {pair: score for pair, score in scores.items() if pair[0] == self.pairs[0][0]}
+            return paired_difference(scores, controls, over_draws=False)
+        return paired_difference(scores, controls, over_draws=self.over_draws)
+
+
+def table(comparison: Comparison, runs: Mapping[str, Figures], title: str) -> Table:
+    """Returns the table of what there is of the comparison so far; `title` says which training it is of."""
+    num_draws, num_seeds = (len({pair[place] for pair in comparison.pairs}) for place in (0, 1))
+    if comparison.over_draws:
+        over = f"{num_draws} draws of labelled images, each the mean of {num_seeds} seed{'s' * (num_seeds > 1)}"
+        holds = "Intervals are over draws."
+    else:
+        over = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
+        holds = "Intervals are over seeds, and hold for this draw of labelled images only."
+    score, *others = _COLUMNS
+    differences = [f"to {comparison.control}", "better in"]
+    shown = Table(
+        "",
+        score,
+        *differences,
+        *others,
+        "runs",
+        title=f"{title}, evaluated on {comparison.split}: mean and sd over {over}",
+        caption=f"to {comparison.control}: paired difference in points, with a 95 % t-interval. {holds}",
+    )
+    figures = comparison.figures(runs)
+    for name in comparison.trainings:
+        row = figures[name.strip()]
+        first, *rest = (
+            _cell(row.get(metric.format(split=comparison.split)), scale) for metric, scale in _COLUMNS.values()
+        )
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        shown.add_row(name, first, *_difference_cells(row["difference"]), *rest, f"{row['runs']}{failed}")
+    return shown
+
+
+def _cell(spread: Figures | None, scale: float) -> str:
+    """Returns the mean and, where it is known, the standard deviation."""
+    if spread is None:
+        return ""
+    return f"{scale * spread['mean']:.1f}" + ("" if spread["sd"] is None else f" ± {scale * spread['sd']:.1f}")
+
+
+def _difference_cells(raw: Figures | None) -> tuple[str, str]:
+    if raw is None:
+        return "", ""
+    one = PairedDifference(**raw)
+    low, high = (100 * (one.mean + sign * (one.half_width or 0.0)) for sign in (-1, 1))
+    interval = "" if one.half_width is None else f" ({low:+.1f} to {high:+.1f})"
+    return f"{100 * one.mean:+.1f}{interval}", f"{one.better} of {one.n}"
