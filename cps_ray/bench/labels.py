@@ -53,7 +53,11 @@ def with_true_masks(
     view = TrainView(config.augment, config.data.crop_px)
     for step, batch in enumerate(batches):
         assert batch.unlabeled_image is not None
-        assert not ranks.masks, "the networks did not ask for the masks of every image"
+        # None was asked for in a step before `cps.start`.
+        assert len(ranks.masks) in (0, len(batch.unlabeled_image)), (
+            "the networks asked for the masks of some images only"
+        )
+        ranks.masks.clear()
         for position, image_3HW in zip(
             positions(step, config.data.unlabeled_batch, 0, 1), batch.unlabeled_image, strict=True
         ):

@@ -23,7 +23,7 @@ from cps_ray.config.schema import absolute, locate
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import scalar
-from cps_ray.datasets.loader import eval_batches, hidden_batches, train_batches, train_data
+from cps_ray.datasets.loader import check_data, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.datasets.subsets import labeled_subset
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = [(draw, seed) for draw in draws for seed in dict.fromkeys(args.seeds)]
     comparison = Comparison(variants(config, chosen), args.control, args.split, pairs)
     for training in comparison.trainings.values():
-        train_data(open_data(training.data), training)  # refuses what cannot be divided now, and not after hours
+        check_data(open_data(training.data), training, evaluated=())  # now, and not after hours
     record = {
         "config": config.dump(),
         "data": shards.manifest.sha256,

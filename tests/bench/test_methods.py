@@ -96,6 +96,7 @@ def test_what_is_compared_is_checked_before_anything_is_trained(
         (["--variant", "cps: cps.weight=0.5"], "--variant cps: there is a variant of this name already"),
         (["--variant", "half:", "--variant", "half:"], "--variant half: there is a variant of this name already"),
         (["--variant", "few: method=cps data.labeled=24"], "needs unlabelled images, but all 24"),
+        (["--variant", "rare: loss.class_weights=[1,2]"], "must have one weight for each of the 7 classes"),
         (
             ["--draws", "2", "--set", "data.labeled=1.0"],
             "--draws: `data.labeled` must be a count, or a fraction below 1",
