@@ -101,8 +101,18 @@ class NetworkConfig(Section):
     weights_file, timm's for a `tu-` encoder; else ImageNet's."""
     std: ColorStd | None = None
     """Standard deviation; given with `mean` or not at all."""
+    freeze_encoder: bool = False
+    """Whether the encoder stays as its weights are, batch-norm statistics included, and only the rest of the network learns."""
     options: dict[str, OptionValue] = Field(default_factory=dict)
     """Further arguments of `create_model`, such as `decoder_channels`."""
+
+    @model_validator(mode="after")
+    def _frozen_is_not_random(self) -> Self:
+        if self.freeze_encoder and self.weights == "none" and self.weights_file is None:
+            raise ValueError(
+                "`freeze_encoder: true` needs `weights` or `weights_file`: this encoder would stay random."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> Self:
@@ -156,6 +166,8 @@ class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0.0)]
     """Base learning rate for the global batch; it does not depend on the number of workers."""
+    head_lr_factor: Annotated[float, Field(gt=0.0)] = 1.0
+    """Learning rate of everything but the encoder, as a multiple of `lr`; 10 to 40 is usual with pretrained encoders."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Momentum of SGD; AdamW does not use it."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4

@@ -24,9 +24,9 @@ Rule = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """(logits (B, C, H, W) float32, which it may overwrite, targets ...) -> (loss, gradient by the logits, its terms (K,))."""
 
 
-def padded(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in px with each side a multiple of STRIDE."""
-    return -(-size[0] // STRIDE) * STRIDE, -(-size[1] // STRIDE) * STRIDE
+def padded(size: tuple[int, int], divisor: int = STRIDE) -> tuple[int, int]:
+    """(height, width) in px with each side a multiple of `divisor`."""
+    return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
 
 def upsample(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:

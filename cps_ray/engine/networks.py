@@ -3,21 +3,25 @@
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ModelConfig, NetworkConfig, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, ModelConfig, NetworkConfig, OptionValue, TrainConfig
 from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab, check_deeplab
-from cps_ray.engine.dense import padded, upsample
+from cps_ray.engine.dense import STRIDE, padded, upsample
+from cps_ray.engine.vit import ARCHITECTURE as DPT
+from cps_ray.engine.vit import fit_patches, image_divisor, takes_any_size
 from cps_ray.engine.weights import load_encoder
 from cps_ray.errors import ConfigError
 from cps_ray.text import did_you_mean, first_line
 
 # B images, C classes, H W pixels, h w cells of coarse logits.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_REFUSALS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, AssertionError, NotImplementedError)
+"""What smp and timm raise for options and image sizes that a network does not take."""
 
 
 class Segmenter(nn.Module):
@@ -26,28 +30,57 @@ class Segmenter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Iterable[float],
+        std: Iterable[float],
+        *,
+        divisor: int = STRIDE,
+        freeze_encoder: bool = False,
+    ) -> None:
         """`mean`, `std`: per RGB channel, for values in 0..1. They are part of the state, so that a checkpoint is evaluated as it was trained.
 
-        The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few images at a time.
+        `divisor`: what the sides in px of the network's own input must be multiples of. `freeze_encoder`: `network.encoder`
+        does not learn. The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few
+        images at a time.
         """
         super().__init__()
         self.network = _without_upsampling(network)
+        self.divisor = divisor
+        self._freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            # Autograd then keeps none of the encoder's activations: nothing that goes into it needs a gradient.
+            self.network.encoder.requires_grad_(False)  # type: ignore[union-attr, operator]
+            self.train()
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1) * 255.0)
         self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1) * 255.0)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """Images in 0..255, uint8 or float (B, 3, H, W) -> coarse logits (B, C, h, w) of the image padded to multiples of 32.
 
-        `dense.upsample` makes full logits of them.
+        `dense.upsample` makes full logits of them. A network whose divisor does not divide 32 sees the image padded further.
         """
         height, width = image_B3HW.shape[-2:]
         x = (image_B3HW.float() - self.mean) / self.std
-        tall, wide = padded((height, width))
-        if (tall, wide) != (height, width):
-            x = F.pad(x, (0, wide - width, 0, tall - height))  # zeros are the mean colour
+        size = padded((height, width))
+        seen = size if STRIDE % self.divisor == 0 else padded(size, self.divisor)
+        if seen != (height, width):
+            x = F.pad(x, (0, seen[1] - width, 0, seen[0] - height))  # zeros are the mean colour
         logits: Tensor = self.network(x)
+        if seen != size:
+            # Coarse logits of more than `size` mean nothing to `dense.upsample`, which leaves those of just this size as they are.
+            if logits.shape[-2:] != seen:
+                logits = F.interpolate(logits, seen, mode="bilinear", align_corners=True)
+            logits = logits[..., : size[0], : size[1]]
         return logits
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's, but a frozen encoder stays in evaluation mode: its batch norm keeps its running statistics."""
+        super().train(mode)
+        if self._freeze_encoder:
+            self.network.encoder.eval()  # type: ignore[union-attr, operator]
+        return self
 
     def logits(self, image_B3HW: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, C, H, W)."""
@@ -89,10 +122,10 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
         torch.manual_seed(seed)
         try:
             network = _create(config, weights, num_classes)
-        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as err:
+        except _REFUSALS as err:
             raise ConfigError(
                 f"model: {config.architecture} with encoder {config.encoder} and options {config.options} "
-                f"cannot be built: {first_line(err)}"
+                f"cannot be built: {first_line(err)}{_hint(err)}"
             ) from err
         except OSError as err:
             raise ConfigError(
@@ -102,7 +135,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
     if config.weights_file is not None:
         load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
     normalised = normalisation(config)
-    return Segmenter(network, normalised.mean, normalised.std)
+    divisor = image_divisor(network) if config.architecture.lower() == DPT else STRIDE
+    return Segmenter(network, normalised.mean, normalised.std, divisor=divisor, freeze_encoder=config.freeze_encoder)
 
 
 def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
@@ -115,9 +149,23 @@ def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.
         encoder_name=config.encoder,
         encoder_weights=weights,
         classes=num_classes,
-        **config.options,
+        **create_model_options(config),
     )
+    if config.architecture.lower() == DPT:
+        fit_patches(network)
     return network
+
+
+def create_model_options(config: NetworkConfig) -> dict[str, OptionValue]:
+    """Further arguments of `create_model`: those of the config, and what lets a vision transformer see images of any size."""
+    of_one_size = config.architecture.lower() == DPT and config.encoder.startswith("tu-")
+    return {**({"dynamic_img_size": True} if of_one_size and takes_any_size(config.encoder) else {}), **config.options}
+
+
+def _hint(err: BaseException) -> str:
+    """Returns what to do about an error of smp that does not say it, or ""."""
+    plain = "downsampling pattern" in str(err)
+    return f" A vision transformer without a pyramid of maps needs architecture: {DPT}." if plain else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +300,25 @@ def _check_timm_weights(config: NetworkConfig) -> None:
         raise ConfigError(
             f"model.weights: timm has no weights of {config.encoder}; choose none or a weights_file.{hint}"
         )
+
+
+def refusal(config: NetworkConfig, size_px: tuple[int, int]) -> str:
+    """Returns why this network cannot run images of (height, width) px, or "". Fetches no weights; a second or less for most."""
+    bare = config.model_copy(update={"weights": "none", "weights_file": None})
+    for device in (
+        "meta",
+        "cpu",
+    ):  # on meta tensors have shapes and no memory; the few networks that need values there run for real
+        try:
+            with torch.device(device), torch.no_grad():
+                network = build_network(bare, num_classes=2, seed=0).eval()
+                network(torch.zeros(1, 3, *size_px, dtype=torch.uint8))
+        except (ConfigError, *_REFUSALS) as err:
+            if device == "meta" and "meta tensor" in str(err):
+                continue
+            return first_line(err)
+        break
+    return ""
 
 
 def _unknown(place: str, name: str, known: list[str]) -> str:

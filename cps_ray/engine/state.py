@@ -22,6 +22,9 @@ from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.schedules import average_decay
 from cps_ray.errors import CheckpointError
 
+LR_FACTOR = "lr_factor"
+"""Key in an optimizer's parameter groups: the multiple of the step's learning rate that they have."""
+
 
 @dataclass(slots=True)
 class TrainState:
@@ -174,18 +177,31 @@ def _freeze_unused(network: Segmenter, crop_px: tuple[int, int]) -> None:
     network.train()
 
 
-def _optimizer(optim: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(optim: OptimConfig, network: Segmenter) -> torch.optim.Optimizer:
     """Weight decay is on weights of two and more dimensions; none on biases and normalisation."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for factor, members in _by_rate(optim, network, parameters).items():
+        rate = {"lr": optim.lr * factor, LR_FACTOR: factor}
+        groups += [
+            {"params": [p for p in members if p.dim() > 1], "weight_decay": optim.weight_decay, **rate},
+            {"params": [p for p in members if p.dim() <= 1], "weight_decay": 0.0, **rate},
+        ]
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
     assert_never(optim.name)
+
+
+def _by_rate(optim: OptimConfig, network: Segmenter, parameters: list[nn.Parameter]) -> dict[float, list[nn.Parameter]]:
+    """Factor of `optim.lr` -> the parameters that have it; with equal rates one entry, in the network's order."""
+    encoder = {id(p) for p in network.network.encoder.parameters()}  # type: ignore[union-attr, operator]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        factor = 1.0 if id(parameter) in encoder else optim.head_lr_factor
+        groups.setdefault(factor, []).append(parameter)
+    return groups
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from cps_ray.engine.batch import Batch
 from cps_ray.engine.losses import weighed_pixels
 from cps_ray.engine.methods import MicroBatch, losses_of_networks
 from cps_ray.engine.schedules import learning_rate
-from cps_ray.engine.state import TrainState, update_averages
+from cps_ray.engine.state import LR_FACTOR, TrainState, update_averages
 
 OBSERVE_EVERY = 10
 """Steps between those in which gradients and pseudo labels are measured, beside the last one before each evaluation: often enough for a
@@ -69,7 +69,7 @@ def _begin_step(config: TrainConfig, state: TrainState) -> None:
     rate = learning_rate(config.optim, state.step, config.schedule.steps)
     for name, optimizer in state.optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get(LR_FACTOR, 1.0)  # checkpoints of earlier versions have no factor
         state.networks[name].train()  # an evaluation has left them in evaluation mode
 
 

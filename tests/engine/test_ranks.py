@@ -12,7 +12,8 @@ import pytest
 import torch
 from support import changed
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import NetworkConfig, TrainConfig
+from cps_ray.engine.networks import build_network
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.runs import read_checkpoint
@@ -37,6 +38,8 @@ torch.set_num_threads(1)
 # In double precision throughout. In single, where two classes tie in a pixel, the last bit of a sum turns its hard label.
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
+# Random per worker; the head of smp's DPT has no option without it.
+torch.nn.Dropout.forward = lambda self, x: x
 if world > 1:
     dist.init_process_group("gloo", rank=rank, world_size=world)
 for name, raw in jobs.items():
@@ -92,12 +95,21 @@ def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     # As the paper's code has it: both kinds of image under the loss, in passes of their own.
     papers = changed(tiny, schedule__steps=4, cps__images="all", cps__forwards="separate", cps__cutmix_partner="self")
     three = changed(tiny, schedule__steps=2, model__networks=3, cps__mix="none")
+    # A vision transformer of 14 px patches, and a CNN whose encoder is frozen, batch norm included.
+    weights = folder / "resnet.pt"
+    torch.save(build_network(NetworkConfig(encoder="tu-test_resnet"), 2, seed=5).network.encoder.state_dict(), weights)
+    cnn = {"encoder": "tu-test_resnet", "architecture": "fpn", "weights_file": str(weights), "freeze_encoder": True}
+    cnn["options"] = {"decoder_dropout": 0.0}
+    small = {"decoder_intermediate_channels": [8] * 4, "decoder_fusion_channels": 8, "patch_size": 14, "img_size": 70}
+    model = {"architecture": "dpt", "encoder": "tu-test_vit", "options": small, "b": cnn}
+    vit = changed(tiny, schedule__steps=4, model=model, optim__head_lr_factor=10.0)
 
     def spread(config: TrainConfig, workers: int) -> TrainConfig:
         return changed(config, resources={"placement": "one_network_per_worker", "workers": workers})
 
-    train({"averaged": averaged, "papers": papers, "three": three}, 1, folder)
-    train({"averaged-two": averaged, "averaged-spread": spread(averaged, 2), "three-two": three}, 2, folder)
+    train({"averaged": averaged, "papers": papers, "three": three, "vit": vit}, 1, folder)
+    two = {"averaged-two": averaged, "averaged-spread": spread(averaged, 2), "three-two": three}
+    train({**two, "vit-two": vit, "vit-spread": spread(vit, 2)}, 2, folder)
     train({"three-spread": spread(three, 3)}, 3, folder)
     train({"papers-spread": spread(papers, 4)}, 4, folder)
     return folder
@@ -117,11 +129,13 @@ def found(folder: Path, name: str) -> dict[str, Any]:
         ("papers", "papers-spread"),
         ("three", "three-two"),
         ("three", "three-spread"),
+        ("vit", "vit-two"),
+        ("vit", "vit-spread"),
     ],
 )
 def test_several_workers_have_the_curve_of_one(trained: Path, one: str, several: str) -> None:
     alone, together = found(trained, one), found(trained, several)
-    assert len(alone["losses"]) == {"averaged": 20, "papers": 4, "three": 2}[one]
+    assert len(alone["losses"]) == {"averaged": 20, "papers": 4, "three": 2, "vit": 4}[one]
     # Sums in another order differ in the last bits: 1e-15 a step.
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-9)
     assert together["means"] == pytest.approx(alone["means"], rel=1e-6)
@@ -157,3 +171,13 @@ def test_each_networks_loss_scale_is_its_own_in_either_placement(trained: Path, 
         assert {network: scaler.get_scale() for network, scaler in state.scalers.items()} == {
             network: scales[network] for network in state.networks
         }
+
+
+def test_a_frozen_encoder_is_as_its_file_has_it_on_any_number_of_workers(trained: Path) -> None:
+    weights = torch.load(trained / "resnet.pt", weights_only=True)
+    for name in ("vit", "vit-two", "vit-spread"):
+        state = read_checkpoint(trained / name)["networks"]["b"]["network"]
+        assert all(
+            torch.equal(state[f"network.encoder.{key}"], value.to(state[f"network.encoder.{key}"].dtype))
+            for key, value in weights.items()
+        ), name
