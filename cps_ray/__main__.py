@@ -7,6 +7,7 @@ COMMANDS = {
     "prepare": "raw data set -> checked Parquet shards",
     "inspect": "prepared shards -> checks, statistics, contact sheets and a page",
     "subsets": "which training images are labelled: drawn or published lists",
+    "encoders": "encoders and pretrained weights: size, licence, whether they run at a crop",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
     "bench": "speed and memory, measured side by side",

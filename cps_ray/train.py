@@ -207,6 +207,7 @@ def _resume_command(folder: Path) -> str:
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Runs the training and prints its evaluations as they come. Raises CpsRayError if it fails, DivergedError if it diverges."""
+    from cps_ray.engine.encoders import weights_of_networks
     from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer, reason
     from cps_ray.runs import best_checkpoint
 
@@ -234,6 +235,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     if best is not None:
         checkpoint, meta = best
         print(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}")
+    print(*(each.sentence() for each in weights_of_networks(config)), sep="\n")
 
 
 def _print_evaluations(config: TrainConfig, folder: Path, after: int) -> int:

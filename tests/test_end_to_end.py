@@ -156,6 +156,8 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
 
     model = json.loads((root / "best" / "model.json").read_text())
     assert len(model["classes"]) == 7
+    assert [model["weights"]] == summary["weights"]
+    assert model["weights"]["sentence"].endswith("none, trained from scratch")
     assert load_file(root / "best" / "model.safetensors")
     assert cv2.imread(str(root / "best" / "examples.png")).shape[1] > 4 * 200
     seeds = (root / "best" / "seeds.csv").read_text().splitlines()

@@ -76,7 +76,7 @@ class Segmenter(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> Self:
-        """As torch's, but a frozen encoder stays in evaluation mode: its batch norm keeps its running statistics."""
+        """Sets the mode as torch does, but a frozen encoder stays in evaluation mode: its batch norm keeps its running statistics."""
         super().train(mode)
         if self._freeze_encoder:
             self.network.encoder.eval()  # type: ignore[union-attr, operator]
@@ -135,7 +135,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
     if config.weights_file is not None:
         load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
     normalised = normalisation(config)
-    divisor = image_divisor(network) if config.architecture.lower() == DPT else STRIDE
+    strides = network.encoder.output_strides if config.architecture.lower() == DPT else ()  # type: ignore[union-attr]
+    divisor = image_divisor(strides[-1], len(strides)) if strides else STRIDE  # type: ignore[index, arg-type]
     return Segmenter(network, normalised.mean, normalised.std, divisor=divisor, freeze_encoder=config.freeze_encoder)
 
 

@@ -39,14 +39,13 @@ def fit_patches(network: Any) -> None:
     network.segmentation_head.upsampling_factor = 2 * patch / nominal
 
 
-def image_divisor(network: Any) -> int:
-    """Returns the number that the sides in px of what a DPT of smp sees must be multiples of.
+def image_divisor(patch_px: int, maps: int = 4) -> int:
+    """Returns the number that the sides in px of what a DPT sees must be multiples of, by the patch size and the maps it takes.
 
     The coarsest map has 2^(maps + 1) nominal px a cell, and maps fit each other where it needs no rounding.
     """
-    encoder = network.encoder
-    patch = int(encoder.output_stride)
-    return int(patch * max(1, 2 ** (len(encoder.output_strides) + 1) // _nominal(patch)))
+    coarsest_px = int(2 ** (maps + 1))
+    return patch_px * max(1, coarsest_px // _nominal(patch_px))
 
 
 def _nominal(patch: int) -> int:

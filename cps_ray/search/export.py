@@ -16,8 +16,10 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Manifest
 from cps_ray.datasets.show.picture import paint_mask
 from cps_ray.engine.batch import IGNORE
+from cps_ray.engine.dense import STRIDE
+from cps_ray.engine.encoders import weights_of
 from cps_ray.engine.evaluation import ENSEMBLE
-from cps_ray.engine.networks import Segmenter
+from cps_ray.engine.networks import Segmenter, create_model_options
 from cps_ray.engine.state import load_networks
 from cps_ray.files import write_json, write_text
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
@@ -58,7 +60,7 @@ def export_model(
         described[name] = _describe(form, networks[name], len(manifest.classes))
     together: dict[str, Any] = {
         "combine": "mean of all networks' probabilities, each the softmax of its logits over the classes",
-        "peers": [{"network": name, "weights": _weights_file(name, first), **described[name]} for name in peers],
+        "peers": [{"network": name, "file": _weights_file(name, first), **described[name]} for name in peers],
     }
     describe = {
         "library": "segmentation-models-pytorch",
@@ -83,17 +85,21 @@ def _weights_file(name: str, first: str) -> str:
 
 
 def _describe(form: NetworkConfig, network: Segmenter, num_classes: int) -> dict[str, Any]:
-    """Returns how smp builds a network, and what it takes."""
+    """Returns how smp builds a network, what it takes, and what it began with."""
+    divisor = STRIDE if STRIDE % network.divisor == 0 else network.divisor
     return {
         "create_model": {
             "arch": form.architecture,
             "encoder_name": form.encoder,
             "encoder_weights": None,  # all weights are in the file: whoever builds it must not fetch any
             "classes": num_classes,
-            **form.options,
+            **create_model_options(form),
         },
+        # Patches of 14 px and the like: smp's own DPT cannot run them as it builds them.
+        **({} if divisor == STRIDE else {"then": "cps_ray.engine.vit.fit_patches(network)"}),
+        "weights": weights_of(form).record(),  # their licence may bind the model
         "input": {
-            "layout": "RGB, float32, (image / 255 - mean) / std, sides padded to a multiple of 32",
+            "layout": f"RGB, float32, (image / 255 - mean) / std, sides padded to a multiple of {divisor}",
             "mean": (network.mean.flatten() / 255).tolist(),
             "std": (network.std.flatten() / 255).tolist(),
         },

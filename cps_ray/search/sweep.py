@@ -14,6 +14,7 @@ from rich.console import Console
 from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
+from cps_ray.engine.encoders import weights_of_networks
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError
 from cps_ray.files import read_json
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
@@ -227,18 +228,20 @@ class Sweep:
 
     def _export(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
         if any(one.run.arm == BEST_ARM for one in evaluated):
-            self._export_final(evaluated, shards)
+            exported = self._export_final(evaluated, shards)
             final = compare(evaluated, self._metric)
         else:  # `final.retrain: none`: the search's own best model is what there is
             self._export_best_trial(best, shards)
-            final = None
-        self._say_verdict(self._save("finished", final=final))
+            exported, final = best, None
+        weights = [each.record() for each in weights_of_networks(exported)]
+        self._say_verdict(self._save("finished", final=final, weights=weights))
 
     def _say_verdict(self, summary: dict[str, Any]) -> None:
         for line in verdict_lines(self._root, summary):
             self._say(line)
 
-    def _export_final(self, evaluated: list[EvaluatedRun], shards: Shards) -> None:
+    def _export_final(self, evaluated: list[EvaluatedRun], shards: Shards) -> TrainConfig:
+        """Writes best/; returns the training that it is from, which `final.set` may have changed."""
         # Of the seeds the one that is best on val: choosing by test would make its test score too good.
         top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
         job = top.run.job
@@ -250,6 +253,7 @@ class Sweep:
         # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
         columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
         write_picture(folder / "examples.png", columns, shards.manifest)
+        return top.run.job.config
 
     def _export_best_trial(self, best: TrainConfig, shards: Shards) -> None:
         trial = self._study.best()

@@ -51,6 +51,8 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     if final:
         lines += _score_lines(final, summary["objective"])
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
+    # A network learns from its peers' labels: the licence of any one's weights may bind it.
+    lines += [each["sentence"] for each in summary.get("weights", [])]
     lines.append(f"Train the best again: python -m cps_ray.train {display_path(root / BEST_FILE)}")
     return lines
 

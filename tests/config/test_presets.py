@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 
+import cps_ray
 from cps_ray.config.reader import load_sweep, load_train, presets
 from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.engine.encoders import size_of, weights_of
+from cps_ray.engine.networks import check_names, refusal
 from cps_ray.errors import ConfigError
 
-NAMES = ["reference/cityscapes", "reference/cityscapes-cutmix", "reference/voc", "reference/voc-cutmix"]
+PUBLISHED = ["reference/cityscapes", "reference/cityscapes-cutmix", "reference/voc", "reference/voc-cutmix"]
+MODERN = ["modern/dinov2-small", "modern/dinov2-small-convnext", "modern/dinov3-small"]
+NAMES = [*MODERN, *PUBLISHED]
 
 # The scripts of charlesCXK/TorchSemiSeg at 5e0c29c. The loss is divided by the number of GPUs before the gradient is
 # averaged over them, so what acts is the nominal rate / GPUs and the nominal weight decay x GPUs.
@@ -127,7 +132,7 @@ def test_these_are_shipped() -> None:
     assert presets() == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_holds_the_recipe(name: str) -> None:
     config = load_train(Path(name), ["data.shards=here"])
     found, wanted = flat(config.dump()), recipe(name)
@@ -147,6 +152,24 @@ def test_a_preset_is_a_file_that_asks_for_shards_alone(
         load_train(train_file(f"preset: {name}\n"))
     with pytest.raises(ConfigError, match=rf"^{name}:\d+: data\.shards: is missing\.$"):
         load_train(Path(name))
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_preset_has_weights_with_a_licence_and_runs_at_its_crop_without_padding(name: str) -> None:
+    config = load_train(Path(name), ["data.shards=here"])
+    assert config.data.crop_px == config.evaluation.window_px
+    text = (Path(cps_ray.__file__).parent / f"config/presets/{name}.yaml").read_text(encoding="utf-8")
+    assert "Ours, not a published recipe" in text
+    for number in range(config.networks):
+        form = config.model.of(number)
+        check_names(form)  # the tag exists
+        licence = weights_of(form).licence
+        assert licence is not None
+        assert licence.replace("-license", "").lower() in text.lower()
+        size = size_of(form.encoder)
+        assert size is not None
+        assert all(side % size.divisor == 0 for side in config.data.crop_px)
+        assert refusal(form, config.data.crop_px) == ""
 
 
 def test_what_stands_beside_a_preset_changes_it(train_file: Callable[[str], Path]) -> None:

@@ -145,7 +145,7 @@ SWEEP_FAULTS = [
     (WEIGHT, "{type: float, low: 1, high: 2, log: true, step: 0.5}", "log: true and step exclude each other"),
     (WEIGHT, "{type: float, low: 0.0, high: 0.9, step: 0.2}", "high must be low + k * step"),
     (WEIGHT, "{type: float, low: -1, high: 5}", "19: search_space.cps.weight.low: must be at least 0, but got -1.0."),
-    ("values: [none, cutmix]", "values: [none, cutmix, mixup]", "20: search_space.cps.mix.values[2]: must be none or cutmix"),
+    ("values: [none, cutmix]", "values: [none, cutmix, mixup]", "20: search_space.cps.mix.values[2]: must be none, cutmix or classmix"),
     ("values: [none, cutmix]", "values: [cutmix, cutmix]", "20: search_space.cps.mix: values lists 'cutmix' twice."),
     ("when: {cps.mix", "when: {cps.mixx", "21: search_space.cps.cutmix_boxes.when.cps.mixx: when refers to cps.mixx, "
      "which is not in search_space. Did you mean cps.mix?"),

@@ -12,10 +12,11 @@ from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import cross_entropy
-from cps_ray.engine.networks import Segmenter, build_network, refusal
+from cps_ray.engine.networks import Segmenter, build_network, create_model_options, refusal
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.engine.step import train_step
+from cps_ray.engine.vit import fit_patches
 from cps_ray.errors import ConfigError
 
 SMALL = {"decoder_intermediate_channels": [8, 8, 8, 8], "decoder_fusion_channels": 8}
@@ -50,6 +51,19 @@ def test_logits_of_14_px_patches_are_those_of_smps_parts() -> None:
         wanted = F.interpolate(coarse, (84, 112), mode="bilinear", align_corners=True)[..., :45, :70]
         assert torch.allclose(network.logits(image(45, 70)), wanted, rtol=1e-4, atol=1e-5)
         assert network(image(45, 70)).shape == (2, 5, 64, 96)  # as large as `dense` takes full logits to be
+
+
+def test_a_network_is_built_from_smp_as_model_json_says() -> None:
+    import segmentation_models_pytorch as smp
+
+    config = NetworkConfig(**PATCH14)
+    network = build_network(config, 5, seed=0).eval()
+    again = smp.create_model("dpt", config.encoder, encoder_weights=None, classes=5, **create_model_options(config))
+    fit_patches(again)
+    again.load_state_dict(network.network.state_dict())
+    seen = (image(84, 112) - network.mean) / network.std
+    with torch.no_grad():
+        assert torch.equal(again.eval()(seen), network.network(seen))
 
 
 @pytest.mark.parametrize("encoder", ["tu-test_vit", "tu-test_vit4"])

@@ -155,7 +155,7 @@ def test_what_is_exported_is_the_network_of_the_objective(
     described: dict[str, Any] = json.loads((folder / "model.json").read_text())
     assert described["network"] == network
     parts = [(first, "model.safetensors", described)]
-    parts += [(peer["network"], peer["weights"], peer) for peer in described.get("peers", [])]
+    parts += [(peer["network"], peer["file"], peer) for peer in described.get("peers", [])]
     assert [name for name, _, _ in parts] == (["a", "b"] if network == "ensemble" else [network])
     assert ("combine" in described) == (network == "ensemble")
     assert {path.name for path in folder.glob("*.safetensors")} == {file for _, file, _ in parts}
