@@ -32,7 +32,7 @@ class PairedDifference:
     half_width: float | None
     """The interval is mean +- half_width; None where n is 1."""
     better: int
-    """In how many of the n the variant is better; equal does not count."""
+    """Number of the n in which the variant is better; equal does not count."""
     n: int
 
 
@@ -77,7 +77,7 @@ class Comparison:
     """What is trained, and what is computed of it."""
 
     trainings: dict[str, TrainConfig]
-    """By the name of the variant."""
+    """Variant -> its training."""
     control: str
     split: str
     pairs: list[Pair]
