@@ -1,21 +1,17 @@
 """Helpers that tests import."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine import evaluation
-from cps_ray.engine.batch import EvalBatch
-from cps_ray.engine.evaluation import Counts, summarise
+from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.loop import fit
-from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 
@@ -48,21 +44,6 @@ def double_precision() -> Iterator[None]:
     finally:
         torch.Tensor.float = single
         torch.set_default_dtype(torch.float32)
-
-
-def evaluate(
-    config: TrainConfig, networks: Mapping[str, Segmenter], batches: Iterable[EvalBatch], num_classes: int, ranks: Ranks
-) -> Counts:
-    """Calls `engine.evaluation.evaluate` with the settings of a training."""
-    precision = config.compute.autocast
-    return evaluation.evaluate(
-        config.evaluation, networks, batches, num_classes, ranks, slices=config.data.slices, precision=precision
-    )
-
-
-def predict(config: TrainConfig, network: Segmenter, image: Tensor) -> Tensor:
-    """Calls `engine.evaluation.predict` with the settings of a training."""
-    return evaluation.predict(config.evaluation, network, image, precision=config.compute.autocast)
 
 
 def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:

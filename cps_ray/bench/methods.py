@@ -113,24 +113,11 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, told: type
     except DivergedError as err:
         return {"failed": str(err)}
     seconds = time.perf_counter() - begin
-    counts = evaluate(
-        config.evaluation,
-        state.evaluated,
-        eval_batches(shards, split, threads=threads),
-        len(shards.classes),
-        ranks,
-        slices=config.data.slices,
-        precision=config.compute.autocast,
-    )
-    scores = summarise(counts, shards.classes, split)
-    hidden = evaluate_hidden(
-        config.evaluation,
-        state.evaluated,
-        hidden_batches(data, config.evaluation.hidden_images),
-        len(shards.classes),
-        ranks,
-        config.compute.autocast,
-    )
+    classes = shards.classes
+    counts = evaluate(config, state.evaluated, eval_batches(shards, split, threads=threads), len(classes), ranks)
+    scores = summarise(counts, classes, split)
+    unlabeled = hidden_batches(data, config.evaluation.hidden_images)
+    hidden = evaluate_hidden(config, state.evaluated, unlabeled, len(classes), ranks)
     return {"seconds": seconds, **last, **hidden, **scores}
 
 

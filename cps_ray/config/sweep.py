@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
-from cps_ray.config.train import NonNegativeInt, PositiveInt, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, NonNegativeInt, PositiveInt, TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -66,7 +66,7 @@ Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type
 
 
 class ObjectiveConfig(Section):
-    """The metric of the validation split that the search maximises: for every metric there, higher is better."""
+    """The metric of the validation split that the search maximises. Calibration errors (`val/ece`) are refused: lower is better there."""
 
     metric: str = "val/miou"
     select: Literal["best", "last"] = "best"
@@ -92,6 +92,10 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"must be a validation metric such as val/miou, but got {metric!r}. "
                 "Searching on the test split is refused."
+            )
+        if re.fullmatch(rf"val/([{NETWORK_NAMES}]/|ensemble/)?ece", metric):
+            raise ValueError(
+                f"must be better the higher it is, such as val/miou, but got {metric!r}, an error: 0 is best."
             )
         return metric
 

@@ -367,8 +367,9 @@ class EvaluationConfig(Section):
     networks: Literal["all", "a"] = "all"
     """`a`: network a alone, as `val/miou`. `all`: also the others, as `val/b/miou`, and the mean of all networks' probabilities, as
     `val/ensemble/miou`."""
-    window_px: tuple[PositiveInt, PositiveInt] | None = None
-    """(height, width) of a sliding window; smaller images are padded to it. None: whole images."""
+    window_px: tuple[PositiveInt, PositiveInt] | Literal["whole"] | None = None
+    """(height, width) of a sliding window; smaller images are padded to it. `whole`: every image in one piece, whatever memory it takes.
+    None: in one piece up to 8 times the pixels of `data.crop_px`, larger images in windows of that size."""
     stride_px: tuple[PositiveInt, PositiveInt] | None = None
     """(vertical, horizontal) distance between windows. None: two thirds of the window, as in the CPS paper's code."""
     window_batch: PositiveInt = 8
@@ -385,9 +386,11 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _windows_touch(self) -> Self:
-        if self.stride_px is not None and self.window_px is None:
-            raise ValueError("`stride_px` needs `window_px`.")
-        for stride, window in zip(self.stride_px or (), self.window_px or (), strict=False):
+        if self.stride_px is None:
+            return self
+        if not isinstance(self.window_px, tuple):
+            raise ValueError(f"`stride_px` needs a (height, width) in `window_px`, but got {self.window_px or 'none'}.")
+        for stride, window in zip(self.stride_px, self.window_px, strict=True):
             if stride > window:
                 raise ValueError(f"`stride_px` must be at most `window_px`, but got {stride} for {window}.")
         return self

@@ -36,6 +36,8 @@ _SECOND_VIEW = 2
 """Ends the seed of an image's second crop, so that it is drawn apart from the first one."""
 _CACHE_BYTES = 512 * 2**20
 """Encoded labelled images held in memory, per worker; what does not fit is read again each time."""
+EVAL_BATCH_PX = 2**21
+"""Most pixels of a batch of an evaluation, if it holds more than one image: eight of 512x512."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,34 +357,50 @@ def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], extra: Seq
 
 
 def eval_batches(
-    shards: Shards, split: str, *, batch_shard: int = 0, num_batch_shards: int = 1, size: int = 8, threads: int = 2
+    shards: Shards,
+    split: str,
+    *,
+    batch_shard: int = 0,
+    num_batch_shards: int = 1,
+    size_px: int = EVAL_BATCH_PX,
+    threads: int = 2,
 ) -> Iterator[EvalBatch]:
-    """Yields a batch shard's images with masks of a split, in batches of at most `size` images of one height and width.
+    """Yields a batch shard's images with masks of a split, the largest first, in batches of one height and width: as many images as have
+    at most `size_px` pixels together, and at least one.
 
     Each image comes exactly once over all batch shards: no batch is filled up with repeated images.
     """
     index = shards.index(split)
-    rows = np.flatnonzero(index.labeled)[batch_shard::num_batch_shards]
-    # Joins neighbours only, so that the order stays that of the index.
-    neighbors = groupby(rows.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row])))
-    same_size = [list(members) for _, members in neighbors]
-    chunks = [block[first : first + size] for block in same_size for first in range(0, len(block), size)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        yield from _decode_ahead(pool, index, chunks, threads)
+    yield from _eval_batches(index, np.flatnonzero(index.labeled), batch_shard, num_batch_shards, size_px, threads)
 
 
 def hidden_batches(
     data: TrainData, hidden_images: int, *, batch_shard: int = 0, num_batch_shards: int = 1, threads: int = 2
 ) -> Iterator[EvalBatch]:
-    """Yields a batch shard's part of `hidden_images` unlabelled images whose masks exist, spread evenly over all of these; one
-    image a batch.
+    """Yields a batch shard's part of `hidden_images` unlabelled images whose masks exist, spread evenly over all of these; batches
+    are those of `eval_batches`.
 
     For measuring pseudo labels; nothing learns from these masks.
     """
     index = data.index
     rows = data.subset.unlabeled[index.labeled[data.subset.unlabeled]]
     spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), hidden_images)).round().astype(int)]
-    chunks = [[int(row)] for row in spread[batch_shard::num_batch_shards]]
+    yield from _eval_batches(index, spread, batch_shard, num_batch_shards, EVAL_BATCH_PX, threads)
+
+
+def _eval_batches(
+    index: Index, rows: NDArray[np.int64], batch_shard: int, num_batch_shards: int, size_px: int, threads: int
+) -> Iterator[EvalBatch]:
+    # By size, so that images of one size come together although they lie far apart. The largest first: if memory does not
+    # suffice, that shows at once. Every n-th of them, so that all batch shards have about as many pixels.
+    height, width = index.height[rows].astype(np.int64), index.width[rows].astype(np.int64)
+    mine = rows[np.lexsort((width, -height * width))][batch_shard::num_batch_shards]
+    chunks = []
+    for (tall, wide), same_size in groupby(
+        mine.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row]))
+    ):
+        members, count = list(same_size), max(1, size_px // (tall * wide))
+        chunks += [members[first : first + count] for first in range(0, len(members), count)]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         yield from _decode_ahead(pool, index, chunks, threads)
 

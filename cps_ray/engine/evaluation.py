@@ -10,10 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, Precision
+from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.dense import upsample
-from cps_ray.engine.metrics import class_accuracy, confusion, iou, mean_iou, micro_iou, pixel_accuracy
+from cps_ray.engine.metrics import (
+    CALIBRATION_BINS,
+    calibration,
+    calibration_error,
+    class_accuracy,
+    confusion,
+    iou,
+    mean_iou,
+    micro_iou,
+    pixel_accuracy,
+)
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import autocast
@@ -24,25 +34,27 @@ ENSEMBLE = "ensemble"
 """The mean of all networks' probabilities is reported under this name."""
 _WHOLE_SPLIT_SCORES = {"iou_micro": micro_iou, "pixel_accuracy": pixel_accuracy, "class_accuracy": class_accuracy}
 """Further scores of network a, for the whole split only."""
+_CROPS_AT_ONCE = 8
+"""Crops whose pixels an image has at most to be evaluated in one piece by default: a training step holds about as many."""
+_CHUNK_PX = {"cpu": 2**15, "cuda": 2**21}
+"""Pixels whose probabilities are computed at once: on CPUs by caches, on GPUs launches and waiting cost more."""
 
 
 @torch.inference_mode()
-def predict(
-    evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tensor, *, precision: Precision = "none"
-) -> Tensor:
+def predict(config: TrainConfig, network: Segmenter, image_N3HW: Tensor) -> Tensor:
     """Scores of images of any one size, uint8 on the network's device -> float32 (N, C, H, W); the network is in eval mode.
 
     Logits or probabilities, as `evaluation.sum` says, averaged over windows, scales and flips. Images are resized without
     antialiasing, as training views are, to round(side * scale), not rounded to integers; their scores bilinearly back.
-    `precision`: the training's `compute.autocast`.
     """
+    evaluation = config.evaluation
     height, width = image_N3HW.shape[-2:]
     views = len(evaluation.scales) * (2 if evaluation.flip else 1)
     total_NCHW: Tensor | None = None
     for scale in evaluation.scales:
         scaled = _resized(image_N3HW, (max(1, round(height * scale)), max(1, round(width * scale))))
         for mirrored in (False, True) if evaluation.flip else (False,):
-            scores = _sliding(evaluation, network, scaled.flip(-1) if mirrored else scaled, precision)
+            scores = _sliding(config, network, scaled.flip(-1) if mirrored else scaled)
             scores = _resized(scores.flip(-1) if mirrored else scores, (height, width))
             if views == 1:
                 return scores  # the usual case needs no second tensor of this size
@@ -58,14 +70,14 @@ def _resized(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x_NCHW.float(), size, mode="bilinear", align_corners=False)
 
 
-def _forward(evaluation: EvaluationConfig, network: Segmenter, image_BCHW: Tensor, precision: Precision) -> Tensor:
+def _forward(config: TrainConfig, network: Segmenter, image_BCHW: Tensor) -> Tensor:
     """Scores of whole images, or of windows: float32 (B, C, H, W), classes last in memory."""
-    with autocast(precision, image_BCHW.device):
+    with autocast(config.compute.autocast, image_BCHW.device):
         coarse = network(image_BCHW)
     # An argmax over classes that lie last in memory is five times as fast on a CPU; upsampling is faster too.
     coarse = coarse.float().contiguous(memory_format=torch.channels_last)
     logits = upsample(coarse, (image_BCHW.shape[-2], image_BCHW.shape[-1]))
-    if evaluation.sum == "logits":
+    if config.evaluation.sum == "logits":
         return logits
     return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
 
@@ -76,14 +88,25 @@ def windows(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _sliding(evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tensor, precision: Precision) -> Tensor:
-    """Mean of the scores over the windows that see a pixel; the image in one piece without `window_px`: (N, C, H, W)."""
-    if evaluation.window_px is None:
-        return _forward(evaluation, network, image_N3HW, precision)
-    h, w = evaluation.window_px
-    down, across = evaluation.stride_px or (-(-h * 2 // 3), -(-w * 2 // 3))
+def window_of(config: TrainConfig, height: int, width: int) -> tuple[int, int] | None:
+    """(height, width) of the windows in which an image of this size passes a network; None: in one piece."""
+    window = config.evaluation.window_px
+    if window is None:
+        crop = config.data.crop_px
+        return crop if height * width > _CROPS_AT_ONCE * crop[0] * crop[1] else None
+    return None if window == "whole" else window
+
+
+def _sliding(config: TrainConfig, network: Segmenter, image_N3HW: Tensor) -> Tensor:
+    """Mean of the scores over the windows that see a pixel, or the scores of the image in one piece: (N, C, H, W)."""
+    evaluation = config.evaluation
     height, width = image_N3HW.shape[-2:]
-    image_N3HW, top, left = _centred(image_N3HW, evaluation.window_px, network.mean)
+    window = window_of(config, height, width)
+    if window is None:
+        return _forward(config, network, image_N3HW)
+    h, w = window
+    down, across = evaluation.stride_px or (-(-h * 2 // 3), -(-w * 2 // 3))
+    image_N3HW, top, left = _centred(image_N3HW, window, network.mean)
     images, _, tall, wide = image_N3HW.shape
     rows, columns = windows(tall, h, down), windows(wide, w, across)
     corners = [(n, y, x) for n in range(images) for y in rows for x in columns]
@@ -91,7 +114,7 @@ def _sliding(evaluation: EvaluationConfig, network: Segmenter, image_N3HW: Tenso
     for first in range(0, len(corners), evaluation.window_batch):
         chunk = corners[first : first + evaluation.window_batch]
         image_B3hw = torch.stack([image_N3HW[n, :, y : y + h, x : x + w] for n, y, x in chunk])
-        scores_BChw = _forward(evaluation, network, image_B3hw, precision)
+        scores_BChw = _forward(config, network, image_B3hw)
         if total_NCHW is None:  # the number of classes is known from here on
             total_NCHW = scores_BChw.new_zeros(images, tall, wide, scores_BChw.shape[1]).movedim(-1, 1)
         for (n, y, x), scores_Chw in zip(chunk, scores_BChw, strict=True):
@@ -138,6 +161,8 @@ class Counts:
     """Each other network, and ENSEMBLE, on all images. Empty where only a is evaluated."""
     agreement: Tensor
     """int64 (2,): pixels on which networks a and b agree, and all pixels at which that was asked. Ignored ones count in neither."""
+    calibration: dict[str, Tensor]
+    """Each network, and ENSEMBLE where there are others than a, on all images: sums as `metrics.calibration` gives them."""
 
 
 class Tally:
@@ -165,51 +190,74 @@ def evaluated_networks(evaluation: EvaluationConfig, networks: Iterable[str]) ->
 
 @torch.inference_mode()
 def evaluate(
-    evaluation: EvaluationConfig,
+    config: TrainConfig,
     networks: Mapping[str, Segmenter],
     batches: Iterable[EvalBatch],
     num_classes: int,
     ranks: Ranks,
-    *,
-    slices: Mapping[str, str] | None = None,
-    precision: Precision = "none",
 ) -> Counts:
     """Counts every pixel of every image once, for each network as `predict` sees it. A collective: every rank passes its own images.
 
     `networks`: by name, left in evaluation mode. Where each worker has one network, only this rank's own; the ranks of a
     batch shard then pass the same images, and the one with network a counts for them what all networks predict together.
-    `slices`: name -> glob over image ids, counted for network a. `precision`: the training's `compute.autocast`.
+    Slices (`data.slices`) are counted for network a.
     """
-    slices = slices or {}
+    slices = config.data.slices
     # A rank that has one network still tallies the names of all: the ranks' tallies are summed in one exchange.
     present = NETWORK_NAMES[: ranks.ranks_per_shard] if ranks.ranks_per_shard > 1 else networks
-    names = evaluated_networks(evaluation, present)
+    names = evaluated_networks(config.evaluation, present)
     together = len(names) > 1
     tally = _tally([*names, *([ENSEMBLE] if together else [])], slices, num_classes, ranks.device)
     mine = {name: network.eval() for name, network in networks.items() if name in names}
     for batch in batches if mine else ():
         image, target_NHW = batch.image.to(ranks.device), batch.mask.to(ranks.device)
-        prob_NHWC: Tensor | None = None
+        total_NHWC: Tensor | None = None
         pair_PNHW = torch.zeros(2, *target_NHW.shape, dtype=torch.uint8, device=ranks.device)
         # Network by network: the scores of one, C floats a pixel, are the largest tensor here.
         for name, network in mine.items():
-            scores_NCHW = predict(evaluation, network, image, precision=precision)
-            labels_NHW = scores_NCHW.argmax(dim=1)
+            # In one block of memory, as collectives want it.
+            prob_NHWC = predict(config, network, image).movedim(1, -1).contiguous()
+            labels_NHW, sums = _labels(prob_NHWC, target_NHW, logits=config.evaluation.sum == "logits")
             matrices_NCC = confusion(labels_NHW, target_NHW, num_classes)
             tally.add(_network(name), matrices_NCC.sum(0))
+            tally.add(_calibration(name), sums)
             if name == "a":
                 _count_slices(tally, slices, batch.ids, matrices_NCC)
+            if together and name in "ab":
+                pair_PNHW["ab".index(name)] = labels_NHW
             if together:
-                own_NHWC = _probabilities(evaluation, scores_NCHW)
-                prob_NHWC = own_NHWC if prob_NHWC is None else prob_NHWC + own_NHWC
-                if name in "ab":
-                    pair_PNHW["ab".index(name)] = labels_NHW
-        if prob_NHWC is not None:
+                total_NHWC = prob_NHWC if total_NHWC is None else total_NHWC.add_(prob_NHWC)
+            del prob_NHWC  # else it would lie beside the scores of the next network
+        if total_NHWC is not None:
             # Collectives of the batch shard's ranks: all of them take part, and the one with network a counts.
-            prob_NHWC, pair_PNHW = ranks.sum_over_networks(prob_NHWC), ranks.sum_over_networks(pair_PNHW)
+            total_NHWC, pair_PNHW = ranks.sum_over_networks(total_NHWC), ranks.sum_over_networks(pair_PNHW)
             if "a" in mine:
-                _count_together(tally, prob_NHWC, pair_PNHW, target_NHW)
+                _count_together(tally, total_NHWC, len(names), pair_PNHW, target_NHW)
     return _counts(tally.reduce(ranks), slices)
+
+
+def _labels(
+    scores_NHWC: Tensor, target_NHW: Tensor, *, logits: bool = False, networks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Returns the likeliest class of each pixel, uint8 (N, H, W), and the sums of `calibration`.
+
+    The scores, in one block of memory, are the summed probabilities of so many `networks`; or `logits`, which become probabilities
+    in place.
+    """
+    labels_NHW, chunk = torch.empty_like(target_NHW), _CHUNK_PX.get(target_NHW.device.type, 2**15)
+    pixels = scores_NHWC.view(-1, scores_NHWC.shape[-1]), target_NHW.reshape(-1), labels_NHW.view(-1)
+    sums = []
+    # In chunks, as what is computed on the way would be as large as the scores.
+    for scores_PC, target_P, labels_P in zip(*(torch.split(each, chunk) for each in pixels), strict=True):
+        top_P, label_P = scores_PC.max(dim=-1)
+        labels_P.copy_(label_P)
+        if logits:
+            # For few classes several times as fast on a CPU as torch's own, and without a copy.
+            scores_PC.sub_(top_P.unsqueeze(-1)).exp_()
+            top_P = scores_PC.sum(dim=-1).reciprocal_()  # the likeliest class's exp is 1
+            scores_PC.mul_(top_P.unsqueeze(-1))
+        sums.append(calibration(top_P / networks, labels_P == target_P, target_P != IGNORE))
+    return labels_NHW, torch.stack(sums).sum(0)
 
 
 def _count_slices(tally: Tally, slices: Mapping[str, str], ids: Sequence[str], matrices_NCC: Tensor) -> None:
@@ -218,21 +266,27 @@ def _count_slices(tally: Tally, slices: Mapping[str, str], ids: Sequence[str], m
         tally.add(_slice(name), matrices_NCC[member_N].sum(0))
 
 
-def _count_together(tally: Tally, prob_NHWC: Tensor, pair_PNHW: Tensor, target_NHW: Tensor) -> None:
+def _count_together(tally: Tally, total_NHWC: Tensor, networks: int, pair_PNHW: Tensor, target_NHW: Tensor) -> None:
     """Counts the ensemble, from the summed probabilities of all networks, and where the labels of a and b agree."""
-    ensemble_NHW = prob_NHWC.argmax(dim=-1)  # the largest sum is the largest mean
-    tally.add(_network(ENSEMBLE), confusion(ensemble_NHW, target_NHW, prob_NHWC.shape[-1]).sum(0))
+    ensemble_NHW, sums = _labels(total_NHWC, target_NHW, networks=networks)  # the largest sum is the largest mean
+    tally.add(_network(ENSEMBLE), confusion(ensemble_NHW, target_NHW, total_NHWC.shape[-1]).sum(0))
+    tally.add(_calibration(ENSEMBLE), sums)
     counted_NHW = target_NHW != IGNORE
     agree_NHW = (pair_PNHW[0] == pair_PNHW[1]) & counted_NHW
     tally.add(_AGREEMENT, torch.stack([agree_NHW.sum(), counted_NHW.sum()]))
 
 
 def _counts(totals: dict[str, Tensor], slices: Iterable[str]) -> Counts:
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): total for key, total in totals.items() if key.startswith(prefix)}
+
+    networks = named(_network(""))
     return Counts(
-        whole_split=totals.pop(_network("a")),
-        slices={name: totals.pop(_slice(name)) for name in slices},
-        agreement=totals.pop(_AGREEMENT),
-        others={name.removeprefix(_network("")): matrix for name, matrix in totals.items()},
+        whole_split=networks.pop("a"),
+        slices={name: totals[_slice(name)] for name in slices},
+        others=networks,
+        agreement=totals[_AGREEMENT],
+        calibration=named(_calibration("")),
     )
 
 
@@ -248,19 +302,20 @@ def _slice(name: str) -> str:
     return f"slice {name}"
 
 
-def _tally(networks: Iterable[str], slices: Iterable[str], num_classes: int, device: torch.device) -> Tally:
-    matrices = [*map(_network, networks), *map(_slice, slices)]
-    return Tally({**dict.fromkeys(matrices, (num_classes, num_classes)), _AGREEMENT: (2,)}, device)
+def _calibration(name: str) -> str:
+    """Key of a network's calibration."""
+    return f"calibration {name}"
 
 
-def _probabilities(evaluation: EvaluationConfig, scores_NCHW: Tensor) -> Tensor:
-    """Probabilities of averaged scores, in one block of memory as collectives want it: (N, H, W, C)."""
-    scores_NHWC = scores_NCHW.movedim(1, -1)
-    return scores_NHWC.softmax(dim=-1) if evaluation.sum == "logits" else scores_NHWC.contiguous()
+def _tally(networks: Sequence[str], slices: Iterable[str], num_classes: int, device: torch.device) -> Tally:
+    matrices = dict.fromkeys([*map(_network, networks), *map(_slice, slices)], (num_classes, num_classes))
+    bins = dict.fromkeys(map(_calibration, networks), (3, CALIBRATION_BINS))
+    return Tally({**matrices, **bins, _AGREEMENT: (2,)}, device)
 
 
 def summarise(counts: Counts, classes: Iterable[str], split: str) -> dict[str, Any]:
-    """Returns `val/miou`, `val/iou/road`, `val/iou_micro`, ..., per slice `val/seq05/miou`, `val/seq05/iou/road`, and `further_scores`.
+    """Returns `val/miou`, `val/iou/road`, `val/iou_micro`, ..., per slice `val/seq05/miou`, `val/seq05/iou/road`, `further_scores`, and
+    the calibration errors `val/ece`, `val/b/ece`, `val/ensemble/ece`.
 
     Floats in 0..1. What was not there has no entry: a class that is neither true nor predicted, a slice without images.
     """
@@ -275,12 +330,16 @@ def summarise(counts: Counts, classes: Iterable[str], split: str) -> dict[str, A
     if counts.whole_split.any():
         scores |= {f"{split}/{name}": score(counts.whole_split) for name, score in _WHOLE_SPLIT_SCORES.items()}
     scores |= {f"{split}/{name}/miou": mean_iou(matrix) for name, matrix in counts.others.items() if matrix.any()}
+    for name, sums in counts.calibration.items():
+        if sums.any():
+            scores[f"{split}/ece" if name == "a" else f"{split}/{name}/ece"] = calibration_error(sums)
     agree, asked = counts.agreement.tolist()
     return scores | ({f"{split}/agreement": agree / asked} if asked else {})
 
 
 def further_scores(evaluation: EvaluationConfig, num_networks: int) -> list[str]:
-    """What `summarise` names beside the IoUs of network a: `iou_micro`, ..., and of a pair `b/miou`, `ensemble/miou`, `agreement`."""
+    """What `summarise` names beside the IoUs of network a and is better the higher it is: `iou_micro`, ..., and of a pair `b/miou`,
+    `ensemble/miou`, `agreement`."""
     names = evaluated_networks(evaluation, NETWORK_NAMES[:num_networks])
     if len(names) == 1:
         return [*_WHOLE_SPLIT_SCORES]
@@ -288,14 +347,13 @@ def further_scores(evaluation: EvaluationConfig, num_networks: int) -> list[str]
 
 
 def evaluate_hidden(
-    evaluation: EvaluationConfig,
+    config: TrainConfig,
     networks: Mapping[str, Segmenter],
     batches: Iterable[EvalBatch],
     num_classes: int,
     ranks: Ranks,
-    precision: Precision = "none",
 ) -> Metrics:
     """Returns `pseudo/miou`: network a's mIoU on unlabelled images whose masks are known but hidden from it; nothing without such images."""
-    only_a = evaluation.model_copy(update={"networks": "a"})
-    matrix = evaluate(only_a, networks, batches, num_classes, ranks, precision=precision).whole_split
+    only_a = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"networks": "a"})})
+    matrix = evaluate(only_a, networks, batches, num_classes, ranks).whole_split
     return {"pseudo/miou": mean_iou(matrix)} if matrix.any() else {}

@@ -1,11 +1,16 @@
-"""Scores from a summed confusion matrix: exact over batches and ranks, whatever their sizes. All are nan for an empty matrix."""
+"""Scores from integer sums, of a confusion matrix or of calibration bins: exact over batches and ranks, whatever their sizes. All
+are nan where nothing was counted."""
 
 import torch
 from torch import Tensor
 
-# N images, C classes, H W pixels.
+# N images, C classes, H W pixels, P pixels in a row.
 _LABELS = 256
 """Values that a mask may have."""
+CALIBRATION_BINS = 15
+"""Bins of equal width of the probability of a predicted class, as in Guo et al. (ICML 2017)."""
+_UNIT = 2.0**-24
+"""What summed confidences are multiples of: the resolution of float32 below 1."""
 
 
 def confusion(prediction_NHW: Tensor, target_NHW: Tensor, num_classes: int) -> Tensor:
@@ -57,3 +62,26 @@ def class_accuracy(confusion_CC: Tensor) -> float:
     """Mean, over the classes that are true somewhere, of the fraction of their pixels that is found (recall), in 0..1."""
     matrix = confusion_CC.double()
     return float((matrix.diagonal() / matrix.sum(1)).nanmean())
+
+
+def calibration(confidence_P: Tensor, hit_P: Tensor, counted_P: Tensor) -> Tensor:
+    """Sums per bin of confidence: pixels, hits, and confidence in units of 2^-24: int64 (3, CALIBRATION_BINS).
+
+    `confidence_P`: probability of the predicted class, 0..1; `hit_P`: whether that class is true; `counted_P`: whether the pixel
+    counts at all. Bin m holds confidences in ((m - 1)/15, m/15] (Guo et al., ICML 2017, section 2).
+    """
+    # nan, of a network that has diverged, is no confidence at all.
+    confidence_P = confidence_P.nan_to_num(0.0)
+    # Bin 0 takes what does not count: cheaper than picking the others.
+    bin_P = (confidence_P * CALIBRATION_BINS).ceil_().clamp_(1, CALIBRATION_BINS).long().mul_(counted_P)
+    pixels_M2 = torch.bincount(bin_P * 2 + hit_P, minlength=2 * CALIBRATION_BINS + 2).view(-1, 2)[1:]
+    # Whole numbers below 2^53 add up without rounding, in any order.
+    units_M = torch.bincount(bin_P, (confidence_P / _UNIT).round_().double(), CALIBRATION_BINS + 1)[1:]
+    return torch.stack([pixels_M2.sum(dim=1), pixels_M2[:, 1], units_M.long()])
+
+
+def calibration_error(sums: Tensor) -> float:
+    """Expected calibration error (Guo et al., ICML 2017, eq. 5), in 0..1, from what `calibration` gives: the difference of accuracy and
+    mean confidence, averaged over bins by their pixels. 0 is best."""
+    pixels_M, hits_M, units_M = sums.double()
+    return float((hits_M - units_M * _UNIT).abs().sum() / pixels_M.sum())

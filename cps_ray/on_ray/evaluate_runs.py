@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cps_ray.config.reader import parse_train
-from cps_ray.config.train import EvaluationConfig, Precision, TrainConfig
+from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Index
@@ -50,36 +50,22 @@ def evaluate_checkpoint(
     networks = load_networks(config, read_checkpoint(Path(checkpoint)), len(shards.classes), source=checkpoint)
     for network in networks.values():
         network.to(device)
-    precision = config.compute.autocast
-    counts = evaluate(
-        config.evaluation,
-        networks,
-        eval_batches(shards, split),
-        len(shards.classes),
-        Ranks(device=device),
-        slices=config.data.slices,
-        precision=precision,
-    )
+    counts = evaluate(config, networks, eval_batches(shards, split), len(shards.classes), Ranks(device=device))
     showing = [*networks.values()] if shown == ENSEMBLE else [networks[shown]]
-    examples = _examples(config.evaluation, showing, shards.index(split), num_examples, device, precision)
+    examples = _examples(config, showing, shards.index(split), num_examples, device)
     return CheckpointScores(summarise(counts, shards.classes, split), examples)
 
 
 def _examples(
-    evaluation: EvaluationConfig,
-    networks: list[Segmenter],
-    index: Index,
-    count: int,
-    device: torch.device,
-    precision: Precision,
+    config: TrainConfig, networks: list[Segmenter], index: Index, count: int, device: torch.device
 ) -> list[Example]:
     rows = np.flatnonzero(index.labeled)
     examples = []
     # The same images for every checkpoint, so that pictures can stand side by side.
     for row in rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else ():
         batch = eval_batch(index, [int(row)])
-        scores = [predict(evaluation, network, batch.image.to(device), precision=precision) for network in networks]
-        if len(scores) > 1 and evaluation.sum == "logits":
+        scores = [predict(config, network, batch.image.to(device)) for network in networks]
+        if len(scores) > 1 and config.evaluation.sum == "logits":
             scores = [each.softmax(dim=1) for each in scores]
         predicted = torch.stack(scores).mean(dim=0).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
         image = batch.image[0].permute(1, 2, 0).numpy()

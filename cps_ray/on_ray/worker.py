@@ -86,25 +86,16 @@ def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -
 
 def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
     """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, `pseudo/miou` on some of them."""
-    ranks, classes, settings = state.ranks, shards.classes, config.evaluation
+    ranks, classes = state.ranks, shards.classes
     # Ranks of one batch shard pass the same images: their networks are evaluated together.
     mine: dict[str, int] = {
         "batch_shard": ranks.batch_shard,
         "num_batch_shards": ranks.num_batch_shards,
         "threads": decode_threads(),
     }
-    precision = config.compute.autocast
-    counts = evaluate(
-        settings,
-        state.evaluated,
-        eval_batches(shards, "val", **mine),
-        len(classes),
-        ranks,
-        slices=config.data.slices,
-        precision=precision,
-    )
-    hidden = hidden_batches(data, settings.hidden_images, **mine)
-    pseudo = evaluate_hidden(settings, state.evaluated, hidden, len(classes), ranks, precision)
+    counts = evaluate(config, state.evaluated, eval_batches(shards, "val", **mine), len(classes), ranks)
+    hidden = hidden_batches(data, config.evaluation.hidden_images, **mine)
+    pseudo = evaluate_hidden(config, state.evaluated, hidden, len(classes), ranks)
     return summarise(counts, classes, "val") | pseudo
 
 

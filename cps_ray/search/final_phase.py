@@ -117,7 +117,7 @@ class EvaluatedRun:
 
     def row(self) -> dict[str, Any]:
         """Returns a line of seeds.csv."""
-        scores = {name: value for name, value in self.scores.metrics.items() if name.endswith("miou")}
+        scores = {name: value for name, value in self.scores.metrics.items() if name.endswith(("miou", "/ece"))}
         validation = {self.run.job.metric: self.validation}
         return {"arm": self.run.arm, "seed": self.run.seed, "step": self.step, **validation, **scores}
 

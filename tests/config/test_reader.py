@@ -51,6 +51,8 @@ SCHEMA_FAULTS = [
     ("type: choice", "type: chioce", "20: search_space.cps.mix.type: must be one of float, int, choice, but got 'chioce'."),
     ("type: choice, ", "", "20: search_space.cps.mix.type: is missing."),
     ("budget: {", "objective: {metric: test/miou}\nbudget: {", "15: objective.metric: must be a validation metric"),
+    ("budget: {", "objective: {metric: val/ensemble/ece}\nbudget: {", "15: objective.metric: must be better the higher it is, such as val/miou, but got 'val/ensemble/ece'"),
+    ("schedule:", "evaluation: {stride_px: [8, 8]}\n  schedule:", "14: train.evaluation: `stride_px` needs a (height, width) in `window_px`, but got none."),
     ("version: 1", "version: 2", "1: version: must be 1, but got 2."),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support import changed
+from trees import pair, plan
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import (
@@ -18,7 +19,8 @@ from cps_ray.datasets.loader import (
     train_data,
     unlabeled_positions,
 )
-from cps_ray.datasets.shards import Encoded, open_shards
+from cps_ray.datasets.prepare.assembly import write_shards
+from cps_ray.datasets.shards import Encoded, Shards, open_shards
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.errors import DataError
 
@@ -208,11 +210,42 @@ def test_evaluation_sees_every_image_once(shards: Path, num_batch_shards: int) -
         image_id
         for shard in range(num_batch_shards)
         for batch in eval_batches(
-            open_shards(shards), "val", batch_shard=shard, num_batch_shards=num_batch_shards, size=2
+            open_shards(shards), "val", batch_shard=shard, num_batch_shards=num_batch_shards, size_px=2 * 32 * 48
         )
         for image_id in batch.ids
     ]
     assert sorted(ids) == [f"val_{n:05d}" for n in range(6)]
+
+
+SIZES = [(40, 30), (20, 20), (30, 40), (100, 100), (20, 20), (40, 30), (20, 20), (30, 40), (20, 20), (1, 2000)]
+
+
+@pytest.fixture
+def many_sizes(tmp_path: Path) -> Shards:
+    """A split of images of the SIZES; the images' numbers are those of the list."""
+    sources = [pair(tmp_path, f"{number:02d}", size=size) for number, size in enumerate(SIZES)]
+    write_shards(tmp_path / "shards", plan({"val": sources}))
+    return open_shards(tmp_path / "shards")
+
+
+def eval_ids(shards: Shards, size_px: int, shard: int = 0, num_batch_shards: int = 1) -> list[list[int]]:
+    return [
+        [int(image_id) for image_id in batch.ids]
+        for batch in eval_batches(
+            shards, "val", batch_shard=shard, num_batch_shards=num_batch_shards, size_px=size_px, threads=1
+        )
+    ]
+
+
+def test_images_of_one_size_are_evaluated_together_wherever_they_lie(many_sizes: Shards) -> None:
+    # The largest first; 2400 pixels are two of 40x30, six of 20x20, and one that is larger on its own.
+    assert eval_ids(many_sizes, 2400) == [[3], [9], [0, 5], [2, 7], [1, 4, 6, 8]]
+    assert eval_ids(many_sizes, 1200) == [[3], [9], [0], [5], [2], [7], [1, 4, 6], [8]]
+
+
+def test_batch_shards_have_about_as_many_pixels(many_sizes: Shards) -> None:
+    parts = [eval_ids(many_sizes, 2400, shard, 2) for shard in range(2)]
+    assert parts == [[[3], [0], [2], [1, 6]], [[9], [5], [7], [4, 8]]]
 
 
 def test_the_embedded_data_is_fit_for_use(tiny: TrainConfig) -> None:

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import changed, evaluate, predict
+from support import changed
 from torch import Tensor, nn
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
+from cps_ray.engine import evaluation
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.evaluation import ENSEMBLE, Counts, Tally, further_scores, summarise, windows
+from cps_ray.engine.evaluation import ENSEMBLE, Counts, Tally, evaluate, further_scores, predict, summarise, windows
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 
@@ -163,6 +164,26 @@ def test_windows_of_scaled_and_mirrored_images(tiny: TrainConfig) -> None:
             scores = slid(network, scaled.flip(-1) if mirrored else scaled, (12, 16), (8, 11), "logits")
             terms.append(stretch(scores.flip(-1) if mirrored else scores, (15, 21)))
     torch.testing.assert_close(predict(config, segmenter, image)[0].double(), sum(terms) / 4, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "seen"),
+    [
+        ((32, 64), {}, [(1, 32, 64)]),  # eight crops
+        ((34, 64), {}, [(8, 16, 16), (8, 16, 16), (2, 16, 16)]),  # more: rows 0, 11, 18, columns 0, 11, ..., 44, 48
+        ((34, 64), {"evaluation__window_px": "whole"}, [(1, 64, 64)]),  # padded to a multiple of 32
+        ((34, 64), {"evaluation__window_px": (40, 64)}, [(1, 64, 64)]),
+        ((16, 32), {"evaluation__scales": (1.0, 4.0)}, [(1, 32, 32), *[(8, 16, 16)] * 9]),
+    ],
+)
+def test_images_of_more_than_eight_crops_are_evaluated_in_windows_of_a_crop(
+    tiny: TrainConfig, size: tuple[int, int], changes: dict[str, Any], seen: list[tuple[int, ...]]
+) -> None:
+    segmenter, network = tiny_segmenter(stride=16)
+    predict(changed(tiny, data__crop_px=(16, 16), **changes), segmenter, random_images(1, *size))
+    assert [(x.shape[0], *x.shape[-2:]) for x in network.seen] == [
+        (batch, -(-height // 32) * 32, -(-width // 32) * 32) for batch, height, width in seen
+    ]
 
 
 def test_the_two_sums_differ_and_probabilities_sum_to_one(tiny: TrainConfig) -> None:
@@ -330,6 +351,39 @@ def test_every_pixel_counts_once_for_each_network_and_group(tiny: TrainConfig) -
     assert counts.agreement.tolist() == [same, pixels]
 
 
+def expected_calibration_error(prob: Tensor, target: Tensor) -> float:
+    """Guo et al. (ICML 2017), equations 3 and 5, bin by bin over all pixels, from probabilities (pixels, classes) in double precision."""
+    kept = target.numpy() != IGNORE
+    confidence, hit = prob.numpy().max(1)[kept], (prob.numpy().argmax(1) == target.numpy())[kept]
+    error = 0.0
+    for m in range(15):
+        members = (confidence > m / 15) & (confidence <= (m + 1) / 15)
+        if members.any():
+            error += members.mean() * abs(hit[members].mean() - confidence[members].mean())
+    return float(error)
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_calibration_is_that_of_the_averaged_scores_over_whole_images(
+    tiny: TrainConfig, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(evaluation._CHUNK_PX, "cpu", 50)  # no multiple of an image's pixels
+    config = changed(tiny, evaluation__window_px=(8, 8), evaluation__sum=how)
+    networks = {"a": tiny_segmenter()[0], "b": table(random_logits(1, 3))}
+    found = summarise(evaluate(config, networks, batches(), 3, Ranks()), "xyz", "val")
+    per_network: dict[str, list[Tensor]] = {"a": [], "b": []}
+    for batch in batches():
+        for name, network in networks.items():
+            scores = predict(config, network, batch.image).double().movedim(1, -1).reshape(-1, 3)
+            per_network[name].append(scores.softmax(1) if how == "logits" else scores)
+    prob = {name: torch.cat(parts) for name, parts in per_network.items()}
+    target = torch.cat([batch.mask.flatten() for batch in batches()])
+    ensemble = (prob["a"] + prob["b"]) / 2
+    for name, expected in (("ece", prob["a"]), ("b/ece", prob["b"]), ("ensemble/ece", ensemble)):
+        assert found[f"val/{name}"] == pytest.approx(expected_calibration_error(expected, target), abs=1e-6)
+        assert found[f"val/{name}"] > 0.01
+
+
 OPINIONS = torch.tensor([[0.40, 0.0005, 0.399, 0.20, 0.0005], [0.02, 0.45, 0.06, 0.20, 0.27]])
 """Their mean is largest at 2. Network a says 0, b says 1, as would a softmax of the probabilities; the mean of logits says 3."""
 
@@ -432,6 +486,10 @@ def test_any_number_of_ranks_counts_the_same(
             assert list(counts.others) == list(alone.others)
             assert all(torch.equal(counts.others[name], alone.others[name]) for name in alone.others)
             assert torch.equal(counts.agreement, alone.agreement)
+            assert {name: sums.tolist() for name, sums in counts.calibration.items()} == {
+                name: sums.tolist() for name, sums in alone.calibration.items()
+            }
+            assert all(sums[0].sum() == alone.whole_split.sum() for sums in counts.calibration.values())
 
 
 def test_a_tally_adds_by_name_and_keeps_shapes() -> None:
@@ -454,7 +512,10 @@ def test_names_and_values_of_scores() -> None:
     matrix = torch.tensor([[8, 2, 0], [0, 10, 0], [0, 0, 0]])
     other = torch.tensor([[10, 0, 0], [0, 5, 5], [0, 0, 0]])
     slices = {"day": other, "night": torch.zeros(3, 3)}
-    counts = Counts(matrix, slices, {"b": other, ENSEMBLE: matrix}, torch.tensor([15, 20]))
+    sums = torch.zeros(3, 15, dtype=torch.int64)
+    sums[:, 9], sums[:, 14] = torch.tensor([8, 4, 5 * 2**24]), torch.tensor([12, 12, 11 * 2**24])
+    calibration = {"a": sums, "b": torch.zeros_like(sums), ENSEMBLE: sums[:, 9:10]}
+    counts = Counts(matrix, slices, {"b": other, ENSEMBLE: matrix}, torch.tensor([15, 20]), calibration)
     found = summarise(counts, iter(["sky", "road", "car"]), "val")
     assert found == pytest.approx(
         {
@@ -471,6 +532,8 @@ def test_names_and_values_of_scores() -> None:
             "val/b/miou": (1 + 1 / 2 + 0) / 3,
             "val/ensemble/miou": (8 / 10 + 10 / 12) / 2,
             "val/agreement": 15 / 20,
+            "val/ece": (1 + 1) / 20,
+            "val/ensemble/ece": 1 / 8,
         }
     )
 
@@ -491,10 +554,13 @@ def test_an_objective_may_be_whatever_is_measured(tiny: TrainConfig, changes: di
     networks = {name: table(logits) for name in "abc"[: config.networks]}
 
     def read() -> Iterator[EvalBatch]:
-        return eval_batches(shards, "val", size=4)
+        return eval_batches(shards, "val", size_px=4 * 32 * 48)
 
     found = summarise(evaluate(config, networks, read(), len(shards.classes), Ranks()), shards.classes, "val")
     # A class that is only predicted has an IoU, of 0, that no objective should be.
-    assert {name for name in known if "/iou/" not in name} == {name for name in found if "/iou/" not in name}
+    # Nor an error, which is better the lower it is.
+    assert {name for name in known if "/iou/" not in name} == {
+        name for name in found if "/iou/" not in name and not name.endswith("/ece")
+    }
     assert {name for name in known if "/iou/" in name} <= set(found)
     assert ("val/agreement" in known) == (len(changes) == 0 or "model__networks" in changes)

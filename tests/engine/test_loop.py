@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import changed, evaluate
+from support import changed
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import Batch, EvalBatch
-from cps_ray.engine.evaluation import summarise
+from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.metrics import confusion
 from cps_ray.engine.ranks import Ranks
@@ -107,11 +107,11 @@ def test_evaluation_counts_every_pixel_once_and_separates_slices(tiny: TrainConf
     network = build_state(config, 7, Ranks()).networks["a"]
 
     def batches() -> Iterator[Any]:
-        return eval_batches(shards, "test", size=4)
+        return eval_batches(shards, "test", size_px=4 * 32 * 48)
 
     found = evaluate(config, {"a": network}, batches(), 7, Ranks())
     by_image = {}
-    for batch in eval_batches(shards, "test", size=1):
+    for batch in eval_batches(shards, "test", size_px=1):
         with torch.inference_mode():
             by_image[batch.ids[0]] = confusion(network.eval().logits(batch.image).argmax(1), batch.mask, 7)[0]
     assert len(by_image) == 6

@@ -1,9 +1,19 @@
 import math
 
+import pytest
 import torch
 
 from cps_ray.engine.batch import IGNORE
-from cps_ray.engine.metrics import class_accuracy, confusion, iou, mean_iou, micro_iou, pixel_accuracy
+from cps_ray.engine.metrics import (
+    calibration,
+    calibration_error,
+    class_accuracy,
+    confusion,
+    iou,
+    mean_iou,
+    micro_iou,
+    pixel_accuracy,
+)
 
 
 def test_iou_equals_sets_of_pixels() -> None:
@@ -91,7 +101,30 @@ def test_scores_equal_counts_over_pixels() -> None:
     assert math.isclose(class_accuracy(matrix), sum(hits[label] / trues[label] for label in (0, 1, 2, 4)) / 4)
 
 
+def test_confidence_lies_in_bins_that_hold_their_upper_edge() -> None:
+    confidence = torch.tensor([1.0, 14.5 / 15, 0.2, 0.2 + 1e-6, 0.0, float("nan"), 0.5])
+    hit = torch.tensor([True, False, True, True, False, False, True])
+    counted = torch.tensor([True] * 6 + [False])
+    sums = calibration(confidence, hit, counted)
+    assert sums.dtype == torch.int64
+    assert sums[0].tolist() == [2, 0, 1, 1, *[0] * 10, 2]
+    assert sums[1].tolist() == [0, 0, 1, 1, *[0] * 10, 1]
+    assert (sums[2] * 2.0**-24).tolist() == pytest.approx([0, 0, 0.2, 0.2, *[0] * 10, 1 + 14.5 / 15], abs=1e-5)
+    assert calibration_error(sums) == pytest.approx((0.8 + 0.8 + 14.5 / 15) / 6, abs=1e-5)
+
+
+def test_calibration_sums_are_exact_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence, hit = torch.rand(5000, generator=generator), torch.rand(5000, generator=generator) > 0.5
+    counted = torch.ones_like(hit)
+    whole = calibration(confidence, hit, counted)
+    parts = [calibration(confidence[first::7], hit[first::7], counted[first::7]) for first in range(7)]
+    assert torch.equal(torch.stack(parts).sum(0), whole)
+    assert whole[2].sum() == int((confidence.double() * 2**24).sum())
+
+
 def test_an_empty_matrix_has_no_scores() -> None:
     empty = torch.zeros(3, 3, dtype=torch.int64)
     assert iou(empty).isnan().all()
     assert all(math.isnan(score(empty)) for score in (mean_iou, micro_iou, pixel_accuracy, class_accuracy))
+    assert math.isnan(calibration_error(torch.zeros(3, 15, dtype=torch.int64)))

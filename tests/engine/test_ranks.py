@@ -54,7 +54,7 @@ for name, raw in jobs.items():
         measured = train_step(config, state, batch)
         meter.add(state.step - 1, measured)
         losses.append(float(ranks.sum(measured["loss"])) / world)
-    counts = evaluate(config.evaluation, state.evaluated, eval_batches(shards, "test", **mine), 7, ranks)
+    counts = evaluate(config, state.evaluated, eval_batches(shards, "test", **mine), 7, ranks)
     read = meter.read()
     for network in state.networks:  # only now: their steps are in single precision
         state.scalers[network] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (1 + NETWORK_NAMES.index(network)))
