@@ -117,7 +117,7 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, told: type
     counts = evaluate(config, state.evaluated, eval_batches(shards, split, threads=threads), len(classes), ranks)
     scores = summarise(counts, classes, split)
     unlabeled = hidden_batches(data, config.evaluation.hidden_images)
-    hidden = evaluate_hidden(config, state.evaluated, unlabeled, len(classes), ranks)
+    hidden = evaluate_hidden(config, state.evaluated, unlabeled, classes, ranks)
     return {"seconds": seconds, **last, **hidden, **scores}
 
 

@@ -190,11 +190,15 @@ def certainty(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_confidence(coarse_BChw: Tensor, counted_BHW: Tensor) -> Tensor:
-    """Mean probability of the likeliest class, over the pixels of `counted_BHW` (bool): scalar float32; 0 if there are none."""
+def confidence_by_class(coarse_BChw: Tensor, counted_BHW: Tensor) -> Tensor:
+    """Summed probability, and number, of the pixels at which each class is the likeliest, over the pixels of `counted_BHW` (bool):
+    float64 (2, C)."""
     size = (counted_BHW.shape[-2], counted_BHW.shape[-1])
-    sums = [
-        (_certainty(_full(coarse_BChw[chunk], size)) * counted_BHW[chunk]).sum()
-        for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device)
-    ]
-    return torch.stack(sums).sum() / counted_BHW.sum().clamp(min=1)
+    totals_2C = torch.zeros(2, coarse_BChw.shape[1], dtype=torch.float64, device=coarse_BChw.device)
+    for chunk in _chunks(coarse_BChw.shape[0], size, coarse_BChw.device):
+        logits_BCHW = _full(coarse_BChw[chunk], size)
+        label_P, counted_P = logits_BCHW.argmax(dim=1).flatten(), counted_BHW[chunk].flatten().double()
+        # Not bincount, which waits for a GPU.
+        totals_2C[0].scatter_add_(0, label_P, _certainty(logits_BCHW).flatten() * counted_P)
+        totals_2C[1].scatter_add_(0, label_P, counted_P)
+    return totals_2C

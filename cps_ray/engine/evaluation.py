@@ -323,10 +323,8 @@ def summarise(counts: Counts, classes: Iterable[str], split: str) -> dict[str, A
     scores: dict[str, Any] = {}
     for part, matrix in {"": counts.whole_split, **counts.slices}.items():
         if matrix.any():
-            prefix = f"{split}/{part}/" if part else f"{split}/"
-            scores[f"{prefix}miou"] = mean_iou(matrix)
-            per_class = zip(names, iou(matrix).tolist(), strict=True)
-            scores |= {f"{prefix}iou/{name}": value for name, value in per_class if not math.isnan(value)}
+            prefix = f"{split}/{part}" if part else split
+            scores |= {f"{prefix}/miou": mean_iou(matrix), **_ious(matrix, names, prefix)}
     if counts.whole_split.any():
         scores |= {f"{split}/{name}": score(counts.whole_split) for name, score in _WHOLE_SPLIT_SCORES.items()}
     scores |= {f"{split}/{name}/miou": mean_iou(matrix) for name, matrix in counts.others.items() if matrix.any()}
@@ -350,10 +348,17 @@ def evaluate_hidden(
     config: TrainConfig,
     networks: Mapping[str, Segmenter],
     batches: Iterable[EvalBatch],
-    num_classes: int,
+    classes: Sequence[str],
     ranks: Ranks,
 ) -> Metrics:
-    """Returns `pseudo/miou`: network a's mIoU on unlabelled images whose masks are known but hidden from it; nothing without such images."""
+    """Returns network a's scores on unlabelled images whose masks are known but hidden from it: `pseudo/miou`, and `pseudo/iou/road`, ...
+    for all that `classes` names; nothing without such images."""
     only_a = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"networks": "a"})})
-    matrix = evaluate(only_a, networks, batches, num_classes, ranks).whole_split
-    return {"pseudo/miou": mean_iou(matrix)} if matrix.any() else {}
+    matrix = evaluate(only_a, networks, batches, len(classes), ranks).whole_split
+    return {"pseudo/miou": mean_iou(matrix)} | _ious(matrix, classes, "pseudo") if matrix.any() else {}
+
+
+def _ious(matrix: Tensor, classes: Iterable[str], prefix: str) -> Metrics:
+    """IoU of each class that is true or predicted somewhere."""
+    per_class = zip(classes, iou(matrix).tolist(), strict=True)
+    return {f"{prefix}/iou/{name}": value for name, value in per_class if not math.isnan(value)}

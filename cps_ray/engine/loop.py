@@ -1,6 +1,6 @@
 """The programme's centre: read this first. Train, evaluate now and then, report, stop when asked to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import Batch
@@ -15,15 +15,23 @@ Report = Callable[[Metrics, TrainState], bool]
 """Takes what was measured at an evaluation; False stops the training."""
 
 
-def fit(config: TrainConfig, state: TrainState, batches: Iterable[Batch], validate: Validate, report: Report) -> None:
+def fit(
+    config: TrainConfig,
+    state: TrainState,
+    batches: Iterable[Batch],
+    validate: Validate,
+    report: Report,
+    classes: Sequence[str] = (),
+) -> None:
     """Trains from `state.step` to `config.schedule.steps`. `batches` starts at the batch of `state.step`.
+    `classes`: names of all classes, whose pseudo labels are then also reported apart.
 
     Raises DivergedError where going on is of no use: a loss is not finite, or the networks have collapsed for good.
     """
     if is_lost(config.schedule, state.step, state.collapsed):
         # The process was lost between the last checkpoint and the news of its end. Going on would give another end.
         raise DivergedError(f"the networks had collapsed for good at step {state.step}.")
-    meter = Meter(state.ranks)
+    meter = Meter(state.ranks, classes)
     for batch in meter.timed(batches):
         meter.add(state.step, train_step(config, state, batch))  # advances state.step
         if state.step % config.schedule.eval_every == 0:

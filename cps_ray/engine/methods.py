@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, PseudoLabelLoss, RampedLoss, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.dense import certainty, cross_entropy, hard_labels, mean_confidence, squared_difference
+from cps_ray.engine.dense import certainty, confidence_by_class, cross_entropy, hard_labels, squared_difference
 from cps_ray.engine.losses import Term, class_weights_on, supervised_term
 from cps_ray.engine.mixing import classmix_masks, cutmix_masks, paste
 from cps_ray.engine.ranks import Ranks
@@ -38,9 +38,9 @@ class MicroBatch:
     """Labelled pixels of the global batch, divided by the number of micro-batches in it: scalar."""
     observe: bool
     """Whether pseudo labels are to be measured in this step."""
-    confidences: list[Tensor] = field(default_factory=list)
     measured: dict[str, Tensor] = field(default_factory=dict)
-    """`confidence`, mean over pixels; `labels`, float64 (256, 256), pixels by the labels of networks a and b."""
+    """Sums over pixels, float64: `labels` (256, 256), by the labels of networks a and b, or (256,) of one network;
+    `confidence` (2, C), summed probability and number by likeliest class, of all networks."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -307,8 +307,8 @@ def _mean_over(settings: RampedLoss, state: TrainState, padding_BHW: Tensor) -> 
 def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor, confidence: float = 0.0) -> Tensor:
     """Hard labels: uint8 (B, H, W), IGNORE where the probability is below `confidence`. Bytes, so they carry no gradient."""
     if micro.observe:
-        micro.confidences.append(mean_confidence(coarse_BChw, ~padding_BHW))
-        micro.measured["confidence"] = torch.stack(micro.confidences).mean()
+        sums = confidence_by_class(coarse_BChw, ~padding_BHW)
+        micro.measured["confidence"] = micro.measured.get("confidence", 0.0) + sums
     return hard_labels(coarse_BChw, micro.size, confidence)
 
 
@@ -326,13 +326,15 @@ def _sure_labels(
 
 
 def _count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tensor) -> None:
-    """Records how many pixels have each pair of labels of networks a and b, padding left out; with one network, b is a."""
+    """Records how many pixels have each label, or each pair of labels of networks a and b, padding left out."""
     if micro.observe:
-        pairs = labels[0].flatten().long() * 256 + labels[min(1, len(labels) - 1)].flatten()
+        cells, shape = labels[0].flatten().long(), [256]
+        if len(labels) > 1:
+            cells, shape = cells * 256 + labels[1].flatten(), [256, 256]
         # Not bincount, which waits for a GPU.
-        counts = torch.zeros(256 * 256, dtype=torch.float64, device=pairs.device)
-        counts.scatter_add_(0, pairs, (~padding_BHW).flatten().double())
-        micro.measured["labels"] = counts.view(256, 256)
+        counts = torch.zeros(256 ** len(shape), dtype=torch.float64, device=cells.device)
+        counts.scatter_add_(0, cells, (~padding_BHW).flatten().double())
+        micro.measured["labels"] = counts.view(shape)
 
 
 def _labeled_by_teachers(

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ _KAPPA_BLIND = 0.9
 """Fraction of the commonest label from which on kappa says nothing: chance alone then agrees nearly everywhere."""
 _CHANCE = 0.02
 """Cohen's kappa up to which two networks agree by chance alone."""
+_RATIO = "pseudo/frequency_ratio/"
+_LOST = 0.5
+"""Ratio of a class's fractions of the pseudo labels and of the masks below which it is named."""
 
 
 class Meter:
@@ -35,8 +38,9 @@ class Meter:
     Sums stay on the device, so that a step never waits for the GPU; a loss that is not finite is remembered by its step.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, classes: Sequence[str] = ()) -> None:
+        """`classes`: names of all classes, whose pseudo labels are then also reported apart."""
+        self._ranks, self._classes = ranks, classes
         self._batches = 0
         self._mask_pixels = torch.zeros(256, dtype=torch.float64)
         """Number by train id. Of all the training, which `reset` does not forget: what masks show does not change."""
@@ -80,14 +84,14 @@ class Meter:
     def read(self) -> Metrics:
         """Returns means over steps and ranks since the last reset. A collective: every rank calls it.
 
-        `train/loss` and its terms, `train/grad_norm_a` ...; `pseudo/confidence` and what `_pseudo` lists; `time/images_per_s`
+        `train/loss` and its terms, `train/grad_norm_a` ...; what `_pseudo` lists; `time/images_per_s`
         (all ranks), `time/data_wait` (fraction 0..1 of the time) and `time/data_wait_s` (seconds, mean over ranks);
         `memory/peak_bytes`, the most that a rank has held (on a GPU its tensors, on a CPU the process); `labeled/top_fraction`, the
         fraction of the commonest class in the masks so far.
         """
         self._check()
         ranks, elapsed = self._ranks, time.perf_counter() - self._started
-        labels = self._sums.pop("labels", None)
+        counted = [self._sums.pop(name) for name in ("labels", "confidence") if name in self._sums]
         names = sorted(self._sums)
         values = [self._sums[name].double() / self._counts[name] for name in names]
         # Ranks of one batch shard see the same images: each counts its part of them, so that the sum over ranks is right.
@@ -97,13 +101,12 @@ class Meter:
         rows = torch.stack([*values, *clock.to(ranks.device)])  # in one exchange
         *means, images, wait, lasted = ranks.sum(rows).tolist()
         metrics: Metrics = {f"train/{name}": mean / ranks.world for name, mean in zip(names, means, strict=True)}
-        if "train/confidence" in metrics:
-            metrics["pseudo/confidence"] = metrics.pop("train/confidence")
-        if labels is not None:
-            metrics |= _pseudo(ranks.sum(labels).cpu())
         in_masks = ranks.sum(self._mask_pixels.to(ranks.device)).cpu()[:IGNORE]
         if in_masks.sum() > 0:
             metrics["labeled/top_fraction"] = float(in_masks.max() / in_masks.sum())
+        if counted:
+            labels, confidence = (ranks.sum(sums).cpu() for sums in counted)
+            metrics |= _pseudo(labels, in_masks, confidence, self._classes)
         peak = ranks.max(torch.tensor(_peak_bytes(ranks.device), device=ranks.device))
         return metrics | {
             "time/images_per_s": images,
@@ -126,23 +129,63 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
-def _pseudo(labels: Tensor) -> Metrics:
-    """Scores of pseudo labels, all 0..1, from the pixels (256, 256) that have each pair of labels of networks a and b.
+def _pseudo(labels: Tensor, masks: Tensor, confidence_2C: Tensor, classes: Sequence[str]) -> Metrics:
+    """Scores of pseudo labels, from what `MicroBatch.measured` lists. All but `frequency_ratio` are in 0..1.
 
-    `pseudo/coverage`: fraction of a's labels that are sure enough to count; `pseudo/top_fraction`: that of the commonest label among
-    them; `pseudo/agreement`: fraction of equal labels where both count; `pseudo/kappa`: the same beyond chance (Cohen 1960; 1 is full,
-    0 is chance). With one network, b is a.
+    `pseudo/confidence`: mean probability of the likeliest class; `pseudo/coverage`: fraction of a's labels that are sure enough to
+    count; `pseudo/top_fraction`: that of the commonest label among them; of two networks, where both count, `pseudo/agreement`: fraction
+    of equal labels, and `pseudo/kappa`: the same beyond chance (Cohen 1960; 1 is full, 0 is chance). `classes`: as `_by_class`.
     """
-    of_a = labels.sum(dim=1)
-    sure = labels[:IGNORE, :IGNORE]  # the last row and column are the unsure ones
+    of_a = labels.flatten(start_dim=1).sum(dim=1) if labels.dim() > 1 else labels
+    sure = labels[(slice(IGNORE),) * labels.dim()]  # the last row and column are the unsure ones
     metrics = {"pseudo/coverage": float(of_a[:IGNORE].sum() / of_a.sum())}
+    if confidence_2C[1].sum() > 0:
+        metrics["pseudo/confidence"] = float(confidence_2C[0].sum() / confidence_2C[1].sum())
     if sure.sum() > 0:
-        fraction_a, fraction_b = sure.sum(dim=1) / sure.sum(), sure.sum(dim=0) / sure.sum()
-        agreement, chance = float(sure.diagonal().sum() / sure.sum()), float((fraction_a * fraction_b).sum())
-        metrics |= {"pseudo/top_fraction": float(fraction_a.max()), "pseudo/agreement": agreement}
-        if chance < 1.0 - 1e-9:  # else both always predict the same class, and chance agrees as often as they do
-            metrics["pseudo/kappa"] = (agreement - chance) / (1.0 - chance)
+        metrics["pseudo/top_fraction"] = float(sure.view(IGNORE, -1).sum(dim=1).max() / sure.sum())
+        if sure.dim() > 1:
+            metrics |= _agreement(sure)
+    of_all = sum(
+        (labels.movedim(dim, 0).reshape(256, -1).sum(dim=1) for dim in range(labels.dim())), labels.new_zeros(256)
+    )
+    return metrics | _by_class(of_all, masks, confidence_2C, classes)
+
+
+def _agreement(sure: Tensor) -> Metrics:
+    """`pseudo/agreement` and `pseudo/kappa` from the pixels that have each pair of labels."""
+    fraction_a, fraction_b = sure.sum(dim=1) / sure.sum(), sure.sum(dim=0) / sure.sum()
+    agreement, chance = float(sure.diagonal().sum() / sure.sum()), float((fraction_a * fraction_b).sum())
+    if chance >= 1.0 - 1e-9:  # both always predict the same class, and chance agrees as often as they do
+        return {"pseudo/agreement": agreement}
+    return {"pseudo/agreement": agreement, "pseudo/kappa": (agreement - chance) / (1.0 - chance)}
+
+
+def _by_class(labels: Tensor, masks: Tensor, confidence_2C: Tensor, classes: Sequence[str]) -> Metrics:
+    """Scores of the pseudo labels of each class, named by `classes`, from pixels (256,) of the pseudo labels of networks a and b and
+    (255,) of the masks so far.
+
+    `pseudo/confidence/road`: mean probability where road is the likeliest; `pseudo/frequency/road`: fraction of the pseudo labels that
+    count; `pseudo/frequency_ratio/road`: that divided by the fraction in the masks, where they show the class.
+    """
+    metrics: Metrics = {}
+    pseudo, true = (counts[:IGNORE] / counts[:IGNORE].sum().clamp(min=1) for counts in (labels, masks))
+    for label, name in enumerate(classes):
+        total, pixels = confidence_2C[:, label].tolist()
+        metrics |= {f"pseudo/confidence/{name}": total / pixels} if pixels else {}
+        metrics[f"pseudo/frequency/{name}"] = float(pseudo[label])
+        if true[label] > 0:
+            metrics[f"{_RATIO}{name}"] = float(pseudo[label] / true[label])
     return metrics
+
+
+def vanishing(metrics: Metrics) -> str | None:
+    """Names the classes that the pseudo labels have lost, the rarest first, as `sign (0.12), pedestrian (0.31)`; None if there are none.
+
+    Lost: their fraction of the pseudo labels that count is less than half of that in the masks.
+    """
+    ratios = {name.removeprefix(_RATIO): value for name, value in metrics.items() if name.startswith(_RATIO)}
+    lost = sorted((value, name) for name, value in ratios.items() if value < _LOST)
+    return ", ".join(f"{name} ({value:.2f})" for value, name in lost) or None
 
 
 def collapse(metrics: Metrics) -> str | None:

@@ -36,7 +36,7 @@ class TrainGauges:
         for name, value in metrics.items():
             kind, _, rest = name.partition("/")
             # Names of metrics are open (a method has its own terms), those of gauges are fixed: the rest becomes a tag.
-            if kind == "pseudo":
+            if kind == "pseudo" and "/" not in rest:
                 self._pseudo.set(value, {"kind": rest})
             elif rest.startswith("grad_norm_"):
                 self._norm.set(value, {"network": rest.removeprefix("grad_norm_")})

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -20,7 +21,7 @@ from cps_ray.engine.loop import fit
 from cps_ray.engine.networks import normalisation, padding_color
 from cps_ray.engine.ranks import join
 from cps_ray.engine.state import TrainState, build_state
-from cps_ray.engine.telemetry import Metrics, collapse
+from cps_ray.engine.telemetry import Metrics, collapse, vanishing
 from cps_ray.errors import DivergedError
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
@@ -81,11 +82,12 @@ def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -
         fill=padding_color(config.model),
     )
     report = WorkerReport(config, folder, sweep, state, log)
-    fit(config, state, batches, lambda state: validate(config, shards, data, state), report)
+    fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
 
 
 def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
-    """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, `pseudo/miou` on some of them."""
+    """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, what
+    `evaluate_hidden` says of some of them."""
     ranks, classes = state.ranks, shards.classes
     # Ranks of one batch shard pass the same images: their networks are evaluated together.
     mine: dict[str, int] = {
@@ -95,7 +97,7 @@ def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainS
     }
     counts = evaluate(config, state.evaluated, eval_batches(shards, "val", **mine), len(classes), ranks)
     hidden = hidden_batches(data, config.evaluation.hidden_images, **mine)
-    pseudo = evaluate_hidden(config, state.evaluated, hidden, len(classes), ranks)
+    pseudo = evaluate_hidden(config, state.evaluated, hidden, classes, ranks)
     return summarise(counts, classes, "val") | pseudo
 
 
@@ -142,9 +144,17 @@ class WorkerReport:
             *(metrics["step"], metrics["val/miou"], metrics["train/loss"]),
             *(metrics["time/images_per_s"], 100 * metrics["time/data_wait"]),
         )
-        pseudo = {name.removeprefix("pseudo/"): value for name, value in metrics.items() if name.startswith("pseudo/")}
+        # Those of single classes stand in the records.
+        pseudo = {name[7:]: value for name, value in metrics.items() if re.fullmatch("pseudo/[^/]*", name)}
         if pseudo:
             self._log.info("pseudo labels: %s", ", ".join(f"{name} {value:.3f}" for name, value in pseudo.items()))
+        lost = vanishing(metrics)
+        if lost:
+            self._log.warning(
+                "step %d: pseudo labels hold less than half of the pixels that the masks have of: %s",
+                metrics["step"],
+                lost,
+            )
         why = collapse(metrics)
         if why:
             self._log.warning("step %d: %s", metrics["step"], why)

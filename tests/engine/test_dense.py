@@ -94,7 +94,7 @@ def test_full_logits_are_not_changed_by_the_loss() -> None:
     before = logits.clone()
     labels = random_labels(0, (32, 64), 3)[:2]
     dense.cross_entropy(logits, [labels], [1.0])
-    dense.mean_confidence(logits, torch.ones(len(logits), 32, 64, dtype=torch.bool))
+    dense.confidence_by_class(logits, torch.ones(len(logits), 32, 64, dtype=torch.bool))
     dense.hard_labels(logits, (32, 64), 0.9)
     assert torch.equal(logits, before)
 
@@ -135,7 +135,11 @@ def test_hard_labels_are_the_argmax_where_it_is_sure(size: tuple[int, int]) -> N
     assert 0 < (sure == IGNORE).sum() < sure.numel()
     assert torch.equal(sure.long(), label.masked_fill(confidence < 0.6, IGNORE))
     counted = torch.rand(found.shape) < 0.7
-    assert float(dense.mean_confidence(coarse, counted)) == pytest.approx(float(confidence[counted].mean()), rel=1e-5)
+    total, pixels = dense.confidence_by_class(coarse, counted)
+    for each in range(coarse.shape[1]):
+        members = counted & (label == each)
+        assert int(pixels[each]) == int(members.sum())
+        assert float(total[each]) == pytest.approx(float(confidence[members].sum()), rel=1e-5)
 
 
 def test_pixel_cross_entropy_is_torchs() -> None:

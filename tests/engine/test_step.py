@@ -474,8 +474,10 @@ def test_pseudo_labels_are_measured_now_and_then(full: TrainConfig, batch: Batch
     seen = train_step(config, state, batch)
     (sure_a, label_a), (sure_b, label_b) = said
     inside = ~outside(batch.unlabeled_box)
-    mean = (sure_a[inside].mean() + sure_b[inside].mean()) / 2
-    assert float(seen["confidence"]) == pytest.approx(float(mean), rel=1e-4)
+    for each in range(seen["confidence"].shape[1]):
+        of_a, of_b = (sure[inside & (label == each)] for sure, label in said)
+        assert float(seen["confidence"][0, each]) == pytest.approx(float(of_a.sum() + of_b.sum()), rel=1e-4)
+        assert int(seen["confidence"][1, each]) == len(of_a) + len(of_b)
     label_a[sure_a < 0.4], label_b[sure_b < 0.4] = IGNORE, IGNORE
     for i in (0, 1, 2, IGNORE):
         for j in (0, 1, 2, IGNORE):

@@ -7,7 +7,7 @@ from support import changed
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
-from cps_ray.engine.telemetry import Meter, collapse, is_kept_up, is_lost
+from cps_ray.engine.telemetry import Meter, collapse, is_kept_up, is_lost, vanishing
 from cps_ray.errors import DivergedError
 
 
@@ -28,17 +28,58 @@ def test_pseudo_labels_are_summed_up() -> None:
     labels = torch.zeros(256, 256, dtype=torch.float64)
     labels[0, 0], labels[1, 1], labels[0, 1], labels[1, 0] = 30, 20, 20, 10
     labels[IGNORE, 0], labels[1, IGNORE] = 10, 10
+    confidence = torch.tensor([[56.0, 66.0], [80.0, 100.0]], dtype=torch.float64)
     meter = Meter(Ranks())
-    meter.add(0, {"loss": torch.tensor(0.0), "labels": labels, "confidence": torch.tensor(0.7)})
+    meter.add(0, {"loss": torch.tensor(0.0), "labels": labels, "confidence": confidence})
     read = meter.read()
     assert read["pseudo/coverage"] == pytest.approx(0.9)
     assert read["pseudo/agreement"] == pytest.approx(50 / 80)
     assert read["pseudo/top_fraction"] == pytest.approx(50 / 80)
     chance = (50 * 40 + 30 * 40) / 80**2
     assert read["pseudo/kappa"] == pytest.approx((50 / 80 - chance) / (1 - chance))
-    assert read["pseudo/confidence"] == pytest.approx(0.7)
-    assert "train/labels" not in read
-    assert "train/confidence" not in read
+    assert read["pseudo/confidence"] == pytest.approx(122 / 180)
+    assert not {name for name in read if name.startswith("train/")} - {"train/loss"}
+    assert not {name for name in read if name.startswith("pseudo/") and name.count("/") > 1}
+
+
+def test_one_network_agrees_with_nobody() -> None:
+    labels = torch.zeros(256, dtype=torch.float64)
+    labels[0], labels[2], labels[IGNORE] = 60, 30, 10
+    meter = Meter(Ranks())
+    confidence = torch.tensor([[6.0, 0.0, 2.0], [8.0, 0.0, 4.0]])
+    meter.add(0, {"loss": torch.tensor(0.0), "labels": labels, "confidence": confidence})
+    read = meter.read()
+    pseudo = {name: value for name, value in read.items() if name.startswith("pseudo/")}
+    assert pseudo == pytest.approx({"pseudo/coverage": 0.9, "pseudo/top_fraction": 2 / 3, "pseudo/confidence": 8 / 12})
+
+
+def test_classes_that_vanish_from_the_pseudo_labels_are_named() -> None:
+    """Two steps; of the sure labels of both networks, 90 are road, 9 sign, 1 car; of the masks 50, 25, 0, and 25 are of a train."""
+    labels = torch.zeros(256, 256, dtype=torch.float64)
+    labels[0, 0], labels[0, 1], labels[1, IGNORE], labels[IGNORE, 2] = 41, 8, 1, 1
+    mask = torch.tensor([0] * 50 + [1] * 25 + [3] * 25 + [IGNORE] * 20, dtype=torch.uint8).view(1, 10, 12)
+    confidence = torch.tensor([[9.0, 2.0, 0.0, 0.0], [10.0, 4.0, 0.0, 0.0]], dtype=torch.float64)
+    meter = Meter(Ranks(), ["road", "sign", "car", "train"])
+    list(meter.timed([Batch(torch.zeros(1, 3, 10, 12, dtype=torch.uint8), mask, None)]))
+    for step in range(2):
+        meter.add(step, {"loss": torch.tensor(0.0), "labels": labels, "confidence": confidence})
+    read = meter.read()
+    found = {name: value for name, value in read.items() if name.startswith("pseudo/") and name.count("/") > 1}
+    assert found == pytest.approx(
+        {
+            "pseudo/confidence/road": 0.9,
+            "pseudo/confidence/sign": 0.5,
+            "pseudo/frequency/road": 0.90,
+            "pseudo/frequency/sign": 0.09,
+            "pseudo/frequency/car": 0.01,
+            "pseudo/frequency/train": 0.0,
+            "pseudo/frequency_ratio/road": 0.9 / 0.5,
+            "pseudo/frequency_ratio/sign": 0.09 / 0.25,
+            "pseudo/frequency_ratio/train": 0.0,
+        }
+    )
+    assert vanishing(read) == "train (0.00), sign (0.36)"
+    assert vanishing({"pseudo/frequency_ratio/road": 0.5, "pseudo/frequency/sign": 0.0}) is None
 
 
 def test_waiting_and_images_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
