@@ -15,7 +15,7 @@ from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.engine.telemetry import Metrics
+from cps_ray.engine.telemetry import Metrics, vanishing
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE, best_checkpoint, checkpoints, read_metrics
 from cps_ray.search.objective import measured_network, own_metric
@@ -114,6 +114,8 @@ class EvaluatedRun:
     step: int
     validation: float
     scores: CheckpointScores
+    vanished: str | None = None
+    """Classes that the pseudo labels have lost at that checkpoint, as `vanishing` names them."""
 
     def row(self) -> dict[str, Any]:
         """Returns a line of seeds.csv."""
@@ -129,6 +131,6 @@ def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
     asked = [(run.job.config, found[0], measured_network(run.job.metric)) for run, found in there]
     scores = evaluate_checkpoints(asked, "test", _EXAMPLES)
     return [
-        EvaluatedRun(run, folder, meta["step"], meta["metrics"][run.job.metric], each)
+        EvaluatedRun(run, folder, meta["step"], meta["metrics"][run.job.metric], each, vanishing(meta["metrics"]))
         for (run, (folder, meta)), each in zip(there, scores, strict=True)
     ]

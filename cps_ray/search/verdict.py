@@ -18,6 +18,7 @@ def compare(evaluated: list[EvaluatedRun], metric: str) -> dict[str, Any]:
     """Returns mean and standard deviation over seeds per arm and metric; `gain`: best minus each baseline, in mIoU points.
 
     `headline`: the score that is compared, per arm: the mIoU of the network that the objective, `metric`, is of.
+    `vanished`: by seed of the best arm, the classes that its pseudo labels have lost.
     """
     arms: dict[str, list[EvaluatedRun]] = {}
     for one in evaluated:
@@ -32,7 +33,8 @@ def compare(evaluated: list[EvaluatedRun], metric: str) -> dict[str, Any]:
     gains = {
         arm: 100 * (means[BEST_ARM] - mean) for arm, mean in means.items() if BEST_ARM in means and arm != BEST_ARM
     }
-    return {"arms": table, "headline": headline, "gain": gains}
+    vanished = {str(one.run.seed): one.vanished for one in arms.get(BEST_ARM, []) if one.vanished}
+    return {"arms": table, "headline": headline, "gain": gains, "vanished": vanished}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -50,6 +52,10 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     final = summary.get("final")  # None: `final.retrain: none`, or the sweep has not come so far
     if final:
         lines += _score_lines(final, summary["objective"])
+        for seed, classes in final.get("vanished", {}).items():  # a sweep of an earlier version has not recorded them
+            lines.append(
+                f"Vanished from the pseudo labels (fraction there by that in the masks), seed {seed}: {classes}"
+            )
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
     # A network learns from its peers' labels: the licence of any one's weights may bind it.
     lines += [each["sentence"] for each in summary.get("weights", [])]

@@ -16,7 +16,17 @@ from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine import evaluation
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.evaluation import ENSEMBLE, Counts, Tally, evaluate, further_scores, predict, summarise, windows
+from cps_ray.engine.evaluation import (
+    ENSEMBLE,
+    Counts,
+    Tally,
+    evaluate,
+    evaluate_hidden,
+    further_scores,
+    predict,
+    summarise,
+    windows,
+)
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 
@@ -382,6 +392,16 @@ def test_calibration_is_that_of_the_averaged_scores_over_whole_images(
     for name, expected in (("ece", prob["a"]), ("b/ece", prob["b"]), ("ensemble/ece", ensemble)):
         assert found[f"val/{name}"] == pytest.approx(expected_calibration_error(expected, target), abs=1e-6)
         assert found[f"val/{name}"] > 0.01
+
+
+def test_hidden_masks_score_each_class_of_network_a_alone(tiny: TrainConfig) -> None:
+    networks = {name: table(random_logits(seed)) for seed, name in enumerate("ab")}
+    found = evaluate_hidden(tiny, networks, batches(), "vwxyz", Ranks())
+    matrix = by_hand(best(random_logits(0)), 5)[0].double()
+    ious = (matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())).tolist()
+    expected = {f"pseudo/iou/{name}": value for name, value in zip("vwxyz", ious, strict=True) if value == value}
+    assert found == pytest.approx(expected | {"pseudo/miou": sum(expected.values()) / len(expected)})
+    assert evaluate_hidden(tiny, networks, [], "vwxyz", Ranks()) == {}
 
 
 OPINIONS = torch.tensor([[0.40, 0.0005, 0.399, 0.20, 0.0005], [0.02, 0.45, 0.06, 0.20, 0.27]])

@@ -1,6 +1,7 @@
 """Tables, events and pictures of a sweep, from a study and folders made by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,7 +20,7 @@ from cps_ray.search.final_phase import EvaluatedRun, FinalRun, drop_stale, plan_
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.tune_session import TrainingJob
-from cps_ray.search.verdict import compare, spread
+from cps_ray.search.verdict import compare, spread, verdict_lines
 
 
 @pytest.fixture
@@ -123,6 +124,16 @@ def test_gain_is_in_points_of_the_means(tiny: TrainConfig) -> None:
     own = table["arms"]["best"]["test/miou"]
     assert (own["mean"], own["sd"], own["n"]) == (pytest.approx(0.55), pytest.approx(0.0707107, rel=1e-5), 2)
     assert spread([0.3])["sd"] is None
+
+
+def test_the_verdict_names_classes_that_vanished_from_the_pseudo_labels_of_the_best(tiny: TrainConfig) -> None:
+    runs = [evaluated("best", 1, 0.5, tiny), evaluated("best", 2, 0.6, tiny), evaluated("plain", 1, 0.4, tiny)]
+    lost = [replace(runs[0], vanished="sign (0.12), car (0.31)"), runs[1], replace(runs[2], vanished="sign (0.00)")]
+    best = {"trial": 3, "value": 0.5, "step": 6, "params": {}}
+    lines = verdict_lines(Path(), {"best": best, "objective": "val/miou", "final": compare(lost, "val/miou")})
+    assert [line for line in lines if "pseudo labels" in line] == [
+        "Vanished from the pseudo labels (fraction there by that in the masks), seed 1: sign (0.12), car (0.31)"
+    ]
 
 
 def test_pictures_of_any_shape_fit_on_one_sheet(shards: Path, tmp_path: Path) -> None:
