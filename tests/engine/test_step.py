@@ -491,6 +491,14 @@ def test_pseudo_labels_are_measured_now_and_then(full: TrainConfig, batch: Batch
         ]  # 14 is evaluated at 15
 
 
+@pytest.mark.parametrize("method", ["mean_teacher", "fixmatch"])
+def test_the_labels_of_one_network_are_counted_alone(full: TrainConfig, batch: Batch, method: str) -> None:
+    config = changed(full, method=method, ema__decay=0.9)
+    seen = train_step(config, state_of(config), batch)
+    assert seen["labels"].shape == (256,)
+    assert int(seen["labels"].sum()) == int((~outside(batch.unlabeled_box)).sum())
+
+
 @pytest.mark.parametrize("autocast", ["bf16"])
 def test_autocast_stays_near_full_precision(tiny: TrainConfig, batch: Batch, autocast: str) -> None:
     exact = train_step(tiny, state_of(tiny), batch)["loss"]
