@@ -132,9 +132,8 @@ def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
         shards = open_shards(data.shards, data.prepare)
         check_data(shards, config.train)
     except DataError as err:
-        untried = (
-            "" if config.train.evaluation.window_px else " Until then networks are tried on crops, not on whole images."
-        )
+        known = isinstance(config.train.evaluation.window_px, tuple)
+        untried = "" if known else " Until then networks are tried on crops, not on whole images."
         return None, f"Data is missing: {err}{untried}"
     return shards, f"Data: {data.shards} is there."
 
@@ -148,7 +147,7 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
         return Preflight(len(shards.classes), evaluated_sizes(shards, config.train))
     if synthetic is not None:
         return Preflight(image_sizes=[(synthetic.height_px, synthetic.width_px)])
-    return Preflight(image_sizes=[] if window is None else [window])
+    return Preflight(image_sizes=[window] if isinstance(window, tuple) else [])
 
 
 def _resume(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from cps_ray.config.train import ComputeConfig, NetworkConfig, TrainConfig
 from cps_ray.config.variants import Variant, variants
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.engine.batch import Batch
-from cps_ray.engine.evaluation import predict
+from cps_ray.engine.evaluation import predict, window_of
 from cps_ray.engine.methods import METHODS, MicroBatch, losses_of_networks
 from cps_ray.engine.networks import Segmenter, build_network, check_names, planned_normalisation, timm_cfg
 from cps_ray.engine.ranks import Ranks
@@ -289,13 +289,14 @@ def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Se
     network.eval()
     try:
         with _shapes_only():
-            predict(evaluation, network, _image(1, size))
+            predict(config.model_copy(update={"evaluation": evaluation}), network, _image(1, size))
     except Exception as err:  # see `_runs`
         names = [f"{place}.{name}" for name in ("encoder", "architecture", "options")]
         what, advice = f"images of {_px(size)}", ""
-        if evaluation.window_px is not None:
+        window = window_of(config, *size)
+        if window is not None:
             names.insert(0, "evaluation.window_px")
-            what = f"windows of {_px(evaluation.window_px)}"
+            what = f"windows of {_px(window)}"
         else:
             advice = (
                 f" Set evaluation.window_px, such as to the crop's {[*config.data.crop_px]}, or choose another encoder."
