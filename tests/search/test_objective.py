@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import changed, predict
+from support import changed
 
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch
 from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.evaluation import predict
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state, load_networks
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
