@@ -290,9 +290,10 @@ def _check_timm_weights(config: NetworkConfig) -> None:
     cfg = timm_cfg(config)
     if config.weights == "none":
         return
-    if config.architecture != ARCHITECTURE and config.weights != "imagenet":
+    own_tag = cfg.tag if cfg is not None else None
+    if config.architecture != ARCHITECTURE and config.weights not in ("imagenet", own_tag):
         raise ConfigError(
-            f"model.weights: must be none or imagenet with a tu- encoder, but got {config.weights!r}. "
+            f"model.weights: must be none, imagenet or the tag of the tu- encoder, but got {config.weights!r}. "
             "Other weights of timm are a tag of the encoder, such as tu-resnet50.a1_in1k."
         )
     if cfg is None or not cfg.has_weights:
