@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cps_ray.command import command_parser, entry, run_command
 from cps_ray.config.reader import load_train, read_train
 from cps_ray.config.schema import Where
-from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig
+from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
 
@@ -162,7 +162,8 @@ def _method(config: TrainConfig) -> str:
     ramp = f" after a ramp over {settings.ramp:.0%} of the steps" if settings.ramp else ""
     mix = f", mix {settings.mix}" if isinstance(settings, MixConfig) else ""
     images = f" on {settings.images} images" if isinstance(settings, CpsConfig) else ""
-    return f"{config.method}, weight {settings.weight:g}{ramp}{images}{mix}"
+    version = f" {settings.version}" if isinstance(settings, UniMatchConfig) else ""
+    return f"{config.method}{version}, weight {settings.weight:g}{ramp}{images}{mix}"
 
 
 def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:

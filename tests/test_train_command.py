@@ -100,6 +100,14 @@ def test_a_preset_by_its_name(shards: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_names_the_version_of_unimatch(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small(unimatch__version="v2", ema__decay="0.996", model__options="{decoder_channels: 16}")
+    assert train.main(["unimatch/voc", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0
+    rows = plan(capsys)
+    assert rows["method"] == "unimatch v2, weight 1, mix one_box"
+    assert "network b" not in rows
+
+
 def test_data_yet_to_be_drawn_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = small(data__shards="drawn", data__synthetic="{train: 40, val: 5}")
     assert train.main(["reference/voc", "--dry-run", *words]) == 0
@@ -142,5 +150,7 @@ def test_an_unknown_name_lists_the_presets(capsys: pytest.CaptureFixture[str]) -
     assert train.main(["none.yaml", "--dry-run"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: none.yaml: no such file, and there is no preset 'none.yaml'.")
-    assert "reference/cityscapes, reference/cityscapes-cutmix, reference/voc, reference/voc-cutmix." in text
+    assert (
+        "reference/cityscapes, reference/cityscapes-cutmix, reference/voc, reference/voc-cutmix, unimatch/voc." in text
+    )
     assert text.count("\n") == 1

@@ -242,7 +242,8 @@ class MixConfig(Section):
     """Mixing of unlabelled images with each other: CutMix (French et al., BMVC 2020) pastes boxes, ClassMix (Olsson et al., WACV 2021) the
     pixels of half of the classes that the networks see in the other image."""
 
-    mix: Literal["none", "cutmix", "classmix"] = "cutmix"
+    mix: Literal["none", "cutmix", "classmix", "one_box"] = "cutmix"
+    """`one_box` is CutMix as in UniMatch's code: with probability 1/2 one box of 0.02 to 0.4 of the image, else nothing."""
     cutmix_boxes: PositiveInt = 3
     cutmix_area: tuple[Fraction, Fraction] = (0.25, 0.5)
     """Range of the boxes' summed area as a fraction of the image. Overlaps count too, although where two boxes overlap nothing
@@ -310,6 +311,44 @@ class FixMatchConfig(PseudoLabelLoss, MixConfig):
     weight: Annotated[float, Field(ge=0.0)] = 1.0
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Pixels whose pseudo label has a lower probability are ignored."""
+    teacher: Literal["self", "average"] = "self"
+    """Which weights make pseudo labels: those that are trained, or their averages of `ema`."""
+    view: Literal["weak", "strong"] = "strong"
+    """What the network learns on: strong views, or the very view that was labelled. The latter with `confidence: 0` is plain
+    self-training, the control of CPS (single-network pseudo supervision, Table 6 of the paper)."""
+    strong_views: Annotated[int, Field(ge=1, le=2, strict=True)] = 1
+    """Number of strong views of each image, in colours and with CutMix boxes of their own; their losses are averaged."""
+    feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which each channel between encoder and decoder is dropped in a further pass of the weak view. Its loss then
+    has half the weight and that of the strong views the other half, as in UniMatch. 0: no such pass."""
+
+    @model_validator(mode="after")
+    def _weak_views_are_single(self) -> Self:
+        if self.view == "weak" and self.strong_views != 1:
+            raise ValueError(f"`strong_views: 1` must hold with `view: weak`, but got {self.strong_views}.")
+        return self
+
+
+class UniMatchConfig(PseudoLabelLoss, MixConfig):
+    """UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025), for `method: unimatch`: one network, two strong views and perturbed
+    features. As in the authors' code the whole loss is halved, the supervised one too: SGD then needs twice the rate of another
+    method's for the same step. The loss on masks alone before `start` is not."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the loss on unlabelled images. v1: half the mean of the strong views and half that of dropped features; v2: the mean of
+    the strong views."""
+    version: Literal["v1", "v2"] = "v1"
+    """`v1`: the network labels images for itself, and learns on the weak view with dropped features, too. `v2`: the average of `ema`
+    labels them, and the two strong views share out the channels of their features."""
+    feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """v1: probability with which each channel between encoder and decoder is dropped. v2: fraction of the images whose channels are
+    shared out."""
+    confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Pixels whose pseudo label has a lower probability are ignored."""
+    mix: Literal["none", "cutmix", "classmix", "one_box"] = "one_box"
+    """Drawn for each strong view anew."""
+    padding: Literal["count", "ignore"] = "ignore"
+    """Whether the padding counts, as with other methods; the authors' code leaves it out."""
 
 
 class EmaConfig(Section):
@@ -414,9 +453,9 @@ class TrainConfig(Section):
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, order of images, augmentation and mixing. Which images are labelled has its own, `data.subset_seed`."""
-    method: Literal["supervised", "cps", "mean_teacher", "fixmatch"] = "cps"
+    method: Literal["supervised", "cps", "mean_teacher", "fixmatch", "unimatch"] = "cps"
     """`cps` trains `model.networks` networks on all images. `supervised` trains network a alone on the labelled images: the
-    baseline. `mean_teacher` and `fixmatch` train network a alone on all images."""
+    baseline. `mean_teacher`, `fixmatch` and `unimatch` train network a alone on all images."""
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
@@ -425,6 +464,7 @@ class TrainConfig(Section):
     cps: CpsConfig = CpsConfig()
     mean_teacher: MeanTeacherConfig = MeanTeacherConfig()
     fixmatch: FixMatchConfig = FixMatchConfig()
+    unimatch: UniMatchConfig = UniMatchConfig()
     ema: EmaConfig = EmaConfig()
     augment: AugmentConfig = AugmentConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -449,7 +489,10 @@ class TrainConfig(Section):
         if self.method == "cps":
             strong, elsewhere = self.cps.student == "strong", self.cps.pastes_other_view
             return ("weak", *(("strong",) if strong else ()), *(("elsewhere",) if elsewhere else ()))
-        return ("weak", "strong")
+        if self.method == "fixmatch" and self.fixmatch.view == "weak":
+            return ("weak",)
+        twice = self.method == "unimatch" or (self.method == "fixmatch" and self.fixmatch.strong_views == 2)
+        return ("weak", "strong", "strong") if twice else ("weak", "strong")
 
     @property
     def num_batch_shards(self) -> int:
@@ -494,8 +537,15 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _teachers_from_averages_need_them(self) -> Self:
-        if self.method == "cps" and self.cps.teacher == "average" and self.ema.decay is None:
-            raise ValueError("`ema.decay` must be given with `cps.teacher: average`. 0.99 is usual.")
+        averages = {
+            "cps": ("cps.teacher: average", self.cps.teacher == "average"),
+            "fixmatch": ("fixmatch.teacher: average", self.fixmatch.teacher == "average"),
+            "unimatch": ("unimatch.version: v2", self.unimatch.version == "v2"),
+        }
+        setting, needed = averages.get(self.method, ("", False))
+        if needed and self.ema.decay is None:
+            usual = 0.996 if self.method == "unimatch" else 0.99
+            raise ValueError(f"`ema.decay` must be given with `{setting}`. {usual} is usual.")
         return self
 
     @model_validator(mode="after")

@@ -311,7 +311,7 @@ class _Producer:
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
     """Checks that there are images to train on, masks in the splits that are `evaluated`, and one weight per class. DataError if not."""
     train_data(shards, config)
-    for section in ("loss", "cps", "fixmatch"):
+    for section in ("loss", "cps", "fixmatch", "unimatch"):
         weights, classes = getattr(config, section).class_weights, shards.classes
         if weights is not None and len(weights) != len(classes):
             raise DataError(

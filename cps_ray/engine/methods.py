@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, PseudoLabelLoss, RampedLoss, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.dense import certainty, confidence_by_class, cross_entropy, hard_labels, squared_difference
+from cps_ray.engine.features import Perturb, beside, complementary_dropout, dropout
 from cps_ray.engine.losses import Term, class_weights_on, supervised_term
 from cps_ray.engine.mixing import classmix_masks, cutmix_masks, paste
 from cps_ray.engine.ranks import Ranks
@@ -25,6 +26,8 @@ from cps_ray.engine.state import TrainState, autocast
 
 Losses = dict[str, Tensor]
 """`loss` carries the gradient; the terms beside it are for the record, without their weights."""
+Seen = tuple[Tensor, list[Tensor], Tensor]
+"""A view (U, 3, H, W), its labels by each network, uint8 (U, H, W), and where it is padding, bool (U, H, W)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +171,62 @@ def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> I
 def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains network a on its own sure labels of weak views, applied to strong ones that CutMix has mixed (Sohn et al., NeurIPS
     2020; for segmentation as in Yang et al., CVPR 2023)."""
-    settings, (weak, strong) = config.fixmatch, _views(micro.batch)
+    settings, model, weak = config.fixmatch, state.models["a"], _views(micro.batch)[0]
     # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
-    teacher_U = _teacher_logits(config.compute, state.networks["a"], weak, batch_statistics=False)
+    teacher = (state.averages if settings.teacher == "average" else state.networks)["a"]
+    teacher_U = _teacher_logits(config.compute, teacher, weak, batch_statistics=False)
     padding, _ = _paddings(settings, micro)
     labels = [_sure_labels(settings, state.ranks, micro, teacher_U, padding)]
     _count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
     labels = _ignore(settings, labels, padding)
-    if settings.mix != "none":
-        strong, labels, padding = _mix(settings, config.seed, state, micro, _with_labels(strong, labels, padding))
-    coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
-    mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms_L = _sum_of_terms(coarse_L, [mask_term])
-    mean = _mean_over(settings, state, padding)
-    weight = ramped_weight(settings, state.step, config.schedule.steps)
-    loss_U, terms_U = _sum_of_terms(coarse_U, _peer_terms(settings, labels, None, weight * mean))
-    yield {"loss": loss_L + loss_U, "sup_a": terms_L[0] * mask_term.weight, "pseudo": terms_U[0] * mean}
+    views = [weak] if settings.view == "weak" else _strong_views(micro.batch)[: settings.strong_views]
+    seen = _mixed_views(settings, config.seed, state, micro, views, labels, padding)
+    coarse_L, coarse_U = _student_logits(config, model, micro.batch, torch.cat([image for image, _, _ in seen]))
+    dropped_U = (
+        _forward(config.compute, model, weak, dropout(settings.feature_dropout)) if settings.feature_dropout else None
+    )
+    yield _consistency_losses(
+        config, settings, state, micro, coarse_L, coarse_U, seen, dropped_U, (weak, labels, padding)
+    )
+
+
+def unimatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+    """Trains network a on sure labels of weak views, applied to two strong ones and to perturbed features, in the form of the
+    authors' code (UniMatch: Yang et al., CVPR 2023; V2: TPAMI 2025).
+
+    L = (L_sup + weight L_u) / 2. v1: L_u = (mean of the strong views + dropped features) / 2; v2: the mean of the strong views.
+    """
+    settings, weak, v2 = config.unimatch, _views(micro.batch)[0], config.unimatch.version == "v2"
+    coarse_L, teachers_U, dropped_U = _unimatch_weak_pass(config, state, micro)
+    padding, _ = _paddings(settings, micro)
+    labels = [_sure_labels(settings, state.ranks, micro, teacher_U, padding) for teacher_U in teachers_U]
+    own, pasted = _ignore(settings, [labels[0]], padding), _ignore(settings, [labels[-1]], padding)
+    _count_labels(micro, labels[:1], padding)
+    seen = _mixed_views(settings, config.seed, state, micro, _strong_views(micro.batch), own, padding, pasted)
+    perturb = complementary_dropout(settings.feature_dropout) if v2 else None
+    coarse_U = _forward(config.compute, state.models["a"], torch.cat([image for image, _, _ in seen]), perturb)
+    losses = _consistency_losses(
+        config, settings, state, micro, coarse_L, coarse_U, seen, dropped_U, (weak, own, padding)
+    )
+    yield {**losses, "loss": losses["loss"] / 2.0}
+
+
+def _unimatch_weak_pass(
+    config: TrainConfig, state: TrainState, micro: MicroBatch
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Coarse logits of the labelled images; those, without gradient, that label a weak view where it stays itself and, if they are
+    others, where it is pasted into another image; with v1, those of its dropped features."""
+    compute, model, labeled, weak = config.compute, state.models["a"], micro.batch.labeled_image, _views(micro.batch)[0]
+    v2 = config.unimatch.version == "v2"
+    teacher = (state.averages if v2 else state.networks)["a"]
+    teacher_U = _teacher_logits(compute, teacher, weak, batch_statistics=False)
+    if v2:
+        return _forward(compute, model, labeled), [teacher_U], None
+    # Where it stays itself, the pass that learns labels an image, hence batch statistics: so does the authors' code.
+    perturb = beside(dropout(config.unimatch.feature_dropout))
+    coarse = _forward(compute, model, torch.cat([labeled, weak]), perturb)
+    coarse_L, coarse_U, _, dropped_U = torch.split(coarse, [len(labeled), len(weak)] * 2)
+    return coarse_L, [coarse_U.detach(), teacher_U], dropped_U
 
 
 METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Losses]]] = {
@@ -191,6 +234,7 @@ METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Loss
     "cps": cps,
     "mean_teacher": mean_teacher,
     "fixmatch": fixmatch,
+    "unimatch": unimatch,
 }
 
 
@@ -205,10 +249,16 @@ def _views(batch: Batch) -> tuple[Tensor, Tensor]:
     return image, image if batch.unlabeled_second is None else batch.unlabeled_second
 
 
-def _forward(compute: ComputeConfig, model: nn.Module, image_B3HW: Tensor) -> Tensor:
-    """Coarse logits (B, C, h, w), with gradient."""
+def _strong_views(batch: Batch) -> list[Tensor]:
+    """Returns two strong views of the unlabelled images, (U, 3, H, W) each; where there is but one, twice the same."""
+    second = _views(batch)[1]
+    return [second, second if batch.unlabeled_third is None else batch.unlabeled_third]
+
+
+def _forward(compute: ComputeConfig, model: nn.Module, image_B3HW: Tensor, perturb: Perturb | None = None) -> Tensor:
+    """Coarse logits (B, C, h, w), with gradient. `perturb` changes the features that the decoder sees, and may change B."""
     with autocast(compute.autocast, image_B3HW.device):
-        coarse: Tensor = model(image_B3HW)
+        coarse: Tensor = model(image_B3HW) if perturb is None else model(image_B3HW, perturb=perturb)
     return coarse
 
 
@@ -244,6 +294,34 @@ def _teacher_logits(
 def _sum_of_terms(coarse_BChw: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     """Returns the weighted sum of cross-entropies, with gradient, and each of them (K,) without weight or gradient."""
     return cross_entropy(coarse_BChw, *map(list, zip(*terms, strict=True)))
+
+
+def _consistency_losses(
+    config: TrainConfig,
+    settings: PseudoLabelLoss,
+    state: TrainState,
+    micro: MicroBatch,
+    coarse_LChw: Tensor,
+    coarse_UChw: Tensor,
+    seen: Sequence[Seen],
+    dropped_UChw: Tensor | None,
+    weak: Seen,
+) -> Losses:
+    """Losses of network a: L_sup + weight * L_u, where L_u is the mean over the views `seen`, whose logits stand one behind the other in
+    `coarse_UChw`; with `dropped_UChw`, of features of the `weak` view, half of that and half of theirs."""
+    mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
+    loss, terms = _sum_of_terms(coarse_LChw, [mask_term])
+    losses = {"sup_a": terms[0] * mask_term.weight}
+    weight = ramped_weight(settings, state.step, config.schedule.steps)
+    parts = [("pseudo", coarse_UChw, seen, weight)]
+    if dropped_UChw is not None:
+        parts = [("pseudo", coarse_UChw, seen, weight / 2.0), ("pseudo_dropped", dropped_UChw, [weak], weight / 2.0)]
+    for name, coarse_BChw, views, part_weight in parts:
+        for coarse_UChw, (_, labels, padding) in zip(coarse_BChw.chunk(len(views)), views, strict=True):
+            mean = _mean_over(settings, state, padding) / len(views)
+            more, terms = _sum_of_terms(coarse_UChw, _peer_terms(settings, labels, None, part_weight * mean))
+            loss, losses[name] = loss + more, losses.get(name, 0.0) + terms[0] * mean
+    return {"loss": loss, **losses}
 
 
 def _peer_terms(
@@ -383,6 +461,28 @@ def _with_labels(image_U3HW: Tensor, labels_UHW: Sequence[Tensor], padding_UHW: 
     return torch.cat([image_U3HW, *(plane.unsqueeze(1) for plane in planes)], dim=1)
 
 
+def _mixed_views(
+    settings: MixConfig,
+    seed: int,
+    state: TrainState,
+    micro: MicroBatch,
+    views: Sequence[Tensor],
+    labels: list[Tensor],
+    padding_UHW: Tensor,
+    pasted: Sequence[Tensor] | None = None,
+) -> list[Seen]:
+    """Mixes each of several views of the same place anew, as `mix` says, with the same view of the next image. `pasted`: the labels of
+    what is pasted, if they are others."""
+    if settings.mix == "none":
+        return [(view, labels, padding_UHW) for view in views]
+    seen = []
+    for number, view in enumerate(views):
+        partner = None if pasted is None else state.ranks.roll(_with_labels(view, pasted, padding_UHW))
+        own = _with_labels(view, labels, padding_UHW)
+        seen.append(_mix(settings, seed, state, micro, own, partner, view=number))
+    return seen
+
+
 def _mix(
     settings: MixConfig,
     seed: int,
@@ -390,10 +490,12 @@ def _mix(
     micro: MicroBatch,
     own: Tensor,
     partner: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    *,
+    view: int = 0,
+) -> Seen:
     """Mixes images with labels as `_with_labels` makes them, and takes them apart again: images, labels, padding.
 
-    The partner is the next image of the global batch if none is given.
+    The partner is the next image of the global batch if none is given. Masks are drawn anew for each `view`.
     """
     ranks, (images, _, height, width) = state.ranks, own.shape
     # Masks and successors are those of the images of all batch shards' micro-batch `index`, in order: so they do not depend
@@ -407,8 +509,9 @@ def _mix(
         labels = partner[:, 4:]
         deciding = torch.tensor([at % labels.shape[1] for at in positions], device=own.device)
         label_UHW = labels.gather(1, deciding.view(-1, 1, 1, 1).expand(-1, 1, height, width))[:, 0]
-        masks = classmix_masks(label_UHW, seed, state.step, positions)
+        masks = classmix_masks(label_UHW, seed, state.step, positions, view)
     else:
-        masks = cutmix_masks(settings, seed, state.step, positions, height, width).to(own.device, non_blocking=True)
+        masks = cutmix_masks(settings, seed, state.step, positions, height, width, view)
+        masks = masks.to(own.device, non_blocking=True)
     mixed = paste(masks, own, partner)
     return mixed[:, :3], list(mixed[:, 4:].unbind(dim=1)), mixed[:, 3].bool()

@@ -1,5 +1,5 @@
-"""CutMix between unlabelled images (French et al., BMVC 2020), in the form of the CPS reference: boxes combined by XOR. ClassMix (Olsson
-et al., WACV 2021): the pixels of classes.
+"""CutMix between unlabelled images (French et al., BMVC 2020), in the form of the CPS reference, boxes combined by XOR, and in that of
+UniMatch, one box. ClassMix (Olsson et al., WACV 2021): the pixels of classes.
 """
 
 import numpy as np
@@ -35,17 +35,47 @@ def boxes_mask(settings: MixConfig, height: int, width: int, rng: np.random.Gene
     return mask
 
 
-def cutmix_masks(settings: MixConfig, seed: int, step: int, positions: range, height: int, width: int) -> Tensor:
-    """Masks of the images at these positions of the global batch: bool (B, H, W), a function of (seed, step, position)."""
-    masks = [boxes_mask(settings, height, width, np.random.default_rng((_TAG, seed, step, at))) for at in positions]
+def one_box_mask(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Where the partner is pasted, as in the code of UniMatch (Yang et al., CVPR 2023): bool (H, W), with probability 1/2 nowhere.
+
+    Otherwise it is a box of 0.02 to 0.4 of the area, 0.3 to 1/0.3 times as tall as the whole in proportion to its width, drawn again
+    until it lies inside.
+    """
+    mask = np.zeros((height, width), dtype=bool)
+    if rng.random() < 0.5:
+        return mask
+    area = rng.uniform(0.02, 0.4)
+    tall = wide = top = left = 1.0  # fractions of height and width
+    while top + tall > 1.0 or left + wide > 1.0:
+        aspect = rng.uniform(0.3, 1.0 / 0.3)
+        tall, wide = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        top, left = rng.random(2)
+    y, x = int(top * height), int(left * width)
+    mask[y : y + int(tall * height), x : x + int(wide * width)] = True
+    return mask
+
+
+def cutmix_masks(
+    settings: MixConfig, seed: int, step: int, positions: range, height: int, width: int, view: int = 0
+) -> Tensor:
+    """Masks of the images at these positions of the global batch: bool (B, H, W), a function of (seed, step, position, view)."""
+    masks = []
+    for at in positions:
+        rng = _generator(_TAG, seed, step, at, view)
+        one_box = settings.mix == "one_box"
+        masks.append(one_box_mask(height, width, rng) if one_box else boxes_mask(settings, height, width, rng))
     return torch.from_numpy(np.stack(masks))
 
 
-def classmix_masks(label_BHW: Tensor, seed: int, step: int, positions: range) -> Tensor:
+def _generator(tag: int, seed: int, step: int, at: int, view: int) -> np.random.Generator:
+    return np.random.default_rng((tag, seed, step, at, view) if view else (tag, seed, step, at))
+
+
+def classmix_masks(label_BHW: Tensor, seed: int, step: int, positions: range, view: int = 0) -> Tensor:
     """Where an image is pasted: the pixels of half of the classes (rounded down) in its labels, uint8 (B, H, W), drawn anew for each
-    image (Olsson et al., WACV 2021). IGNORE is no class. bool (B, H, W), a function of (labels, seed, step, position).
+    image (Olsson et al., WACV 2021). IGNORE is no class. bool (B, H, W), a function of (labels, seed, step, position, view).
     """
-    draws = np.stack([np.random.default_rng((_CLASSMIX_TAG, seed, step, at)).random(IGNORE) for at in positions])
+    draws = np.stack([_generator(_CLASSMIX_TAG, seed, step, at, view).random(IGNORE) for at in positions])
     flat_BN = label_BHW.flatten(1).long()
     present = torch.zeros(len(flat_BN), IGNORE + 1, device=flat_BN.device).scatter_(1, flat_BN, 1.0)[:, :IGNORE] > 0
     draw = torch.from_numpy(draws).to(flat_BN.device, non_blocking=True).masked_fill(~present, np.inf)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cps_ray.config.train import NETWORK_NAMES, ModelConfig, NetworkConfig, OptionValue, TrainConfig
 from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab, check_deeplab
 from cps_ray.engine.dense import STRIDE, padded, upsample
+from cps_ray.engine.features import Perturb, forward_perturbed
 from cps_ray.engine.vit import ARCHITECTURE as DPT
 from cps_ray.engine.vit import fit_patches, image_divisor, takes_any_size
 from cps_ray.engine.weights import load_encoder
@@ -56,10 +57,11 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1) * 255.0)
         self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1) * 255.0)
 
-    def forward(self, image_B3HW: Tensor) -> Tensor:
+    def forward(self, image_B3HW: Tensor, perturb: Perturb | None = None) -> Tensor:
         """Images in 0..255, uint8 or float (B, 3, H, W) -> coarse logits (B, C, h, w) of the image padded to multiples of 32.
 
         `dense.upsample` makes full logits of them. A network whose divisor does not divide 32 sees the image padded further.
+        `perturb` changes the features between encoder and decoder, and may change B.
         """
         height, width = image_B3HW.shape[-2:]
         x = (image_B3HW.float() - self.mean) / self.std
@@ -67,7 +69,7 @@ class Segmenter(nn.Module):
         seen = size if STRIDE % self.divisor == 0 else padded(size, self.divisor)
         if seen != (height, width):
             x = F.pad(x, (0, seen[1] - width, 0, seen[0] - height))  # zeros are the mean colour
-        logits: Tensor = self.network(x)
+        logits: Tensor = self.network(x) if perturb is None else forward_perturbed(self.network, x, perturb)
         if seen != size:
             # Coarse logits of more than `size` mean nothing to `dense.upsample`, which leaves those of just this size as they are.
             if logits.shape[-2:] != seen:

@@ -313,7 +313,8 @@ def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
     before the method's `start`."""
     # Without weights of classes, whose number may not be known yet: the data's own check counts them.
     unweighted = {
-        name: getattr(config, name).model_copy(update={"class_weights": None}) for name in ("loss", "cps", "fixmatch")
+        name: getattr(config, name).model_copy(update={"class_weights": None})
+        for name in ("loss", "cps", "fixmatch", "unimatch")
     }
     quick = config.model_copy(update={"compute": ComputeConfig(), **unweighted})
     count_L, count_U = _images(config)
@@ -366,6 +367,7 @@ def _batch_of_one(config: TrainConfig) -> _DoesNotRunError:
             "cps",
             "fixmatch",
             "mean_teacher",
+            "unimatch",
             "model.architecture",
             "model.encoder",
             "model.b",

@@ -21,7 +21,8 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str
     """Advances `state` by one step on this rank's shard of the global batch.
 
     Returns detached scalars on the device; the mean over ranks of each is the global value: `loss`, `sup_a`, ... of each
-    network, and of cps `cps` (all directions, without its weight), of mean_teacher `consistency`, of fixmatch `pseudo`.
+    network, and of cps `cps` (all directions, without its weight), of mean_teacher `consistency`, of fixmatch and
+    unimatch `pseudo` (the mean of the strong views) and, where a pass drops features, `pseudo_dropped`.
     Every OBSERVE_EVERY steps, and before each evaluation, also `grad_norm_a`, ..., and what `MicroBatch.measured` lists.
     """
     _begin_step(config, state)

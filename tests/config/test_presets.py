@@ -1,5 +1,6 @@
 """The shipped trainings hold the reference recipes, and what a file says beside `preset:` changes them."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cps_ray.errors import ConfigError
 PUBLISHED = ["reference/cityscapes", "reference/cityscapes-cutmix", "reference/voc", "reference/voc-cutmix"]
 MODERN = ["modern/dinov2-small", "modern/dinov2-small-convnext", "modern/dinov3-small"]
 NAMES = [*MODERN, *PUBLISHED]
+SHIPPED = [*NAMES, "unimatch/voc"]
 
 # The scripts of charlesCXK/TorchSemiSeg at 5e0c29c. The loss is divided by the number of GPUs before the gradient is
 # averaged over them, so what acts is the nominal rate / GPUs and the nominal weight decay x GPUs.
@@ -129,7 +131,39 @@ def train_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 
 def test_these_are_shipped() -> None:
-    assert presets() == NAMES
+    assert presets() == SHIPPED
+
+
+def test_unimatch_holds_the_recipe_of_its_authors() -> None:
+    """configs/pascal.yaml and unimatch.py of LiheYoung/UniMatch at 7292bac: 10582 images, over 4 GPUs."""
+    config = load_train(Path("unimatch/voc"), ["data.shards=here"])
+    found = flat(config.dump())
+    wanted = {
+        "method": "unimatch",
+        "unimatch.version": "v1",
+        "unimatch.weight": 1.0,
+        "unimatch.confidence": 0.95,
+        "unimatch.feature_dropout": 0.5,
+        "unimatch.mix": "one_box",
+        "unimatch.padding": "ignore",
+        "unimatch.ramp": 0.0,
+        "data.crop_px": [321, 321],
+        "data.labeled_batch": 8,
+        "data.unlabeled_batch": 8,
+        "optim.name": "sgd",
+        "optim.lr": 0.001,
+        "optim.head_lr_factor": 10.0,
+        "optim.weight_decay": 1e-4,
+        "optim.power": 0.9,
+        "loss.supervised": "ce",
+        "augment.scale": [0.5, 2.0],
+        "augment.scales": None,
+        "resources.workers": 4,
+        # A sampler's share is rounded up, its last batch dropped.
+        "schedule.steps": 80 * (math.ceil((10582 - 183) / 4) // 2),
+        "schedule.eval_every": math.ceil((10582 - 183) / 4) // 2,
+    }
+    assert {key: found[key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,7 +175,7 @@ def test_a_preset_holds_the_recipe(name: str) -> None:
     assert config.optim.lr == pytest.approx(0.0025 * config.data.labeled_batch / 8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_preset_is_a_file_that_asks_for_shards_alone(
     train_file: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
@@ -211,9 +245,9 @@ def test_the_dump_holds_all_settings_and_no_preset(train_file: Callable[[str], P
     ("text", "message"),
     [
         ("preset: reference/vox", "mine.yaml:1: preset: there is no preset 'reference/vox'. Did you mean reference/voc?"),
-        ("seed: 1\npreset: 7", f"mine.yaml:2: preset: there is no preset 7. There are {', '.join(NAMES)}."),
-        ("preset: [a]", f"mine.yaml:1: preset: there is no preset ['a']. There are {', '.join(NAMES)}."),
-        ("preset: ../reader", f"mine.yaml:1: preset: there is no preset '../reader'. There are {', '.join(NAMES)}."),
+        ("seed: 1\npreset: 7", f"mine.yaml:2: preset: there is no preset 7. There are {', '.join(SHIPPED)}."),
+        ("preset: [a]", f"mine.yaml:1: preset: there is no preset ['a']. There are {', '.join(SHIPPED)}."),
+        ("preset: ../reader", f"mine.yaml:1: preset: there is no preset '../reader'. There are {', '.join(SHIPPED)}."),
         ("preset: reference/voc\ndata: {shards: s}\ncps:\n  wieght: 2",
          "mine.yaml:4: cps.wieght: no such setting. Did you mean weight?"),
         ("preset: reference/voc\ndata: {shards: s}\ncps:\n  weight: two",

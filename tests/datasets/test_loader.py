@@ -89,6 +89,35 @@ def test_a_second_view_comes_where_the_method_asks_for_one(tiny: TrainConfig, ch
     assert torch.equal(second_half[0].unlabeled_second, batches[3].unlabeled_second[2:])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "unimatch"}, {"method": "fixmatch", "fixmatch__strong_views": 2}],
+    ids=["unimatch", "fixmatch"],
+)
+def test_two_strong_views_differ_and_show_the_same_place(tiny: TrainConfig, changes: dict[str, str]) -> None:
+    config = changed(tiny, **changes)
+    one = list(train_batches(train_data(open_shards(tiny.data.shards), tiny), changed(tiny, method="fixmatch")))
+    batches = list(train_batches(train_data(open_shards(config.data.shards), config), config))
+    differing = 0
+    for batch, without in zip(batches, one, strict=True):
+        assert torch.equal(batch.unlabeled_image, without.unlabeled_image)
+        assert torch.equal(batch.unlabeled_second, without.unlabeled_second)
+        assert without.unlabeled_third is None
+        assert batch.second_box is None
+        differing += sum(
+            not torch.equal(view, third)
+            for view, third in zip(batch.unlabeled_second, batch.unlabeled_third, strict=True)
+        )
+    assert differing > 20  # of 24
+
+
+def test_self_training_has_weak_views_alone(tiny: TrainConfig) -> None:
+    config = changed(tiny, method="fixmatch", fixmatch__view="weak")
+    batch = next(iter(train_batches(train_data(open_shards(config.data.shards), config), config)))
+    assert batch.unlabeled_image is not None
+    assert batch.unlabeled_second is None
+
+
 def test_boxes_say_where_views_are_padding(tiny: TrainConfig) -> None:
     config = changed(tiny, augment__scale=(0.3, 1.0), cps__cutmix_partner="self")
     data = train_data(open_shards(config.data.shards), config)

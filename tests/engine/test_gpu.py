@@ -34,10 +34,12 @@ def on_gpu(config: TrainConfig, **changes: Any) -> TrainConfig:
     return changed(config, resources__gpus_per_worker=1.0, compute__channels_last=True, **changes)
 
 
-@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "supervised"])
+@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "unimatch", "supervised"])
 @pytest.mark.parametrize(("autocast", "tolerance"), [("none", 1e-3), ("bf16", 5e-2), ("fp16", 5e-2)])
 def test_losses_are_the_cpus(tiny: TrainConfig, batch: Batch, method: str, autocast: str, tolerance: float) -> None:
-    plain = changed(tiny, method=method, ema__decay=0.9, fixmatch__confidence=0.0)
+    # Without dropped features: a GPU draws others.
+    changes = {"fixmatch__confidence": 0.0, "unimatch__confidence": 0.0, "unimatch__feature_dropout": 0.0}
+    plain = changed(tiny, method=method, ema__decay=0.9, **changes)
     config = on_gpu(plain, compute__autocast=autocast)
     ours = build_state(config, 7, Ranks(device=GPU))
     cpu = build_state(plain, 7, Ranks())
@@ -56,9 +58,11 @@ def never_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("supervised", ["ce", "ohem"])
-@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "supervised"])
+@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "unimatch", "unimatch v2", "supervised"])
 def test_a_step_never_waits_for_the_gpu(tiny: TrainConfig, batch: Batch, method: str, supervised: str) -> None:
+    method, _, version = method.partition(" ")
     config = on_gpu(tiny, method=method, ema__decay=0.9, loss__supervised=supervised, loss__ohem_min_kept=100)
+    config = changed(config, unimatch__version=version or "v1")
     state = build_state(config, 7, Ranks(device=GPU))
     pinned = batch.map(lambda tensor: tensor.pin_memory())
     train_step(config, state, pinned)

@@ -3,7 +3,7 @@ import torch
 
 from cps_ray.config.train import CpsConfig
 from cps_ray.engine.batch import IGNORE
-from cps_ray.engine.mixing import boxes_mask, classmix_masks, cutmix_masks, paste
+from cps_ray.engine.mixing import boxes_mask, classmix_masks, cutmix_masks, one_box_mask, paste
 
 
 def test_one_box_has_the_area_asked_for() -> None:
@@ -17,6 +17,29 @@ def test_three_boxes_paste_about_a_quarter() -> None:
     fractions = [boxes_mask(CpsConfig(), 128, 128, np.random.default_rng(seed)).mean() for seed in range(400)]
     assert 0.22 < np.mean(fractions) < 0.28
     assert 0.10 < np.quantile(fractions, 0.05) < np.quantile(fractions, 0.95) < 0.42
+
+
+def test_one_box_or_nothing_is_pasted_as_in_unimatch() -> None:
+    for height, width in ((200, 200), (64, 1024)):
+        masks = [one_box_mask(height, width, np.random.default_rng(seed)) for seed in range(400)]
+        boxes = [np.argwhere(mask) for mask in masks if mask.any()]
+        assert 170 < len(boxes) < 230
+        for cells, mask in zip(boxes, (mask for mask in masks if mask.any()), strict=True):
+            tall, wide = cells.max(axis=0) - cells.min(axis=0) + 1
+            assert tall * wide == mask.sum(), "one box"
+            assert 0.015 < mask.mean() < 0.401
+            assert 0.25 < (tall / height) / (wide / width) < 3.7
+        assert any(len(cells) < 0.04 * mask.size for cells in boxes)
+        assert any(len(cells) > 0.35 * mask.size for cells in boxes)
+
+
+def test_every_view_has_masks_of_its_own() -> None:
+    for mix in ("cutmix", "one_box"):
+        first, second = (cutmix_masks(CpsConfig(mix=mix), 7, 3, range(8), 32, 48, view) for view in range(2))
+        assert torch.equal(first, cutmix_masks(CpsConfig(mix=mix), 7, 3, range(8), 32, 48))
+        assert not torch.equal(first, second)
+    label = torch.arange(8, dtype=torch.uint8).repeat(4, 8, 1)
+    assert not torch.equal(*(classmix_masks(label, 7, 3, range(4), view) for view in range(2)))
 
 
 def test_masks_depend_on_seed_step_and_position_only() -> None:

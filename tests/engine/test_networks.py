@@ -30,7 +30,7 @@ def test_the_networks_differ_and_the_seed_fixes_each(tiny: TrainConfig) -> None:
     assert all(torch.equal(first_weight(first[name]), first_weight(again[name])) for name in first)
 
 
-@pytest.mark.parametrize("method", ["supervised", "mean_teacher", "fixmatch"])
+@pytest.mark.parametrize("method", ["supervised", "mean_teacher", "fixmatch", "unimatch"])
 def test_other_methods_have_one_network_the_same_as_a(tiny: TrainConfig, method: str) -> None:
     alone = build_networks(changed(tiny, method=method, ema__decay=0.9), 3)
     assert [*alone] == ["a"]

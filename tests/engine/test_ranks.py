@@ -103,13 +103,17 @@ def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     small = {"decoder_intermediate_channels": [8] * 4, "decoder_fusion_channels": 8, "patch_size": 14, "img_size": 70}
     model = {"architecture": "dpt", "encoder": "tu-test_vit", "options": small, "b": cnn}
     vit = changed(tiny, schedule__steps=4, model=model, optim__head_lr_factor=10.0)
+    # Each worker draws its own dropout.
+    unimatch = changed(tiny, method="unimatch", ema__decay=0.9, unimatch__confidence=0.15)
+    unimatch = changed(unimatch, schedule__steps=4, unimatch__feature_dropout=0.0)
+    second = changed(unimatch, unimatch__version="v2")
 
     def spread(config: TrainConfig, workers: int) -> TrainConfig:
         return changed(config, resources={"placement": "one_network_per_worker", "workers": workers})
 
-    train({"averaged": averaged, "papers": papers, "three": three, "vit": vit}, 1, folder)
+    train({"averaged": averaged, "papers": papers, "three": three, "vit": vit, "v1": unimatch, "v2": second}, 1, folder)
     two = {"averaged-two": averaged, "averaged-spread": spread(averaged, 2), "three-two": three}
-    train({**two, "vit-two": vit, "vit-spread": spread(vit, 2)}, 2, folder)
+    train({**two, "vit-two": vit, "vit-spread": spread(vit, 2), "v1-two": unimatch, "v2-two": second}, 2, folder)
     train({"three-spread": spread(three, 3)}, 3, folder)
     train({"papers-spread": spread(papers, 4)}, 4, folder)
     return folder
@@ -131,11 +135,13 @@ def found(folder: Path, name: str) -> dict[str, Any]:
         ("three", "three-spread"),
         ("vit", "vit-two"),
         ("vit", "vit-spread"),
+        ("v1", "v1-two"),
+        ("v2", "v2-two"),
     ],
 )
 def test_several_workers_have_the_curve_of_one(trained: Path, one: str, several: str) -> None:
     alone, together = found(trained, one), found(trained, several)
-    assert len(alone["losses"]) == {"averaged": 20, "papers": 4, "three": 2, "vit": 4}[one]
+    assert len(alone["losses"]) == {"averaged": 20, "papers": 4, "three": 2, "vit": 4, "v1": 4, "v2": 4}[one]
     # Sums in another order differ in the last bits: 1e-15 a step.
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-9)
     assert together["means"] == pytest.approx(alone["means"], rel=1e-6)

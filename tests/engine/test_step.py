@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from cps_ray.runs import read_checkpoint, write_checkpoint
 CLASSES = 3
 SIZE = (32, 48)
 Say = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def batch() -> Batch:
     boxes = [[whole, [4, 30, 0, 48], whole, [0, 32, 10, 41]], [whole, [1, 20, 0, 48], whole, [0, 32, 3, 30]]]
     boxes += [[[5, 25, 5, 25], whole, whole, whole]]
     labeled, unlabeled, second = (torch.tensor(box, dtype=torch.int32) for box in boxes)
-    return Batch(image(4), mask, image(4), image(4), None, labeled, unlabeled, second)
+    return Batch(image(4), mask, image(4), image(4), image(4), labeled, unlabeled, second)
 
 
 @pytest.fixture
@@ -262,6 +263,13 @@ def test_twenty_steps_are_those_of_the_papers_equations(full: TrainConfig, batch
             assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-9), step
 
 
+@pytest.fixture
+def doubled() -> Iterator[None]:
+    """Everything in double precision, so that no tie turns a label."""
+    with double_precision():
+        yield
+
+
 @pytest.mark.parametrize("mix", ["none", "cutmix"])
 def test_the_same_seed_gives_the_same_step_to_the_last_bit(full: TrainConfig, batch: Batch, mix: str) -> None:
     config = changed(full, cps__mix=mix)
@@ -374,6 +382,177 @@ def test_fixmatch_learns_sure_labels_of_weak_views_on_strong_ones(
     assert float(train_step(config, state, batch)["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
+def features_said(network: Segmenter, image: torch.Tensor, change: Change | None = None) -> torch.Tensor:
+    """Full-resolution logits by way of encoder, decoder and head, with `change` between the first two."""
+    x = F.pad((image.double() - network.mean) / network.std, (0, 64 - SIZE[1]))
+    net = network.network
+    features = net.encoder(x)
+    coarse = net.segmentation_head(net.decoder(change(features) if change else features))
+    return F.interpolate(coarse, (32, 64), mode="bilinear", align_corners=True)[..., : SIZE[1]]
+
+
+def labels_of(logits: torch.Tensor, confidence: float) -> torch.Tensor:
+    top, label = logits.detach().softmax(1).max(1)
+    return label.masked_fill(top < confidence, IGNORE)
+
+
+def mean_over_counted(out: torch.Tensor, label: torch.Tensor, padding: torch.Tensor, kind: str) -> torch.Tensor:
+    """Cross-entropy where the label is sure, divided by all pixels or by those that are no padding."""
+    if kind == "ignore":
+        label = label.masked_fill(padding, IGNORE)
+    pixels = int((~padding).sum()) if kind == "ignore" else padding.numel()
+    return F.cross_entropy(out, label, ignore_index=IGNORE, reduction="sum") / pixels
+
+
+def unimatch_reference(config: TrainConfig, state: TrainState, batch: Batch) -> torch.Tensor:
+    """The loss of UniMatch's and of UniMatch V2's authors, every pass and every term written out."""
+    unimatch, network, p = config.unimatch, state.networks["a"], config.unimatch.feature_dropout
+    x, weak, y = batch.labeled_image, batch.unlabeled_image, batch.labeled_mask.long()
+    strong = [batch.unlabeled_second, batch.unlabeled_third]
+    boxes = [cutmix_masks(unimatch, config.seed, state.step, range(4), *SIZE, view) for view in range(2)]
+    assert all(box.any() for box in boxes)
+    padding, successor = outside(batch.unlabeled_box), [1, 2, 3, 0]
+    torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099)
+
+    def dropped(features: list[torch.Tensor]) -> list[torch.Tensor]:
+        keep = [torch.empty(*f.shape[:2], 1, 1).bernoulli_(1 - p) / (1 - p) for f in features]
+        return [torch.cat([f, f * mask]) for f, mask in zip(features, keep, strict=True)]
+
+    def complementary(features: list[torch.Tensor]) -> list[torch.Tensor]:
+        order, masks = torch.rand(4).argsort(), {}
+        for f in features:
+            if f.shape[1] not in masks:
+                mask = torch.empty(4, f.shape[1]).bernoulli_(0.5) * 2
+                pair = [mask, 2 - mask]
+                for image in range(4):
+                    if order[image] < int(4 * (1 - p)):
+                        pair[0][image] = pair[1][image] = 1.0
+                masks[f.shape[1]] = torch.cat(pair)
+        return [f * masks[f.shape[1]][:, :, None, None] for f in features]
+
+    with torch.no_grad():
+        teacher = state.averages["a"].eval() if unimatch.version == "v2" else network.eval()
+        pasted = labels_of(features_said(teacher, weak), unimatch.confidence)
+    network.train()
+    if unimatch.version == "v1":
+        out = features_said(network, torch.cat([x, weak]), dropped)
+        out_x, out_own, _, out_dropped = out.split([4, 4, 4, 4])
+        own = labels_of(out_own, unimatch.confidence)
+    else:
+        out_x, own = features_said(network, x), pasted
+    for label in (own, pasted):
+        assert 0.05 < (label == IGNORE).double().mean() < 0.95
+    images, labels, paddings = [], [], []
+    for view, box in zip(strong, boxes, strict=True):
+        images.append(torch.where(box[:, None], view[successor], view))
+        labels.append(torch.where(box, pasted[successor], own))
+        paddings.append(torch.where(box, padding[successor], padding))
+    outs = features_said(network, torch.cat(images), complementary if unimatch.version == "v2" else None).chunk(2)
+    terms = [mean_over_counted(*each, unimatch.padding) for each in zip(outs, labels, paddings, strict=True)]
+    supervised = F.cross_entropy(out_x, y, ignore_index=IGNORE)
+    if unimatch.version == "v2":
+        return (supervised + unimatch.weight * (terms[0] + terms[1]) / 2) / 2
+    dropped_term = mean_over_counted(out_dropped, own, padding, unimatch.padding)
+    return (supervised + unimatch.weight * (0.25 * terms[0] + 0.25 * terms[1] + 0.5 * dropped_term)) / 2
+
+
+@torch.no_grad()
+def settle(network: Segmenter, batch: Batch) -> None:
+    """Gives it running statistics of these images: in evaluation mode a new network is equally unsure everywhere."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()(torch.cat([batch.labeled_image, batch.unlabeled_image]))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
+UNIMATCH = {
+    "v1": {},
+    "v1, padding counts": {"padding": "count", "weight": 2.0},
+    "v1, few dropped": {"feature_dropout": 0.2},
+    "v1, boxes combined": {"mix": "cutmix"},
+    "v2": {"version": "v2"},
+    "v2, three of four keep their channels": {"version": "v2", "feature_dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("form", UNIMATCH)
+def test_unimatch_takes_the_steps_of_its_authors_equations(
+    tiny: TrainConfig, batch: Batch, doubled: None, form: str
+) -> None:
+    config = changed(tiny, method="unimatch", ema__decay=0.6, optim__decay="constant", unimatch__confidence=0.45)
+    config = changed(config, **{f"unimatch__{name}": value for name, value in UNIMATCH[form].items()})
+    optim, state, twin = config.optim, state_of(config), state_of(config)
+    for each in (state, twin):
+        settle(each.networks["a"].double(), batch)
+        settle(each.averages["a"].double(), batch)
+    network, average = twin.networks["a"], twin.averages["a"]
+    speed = {p: torch.zeros_like(p) for p in network.parameters()}
+    for step in range(3):
+        twin.step = step
+        expected = unimatch_reference(config, twin, batch)
+        for (p, v), grad in zip(speed.items(), torch.autograd.grad(expected, [*speed]), strict=True):
+            speed[p] = optim.momentum * v + grad + optim.weight_decay * p.detach() * (p.dim() > 1)
+            p.data -= optim.lr * speed[p]
+        decay = min(0.6, 1 - 1 / (step + 1))
+        for kept, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+            kept.copy_(decay * kept + (1 - decay) * new if kept.is_floating_point() else new)
+        found = train_step(config, state, batch)
+        assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-9), step
+    assert ("pseudo_dropped" in found) == (config.unimatch.version == "v1")
+
+
+FIXMATCH = {
+    "average": {"teacher": "average"},
+    "two strong views": {"strong_views": 2},
+    "dropped features": {"feature_dropout": 0.3},
+    "self-training": {"view": "weak", "confidence": 0.0},
+    "self-training, plain": {"view": "weak", "confidence": 0.0, "mix": "none"},
+    "all": {"teacher": "average", "strong_views": 2, "feature_dropout": 0.5, "padding": "ignore", "weight": 2.0},
+}
+
+
+@pytest.mark.parametrize("form", FIXMATCH)
+def test_fixmatchs_switches_are_terms_of_its_loss(tiny: TrainConfig, batch: Batch, doubled: None, form: str) -> None:
+    config = changed(tiny, method="fixmatch", ema__decay=0.6, fixmatch__confidence=0.45)
+    config = changed(config, **{f"fixmatch__{name}": value for name, value in FIXMATCH[form].items()})
+    fixmatch, state = config.fixmatch, state_of(config)
+    state.networks["a"].double(), state.averages["a"].double()
+    train_step(config, state, batch)
+    train_step(config, state, batch)  # now the average is another network
+    network, average = copy.deepcopy(state.networks["a"]), copy.deepcopy(state.averages["a"])
+    teacher = average if fixmatch.teacher == "average" else network
+    with torch.no_grad():
+        label = labels_of(features_said(teacher.eval(), batch.unlabeled_image), fixmatch.confidence)
+    views = [batch.unlabeled_second, batch.unlabeled_third][: fixmatch.strong_views]
+    views = [batch.unlabeled_image] if fixmatch.view == "weak" else views
+    padding, seen = outside(batch.unlabeled_box), []
+    for number, view in enumerate(views):
+        box = cutmix_masks(fixmatch, config.seed, 2, range(4), *SIZE, number)
+        box &= fixmatch.mix == "cutmix"
+        mixed = [torch.where(b, each[[1, 2, 3, 0]], each) for b, each in ((box[:, None], view), (box, label))]
+        seen.append((*mixed, torch.where(box, padding[[1, 2, 3, 0]], padding)))
+    out = features_said(network.train(), torch.cat([batch.labeled_image, *(image for image, _, _ in seen)]))
+    out_x, *outs = out.split(4)
+    loss = sum(
+        mean_over_counted(out, *each, fixmatch.padding) for out, (_, *each) in zip(outs, seen, strict=True)
+    ) / len(seen)
+    if fixmatch.feature_dropout:
+        torch.manual_seed((config.seed * 1_000_003 + 2) * 4099)
+        keep = 1 - fixmatch.feature_dropout
+
+        def thinned(features: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [f * torch.empty(*f.shape[:2], 1, 1).bernoulli_(keep) / keep for f in features]
+
+        dropped = features_said(network, batch.unlabeled_image, thinned)
+        loss = (loss + mean_over_counted(dropped, label, padding, fixmatch.padding)) / 2
+    loss = F.cross_entropy(out_x, batch.labeled_mask.long(), ignore_index=IGNORE) + fixmatch.weight * loss
+    assert float(train_step(config, state, batch)["loss"]) == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
 def test_averages_are_plain_means_at_first_then_exponential(tiny: TrainConfig, batch: Batch) -> None:
     config = changed(tiny, ema__decay=0.6)
     state = state_of(config)
@@ -407,6 +586,9 @@ def test_micro_batches_sum_to_the_whole(tiny: TrainConfig, batch: Batch, method:
         "cps__mix": "none",
         "fixmatch__mix": "none",
         "fixmatch__confidence": 0.4,
+        "unimatch__mix": "none",
+        "unimatch__feature_dropout": 0.0,
+        "unimatch__confidence": 0.4,
     }
     whole = changed(tiny, **changes)
     grads = []
@@ -507,7 +689,7 @@ def test_autocast_stays_near_full_precision(tiny: TrainConfig, batch: Batch, aut
     assert rounded.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch"])
+@pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "unimatch"])
 def test_without_unlabelled_images_only_supervised_can_train(tiny: TrainConfig, batch: Batch, method: str) -> None:
     config = changed(tiny, method=method, ema__decay=0.9)
     with pytest.raises(ValueError, match="unlabeled_image"):
