@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import changed, evaluate
+from support import changed
 from torch import Tensor
 
 from cps_ray.config.train import NetworkConfig, OptimConfig, TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.evaluation import evaluate
 from cps_ray.engine.networks import build_network
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.schedules import learning_rate

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import changed, evaluate, predict
+from support import changed
 
 from cps_ray.config.train import NetworkConfig, TrainConfig
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import cross_entropy
+from cps_ray.engine.evaluation import evaluate, predict
 from cps_ray.engine.networks import Segmenter, build_network, create_model_options, refusal
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
