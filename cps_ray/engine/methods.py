@@ -6,49 +6,37 @@ method allows it. So one network's activations are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, MixConfig, PseudoLabelLoss, RampedLoss, TrainConfig
-from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.engine.dense import certainty, confidence_by_class, cross_entropy, hard_labels, squared_difference
+from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, PseudoLabelLoss, TrainConfig
+from cps_ray.engine.batch import Batch
+from cps_ray.engine.dense import cross_entropy, squared_difference
 from cps_ray.engine.features import Perturb, beside, complementary_dropout, dropout
 from cps_ray.engine.losses import Term, class_weights_on, supervised_term
-from cps_ray.engine.mixing import classmix_masks, cutmix_masks, paste
-from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.pseudo_labels import (
+    MicroBatch,
+    Seen,
+    count_labels,
+    counted_pixels,
+    mean_over_pixels,
+    mix_with_labels,
+    mixed_views,
+    padding_of_view,
+    paddings,
+    pseudo_labels,
+    sure_labels,
+    with_labels,
+    without_padding,
+)
 from cps_ray.engine.schedules import ramped_weight, started
-from cps_ray.engine.selection import surest
 from cps_ray.engine.state import TrainState, autocast
 
 # L labelled images, U unlabelled images; C classes, H W pixels, h w cells of coarse logits. A tensor's name ends in its dims.
 
 Losses = dict[str, Tensor]
 """`loss` carries the gradient; the terms beside it are for the record, without their weights."""
-Seen = tuple[Tensor, list[Tensor], Tensor]
-"""A view (U, 3, H, W), its labels by each network, uint8 (U, H, W), and where it is padding, bool (U, H, W)."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The part of a worker's batch that passes the networks at once, and what its losses need to know of the whole."""
-
-    batch: Batch
-    index: int
-    """Number of the micro-batch in its step."""
-    valid_pixels: Tensor
-    """Labelled pixels of the global batch, divided by the number of micro-batches in it: scalar."""
-    observe: bool
-    """Whether pseudo labels are to be measured in this step."""
-    measured: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over pixels, float64: `labels` (256, 256), by the labels of networks a and b, or (256,) of one network;
-    `confidence` (2, C), summed probability and number by likeliest class, of all networks."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the crops in px."""
-        return self.batch.labeled_mask.shape[-2], self.batch.labeled_mask.shape[-1]
 
 
 def losses_of_networks(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -86,17 +74,17 @@ def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Ite
     students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
     # One tensor for both kinds of images: labels are then computed, counted and exchanged once.
     own = [torch.cat([coarse_U, coarse_L if everywhere else coarse_L[:0]]) for coarse_L, coarse_U in students.values()]
-    padding_U, padding_L = _paddings(settings, micro, everywhere)
+    padding_U, padding_L = paddings(settings, micro, everywhere)
     padding = torch.cat([padding_U, padding_L])
     labels = state.ranks.exchange(
-        [_sure_labels(settings, state.ranks, micro, coarse.detach(), padding) for coarse in own]
+        [sure_labels(settings, state.ranks, micro, coarse.detach(), padding) for coarse in own]
     )
     del own  # else these copies of the logits outlive the backward passes below
     labels_U = [label[: len(image_U3HW)] for label in labels]
     labels_L = [label[len(image_U3HW) :] for label in labels] if everywhere else []
-    _count_labels(micro, labels_U, padding_U)
-    mean = _mean_over(settings, state, padding)
-    labels_U, labels_L = _ignore(settings, labels_U, padding_U), _ignore(settings, labels_L, padding_L)
+    count_labels(micro, labels_U, padding_U)
+    mean = mean_over_pixels(settings, state, padding)
+    labels_U, labels_L = without_padding(settings, labels_U, padding_U), without_padding(settings, labels_L, padding_L)
     for name in state.models:
         yield _cps_losses(config, state, micro, name, *students.pop(name), labels_L, labels_U, mean)
 
@@ -112,16 +100,15 @@ def _cps_by_teachers(config: TrainConfig, state: TrainState, micro: MicroBatch) 
     students: dict[str, tuple[Tensor, Tensor]] = {}
     labels_L: list[Tensor] = []
     everywhere = settings.images == "all"
-    _, padding_L = _paddings(settings, micro, everywhere)
+    _, padding_L = paddings(settings, micro, everywhere)
     if everywhere:
         # Labelled images are not mixed, so no teacher has seen them: there the students' own pass gives the labels, as without CutMix.
         students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
         own = [
-            _sure_labels(settings, state.ranks, micro, coarse_L.detach(), padding_L)
-            for coarse_L, _ in students.values()
+            sure_labels(settings, state.ranks, micro, coarse_L.detach(), padding_L) for coarse_L, _ in students.values()
         ]
-        labels_L = _ignore(settings, state.ranks.exchange(own), padding_L)
-    mean = _mean_over(settings, state, torch.cat([padding_U, padding_L]))
+        labels_L = without_padding(settings, state.ranks.exchange(own), padding_L)
+    mean = mean_over_pixels(settings, state, torch.cat([padding_U, padding_L]))
     for name, model in state.models.items():
         # All targets are known by now: a network goes forward only when the one before it has gone back and was updated.
         logits = students.pop(name) if students else _student_logits(config, model, batch, image_U3HW)
@@ -155,14 +142,14 @@ def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> I
     their probabilities (Tarvainen and Valpola, NeurIPS 2017)."""
     settings, (weak, strong) = config.mean_teacher, _views(micro.batch)
     teacher_U = _teacher_logits(config.compute, state.averages["a"], weak, batch_statistics=False)
-    padding, _ = _paddings(settings, micro)
+    padding, _ = paddings(settings, micro)
     if micro.observe:
-        _count_labels(micro, [_pseudo_labels(micro, teacher_U, padding)], padding)
-    counted = _counted(settings, padding)
+        count_labels(micro, [pseudo_labels(micro, teacher_U, padding)], padding)
+    counted = counted_pixels(settings, padding)
     coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
     mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
     loss_L, terms = _sum_of_terms(coarse_L, [mask_term])
-    mean = _mean_over(settings, state, padding) / coarse_U.shape[1]
+    mean = mean_over_pixels(settings, state, padding) / coarse_U.shape[1]
     weight = ramped_weight(settings, state.step, config.schedule.steps)
     loss_U, difference = squared_difference(coarse_U, teacher_U, counted, weight * mean)
     yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term.weight, "consistency": difference[0] * mean}
@@ -175,12 +162,12 @@ def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
     teacher = (state.averages if settings.teacher == "average" else state.networks)["a"]
     teacher_U = _teacher_logits(config.compute, teacher, weak, batch_statistics=False)
-    padding, _ = _paddings(settings, micro)
-    labels = [_sure_labels(settings, state.ranks, micro, teacher_U, padding)]
-    _count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
-    labels = _ignore(settings, labels, padding)
+    padding, _ = paddings(settings, micro)
+    labels = [sure_labels(settings, state.ranks, micro, teacher_U, padding)]
+    count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
+    labels = without_padding(settings, labels, padding)
     views = [weak] if settings.view == "weak" else _strong_views(micro.batch)[: settings.strong_views]
-    seen = _mixed_views(settings, config.seed, state, micro, views, labels, padding)
+    seen = mixed_views(settings, config.seed, state, micro, views, labels, padding)
     coarse_L, coarse_U = _student_logits(config, model, micro.batch, torch.cat([image for image, _, _ in seen]))
     dropped_U = (
         _forward(config.compute, model, weak, dropout(settings.feature_dropout)) if settings.feature_dropout else None
@@ -198,11 +185,11 @@ def unimatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
     """
     settings, weak, v2 = config.unimatch, _views(micro.batch)[0], config.unimatch.version == "v2"
     coarse_L, teachers_U, dropped_U = _unimatch_weak_pass(config, state, micro)
-    padding, _ = _paddings(settings, micro)
-    labels = [_sure_labels(settings, state.ranks, micro, teacher_U, padding) for teacher_U in teachers_U]
-    own, pasted = _ignore(settings, [labels[0]], padding), _ignore(settings, [labels[-1]], padding)
-    _count_labels(micro, labels[:1], padding)
-    seen = _mixed_views(settings, config.seed, state, micro, _strong_views(micro.batch), own, padding, pasted)
+    padding, _ = paddings(settings, micro)
+    labels = [sure_labels(settings, state.ranks, micro, teacher_U, padding) for teacher_U in teachers_U]
+    own, pasted = without_padding(settings, [labels[0]], padding), without_padding(settings, [labels[-1]], padding)
+    count_labels(micro, labels[:1], padding)
+    seen = mixed_views(settings, config.seed, state, micro, _strong_views(micro.batch), own, padding, pasted)
     perturb = complementary_dropout(settings.feature_dropout) if v2 else None
     coarse_U = _forward(config.compute, state.models["a"], torch.cat([image for image, _, _ in seen]), perturb)
     losses = _consistency_losses(
@@ -318,7 +305,7 @@ def _consistency_losses(
         parts = [("pseudo", coarse_UChw, seen, weight / 2.0), ("pseudo_dropped", dropped_UChw, [weak], weight / 2.0)]
     for name, coarse_BChw, views, part_weight in parts:
         for coarse_UChw, (_, labels, padding) in zip(coarse_BChw.chunk(len(views)), views, strict=True):
-            mean = _mean_over(settings, state, padding) / len(views)
+            mean = mean_over_pixels(settings, state, padding) / len(views)
             more, terms = _sum_of_terms(coarse_UChw, _peer_terms(settings, labels, None, part_weight * mean))
             loss, losses[name] = loss + more, losses.get(name, 0.0) + terms[0] * mean
     return {"loss": loss, **losses}
@@ -335,86 +322,6 @@ def _peer_terms(
     ]
 
 
-def _paddings(settings: RampedLoss, micro: MicroBatch, everywhere: bool = False) -> tuple[Tensor, Tensor]:
-    """Where the unlabelled views, and with `everywhere` the labelled ones, are padding: bool (U, H, W) and (L, H, W), else (0, H, W).
-
-    All false where neither the loss nor the telemetry asks.
-    """
-    batch = micro.batch
-    labeled = batch.labeled_image if everywhere else batch.labeled_image[:0]
-    return (
-        _padding(settings, micro, _views(batch)[0], batch.unlabeled_box),
-        _padding(settings, micro, labeled, batch.labeled_box),
-    )
-
-
-def _padding(settings: RampedLoss, micro: MicroBatch, image_B3HW: Tensor, box_B4: Tensor | None) -> Tensor:
-    height, width = micro.size
-    if box_B4 is None or not len(image_B3HW) or not (micro.observe or settings.padding == "ignore"):
-        return torch.zeros(len(image_B3HW), height, width, dtype=torch.bool, device=image_B3HW.device)
-    top, bottom, left, right = (edge.view(-1, 1, 1) for edge in box_B4.unbind(dim=1))
-    row_H1 = torch.arange(height, device=box_B4.device).view(-1, 1)
-    column_W = torch.arange(width, device=box_B4.device)
-    return (row_H1 < top) | (row_H1 >= bottom) | (column_W < left) | (column_W >= right)
-
-
-def _counted(settings: RampedLoss, padding_BHW: Tensor) -> Tensor:
-    """Where the loss is taken: bool (B, H, W)."""
-    return ~padding_BHW if settings.padding == "ignore" else torch.ones_like(padding_BHW)
-
-
-def _ignore(settings: RampedLoss, labels: Sequence[Tensor], padding_BHW: Tensor) -> list[Tensor]:
-    """Labels (B, H, W) each, with IGNORE in the padding if it is not to count."""
-    if settings.padding == "count":
-        return list(labels)
-    return [label.masked_fill(padding_BHW, IGNORE) for label in labels]
-
-
-def _mean_over(settings: RampedLoss, state: TrainState, padding_BHW: Tensor) -> Tensor | float:
-    """One over the pixels of a batch shard's micro-batch, or over those that are no padding: their mean over the batch shards.
-
-    An unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on every rank, and the loss does not depend
-    on the number of workers.
-    """
-    if settings.padding == "count":
-        return 1.0 / padding_BHW.numel()
-    counted = state.ranks.sum_over_shards((~padding_BHW).sum())
-    return state.ranks.num_batch_shards / counted.clamp(min=1)
-
-
-def _pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor, confidence: float = 0.0) -> Tensor:
-    """Hard labels: uint8 (B, H, W), IGNORE where the probability is below `confidence`. Bytes, so they carry no gradient."""
-    if micro.observe:
-        sums = confidence_by_class(coarse_BChw, ~padding_BHW)
-        micro.measured["confidence"] = micro.measured.get("confidence", 0.0) + sums
-    return hard_labels(coarse_BChw, micro.size, confidence)
-
-
-def _sure_labels(
-    settings: PseudoLabelLoss, ranks: Ranks, micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor
-) -> Tensor:
-    """Hard labels: uint8 (B, H, W), IGNORE where they are not sure enough for `confidence` or for `class_fraction`."""
-    labels = _pseudo_labels(micro, coarse_BChw, padding_BHW, settings.confidence)
-    if settings.class_fraction == 1.0:
-        return labels
-    counted = _counted(settings, padding_BHW)  # not `~padding_BHW`, which is known in some steps only
-    probability = certainty(coarse_BChw, micro.size)
-    sure = surest(labels, probability, counted, settings.class_fraction, coarse_BChw.shape[1], ranks)
-    return labels.masked_fill_(~sure, IGNORE)
-
-
-def _count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tensor) -> None:
-    """Records how many pixels have each label, or each pair of labels of networks a and b, padding left out."""
-    if micro.observe:
-        cells, shape = labels[0].flatten().long(), [256]
-        if len(labels) > 1:
-            cells, shape = cells * 256 + labels[1].flatten(), [256, 256]
-        # Not bincount, which waits for a GPU.
-        counts = torch.zeros(256 ** len(shape), dtype=torch.float64, device=cells.device)
-        counts.scatter_add_(0, cells, (~padding_BHW).flatten().double())
-        micro.measured["labels"] = counts.view(shape)
-
-
 def _labeled_by_teachers(
     config: TrainConfig, state: TrainState, micro: MicroBatch
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -429,89 +336,27 @@ def _labeled_by_teachers(
     apart = settings.pastes_other_view
     views = [weak, second] if apart else [weak]
     passes = views if settings.forwards == "separate" else [torch.cat(views)]
-    paddings = [_padding(settings, micro, weak, batch.unlabeled_box)]
+    paddings = [padding_of_view(settings, micro, weak, batch.unlabeled_box)]
     if apart:
-        paddings.append(_padding(settings, micro, second, batch.second_box))
+        paddings.append(padding_of_view(settings, micro, second, batch.second_box))
     by_average = settings.teacher == "average"
     batch_statistics = settings.teacher_bn == "train" and not by_average
     own = []
     # `networks` and not `models`: DDP's wrapper would wait for a backward pass.
     for teacher in (state.averages if by_average else state.networks).values():
         coarse = [_teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
-        own.append(_sure_labels(settings, state.ranks, micro, torch.cat(coarse), torch.cat(paddings)))
+        own.append(sure_labels(settings, state.ranks, micro, torch.cat(coarse), torch.cat(paddings)))
     labels = [torch.chunk(each, len(views)) for each in state.ranks.exchange(own)]  # by network, then by view
     by_view = [
-        _ignore(settings, of_view, padding)
+        without_padding(settings, of_view, padding)
         for of_view, padding in zip(zip(*labels, strict=True), paddings, strict=True)
     ]
     seen = [second if settings.student == "strong" else weak, *views[1:]]
     if settings.mix == "none":
         image, labels_U, padding = seen[0], by_view[0], paddings[0]
     else:
-        image, labels_U, padding = _mix(
-            settings, config.seed, state, micro, *map(_with_labels, seen, by_view, paddings)
+        image, labels_U, padding = mix_with_labels(
+            settings, config.seed, state, micro, *map(with_labels, seen, by_view, paddings)
         )
-    _count_labels(micro, labels_U, padding)
+    count_labels(micro, labels_U, padding)
     return image, labels_U, padding
-
-
-def _with_labels(image_U3HW: Tensor, labels_UHW: Sequence[Tensor], padding_UHW: Tensor) -> Tensor:
-    """Images, their padding and their labels as one tensor, uint8 (U, 4 + n, H, W): mixed alike, and exchanged at once."""
-    planes = [padding_UHW.to(torch.uint8), *labels_UHW]
-    return torch.cat([image_U3HW, *(plane.unsqueeze(1) for plane in planes)], dim=1)
-
-
-def _mixed_views(
-    settings: MixConfig,
-    seed: int,
-    state: TrainState,
-    micro: MicroBatch,
-    views: Sequence[Tensor],
-    labels: list[Tensor],
-    padding_UHW: Tensor,
-    pasted: Sequence[Tensor] | None = None,
-) -> list[Seen]:
-    """Mixes each of several views of the same place anew, as `mix` says, with the same view of the next image. `pasted`: the labels of
-    what is pasted, if they are others."""
-    if settings.mix == "none":
-        return [(view, labels, padding_UHW) for view in views]
-    seen = []
-    for number, view in enumerate(views):
-        partner = None if pasted is None else state.ranks.roll(_with_labels(view, pasted, padding_UHW))
-        own = _with_labels(view, labels, padding_UHW)
-        seen.append(_mix(settings, seed, state, micro, own, partner, view=number))
-    return seen
-
-
-def _mix(
-    settings: MixConfig,
-    seed: int,
-    state: TrainState,
-    micro: MicroBatch,
-    own: Tensor,
-    partner: Tensor | None = None,
-    *,
-    view: int = 0,
-) -> Seen:
-    """Mixes images with labels as `_with_labels` makes them, and takes them apart again: images, labels, padding.
-
-    The partner is the next image of the global batch if none is given. Masks are drawn anew for each `view`.
-    """
-    ranks, (images, _, height, width) = state.ranks, own.shape
-    # Masks and successors are those of the images of all batch shards' micro-batch `index`, in order: so they do not depend
-    # on the number of workers, and one exchange of a single image gives every rank its last successor.
-    first = (micro.index * ranks.num_batch_shards + ranks.batch_shard) * images
-    positions = range(first, first + images)
-    if partner is None:
-        partner = ranks.roll(own)
-    if settings.mix == "classmix":
-        # All networks see one mixed image, so one network's labels decide what is pasted: a's for one image, b's for the next.
-        labels = partner[:, 4:]
-        deciding = torch.tensor([at % labels.shape[1] for at in positions], device=own.device)
-        label_UHW = labels.gather(1, deciding.view(-1, 1, 1, 1).expand(-1, 1, height, width))[:, 0]
-        masks = classmix_masks(label_UHW, seed, state.step, positions, view)
-    else:
-        masks = cutmix_masks(settings, seed, state.step, positions, height, width, view)
-        masks = masks.to(own.device, non_blocking=True)
-    mixed = paste(masks, own, partner)
-    return mixed[:, :3], list(mixed[:, 4:].unbind(dim=1)), mixed[:, 3].bool()

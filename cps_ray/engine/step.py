@@ -8,7 +8,8 @@ from torch import Tensor
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.engine.batch import Batch
 from cps_ray.engine.losses import weighed_pixels
-from cps_ray.engine.methods import MicroBatch, losses_of_networks
+from cps_ray.engine.methods import losses_of_networks
+from cps_ray.engine.pseudo_labels import MicroBatch
 from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import LR_FACTOR, TrainState, update_averages
 
