@@ -52,6 +52,11 @@ BUGS = {
         "ranks.py", "roll", "torch.cat([A[1:], B])", "torch.cat([A[-1:], A[:-1]])", STEP
     ),
     "the teacher stays in evaluation mode": Bug("methods.py", "_teacher_logits", "A.train(B)", "pass", STEP, last=True),
+    "UniMatch's loss is not halved": Bug("methods.py", "unimatch", "A / 2.0", "A", STEP),
+    "UniMatch labels what is pasted like the rest": Bug(
+        "methods.py", "_unimatch_weak_pass", "[A.detach(), B]", "[A.detach()]", STEP
+    ),
+    "both views keep the same channels": Bug("features.py", "complementary_dropout", "2.0 - A", "A", STEP),
     "the softmax's Jacobian is forgotten": Bug("dense.py", "squared_difference", "A * (B - C)", "A * B", DENSE),
     "ignored pixels count in the divisor": Bug("step.py", "train_step", "(A != IGNORE).sum()", "(A >= 0).sum()", STEP),
     "a dilated kernel is mirrored": Bug(
