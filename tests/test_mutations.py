@@ -43,10 +43,10 @@ class Bug:
 
 BUGS = {
     "a network learns from its own labels": Bug("methods.py", "_peer_terms", "A != B", "A == B", STEP),
-    "n networks divided by n": Bug("methods.py", "_cps_losses", "A * (len(B) - 1)", "A * len(B)", STEP),
+    "n networks divided by n": Bug("methods.py", "_cps_losses", "A / (len(B) - 1)", "A / len(B)", STEP),
     "the CutMix mask is inverted": Bug("mixing.py", "paste", "torch.where(A, B, C)", "torch.where(A, C, B)", STEP),
     "labels are not mixed with their images": Bug(
-        "methods.py", "_cutmix", "paste(A, B, C)", "torch.cat([paste(A, B, C)[:, :3], B[:, 3:]], dim=1)", STEP
+        "pseudo_labels.py", "mix_with_labels", "paste(A, B, C)", "torch.cat([paste(A, B, C)[:, :3], B[:, 3:]], dim=1)", STEP
     ),
     "the partner is the image before": Bug(
         "ranks.py", "roll", "torch.cat([A[1:], B])", "torch.cat([A[-1:], A[:-1]])", STEP
@@ -58,7 +58,7 @@ BUGS = {
     ),
     "both views keep the same channels": Bug("features.py", "complementary_dropout", "2.0 - A", "A", STEP),
     "the softmax's Jacobian is forgotten": Bug("dense.py", "squared_difference", "A * (B - C)", "A * B", DENSE),
-    "ignored pixels count in the divisor": Bug("step.py", "train_step", "(A != IGNORE).sum()", "(A >= 0).sum()", STEP),
+    "ignored pixels count in the divisor": Bug("losses.py", "weighed_pixels", "A != IGNORE", "A >= 0", STEP),
     "a dilated kernel is mirrored": Bug(
         "cpu/depthwise.py", "_spans", "(A - B // 2) * C", "(B // 2 - A) * C", DEPTHWISE
     ),
