@@ -520,13 +520,15 @@ def test_fixmatchs_switches_are_terms_of_its_loss(tiny: TrainConfig, batch: Batc
     config = changed(tiny, method="fixmatch", ema__decay=0.6, fixmatch__confidence=0.45)
     config = changed(config, **{f"fixmatch__{name}": value for name, value in FIXMATCH[form].items()})
     fixmatch, state = config.fixmatch, state_of(config)
-    state.networks["a"].double(), state.averages["a"].double()
     train_step(config, state, batch)
     train_step(config, state, batch)  # now the average is another network
+    settle(state.networks["a"], batch)
+    settle(state.averages["a"], batch)
     network, average = copy.deepcopy(state.networks["a"]), copy.deepcopy(state.averages["a"])
     teacher = average if fixmatch.teacher == "average" else network
     with torch.no_grad():
         label = labels_of(features_said(teacher.eval(), batch.unlabeled_image), fixmatch.confidence)
+    assert (label != IGNORE).double().mean() > 0.05
     views = [batch.unlabeled_second, batch.unlabeled_third][: fixmatch.strong_views]
     views = [batch.unlabeled_image] if fixmatch.view == "weak" else views
     padding, seen = outside(batch.unlabeled_box), []
