@@ -72,7 +72,8 @@ def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | N
     # Imported only now, because torch and timm take seconds, and --help needs neither.
     from cps_ray.config.train import NetworkConfig
     from cps_ray.engine.encoders import matching, normalisation, size_of
-    from cps_ray.engine.networks import check_names, refusal
+    from cps_ray.engine.networks import check_names
+    from cps_ray.engine.preflight import refusal
 
     if architecture is not None:
         check_names(NetworkConfig(architecture=architecture, encoder="tu-resnet50"))

@@ -46,7 +46,11 @@ BUGS = {
     "n networks divided by n": Bug("methods.py", "_cps_losses", "A / (len(B) - 1)", "A / len(B)", STEP),
     "the CutMix mask is inverted": Bug("mixing.py", "paste", "torch.where(A, B, C)", "torch.where(A, C, B)", STEP),
     "labels are not mixed with their images": Bug(
-        "pseudo_labels.py", "mix_with_labels", "paste(A, B, C)", "torch.cat([paste(A, B, C)[:, :3], B[:, 3:]], dim=1)", STEP
+        "pseudo_labels.py",
+        "mix_with_labels",
+        "paste(A, B, C)",
+        "torch.cat([paste(A, B, C)[:, :3], B[:, 3:]], dim=1)",
+        STEP,
     ),
     "the partner is the image before": Bug(
         "ranks.py", "roll", "torch.cat([A[1:], B])", "torch.cat([A[-1:], A[:-1]])", STEP

@@ -222,8 +222,8 @@ WRONG: dict[str, tuple[list[Change], str, str, str]] = {
         *("model.weights:", "search_space.model.weights.values[2]", "no 'imagenet22k'"),
     ),
     "a tag that smp would pass over": (
-        [(ENCODER, "encoder: tu-resnet18\n    weights: a1_in1k")],
-        *("a1_in1k", "train.model.weights", "Other weights of timm are a tag of the encoder"),
+        [(ENCODER, "encoder: tu-resnet18\n    weights: a3_in1k")],
+        *("a3_in1k", "train.model.weights", "Other weights of timm are a tag of the encoder"),
     ),
     "a tag that timm does not have": (
         [(ENCODER, "encoder: tu-resnet18.a1_in1")],

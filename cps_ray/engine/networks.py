@@ -306,25 +306,6 @@ def _check_timm_weights(config: NetworkConfig) -> None:
         )
 
 
-def refusal(config: NetworkConfig, size_px: tuple[int, int]) -> str:
-    """Returns why this network cannot run images of (height, width) px, or "". Fetches no weights; a second or less for most."""
-    bare = config.model_copy(update={"weights": "none", "weights_file": None})
-    for device in (
-        "meta",
-        "cpu",
-    ):  # on meta tensors have shapes and no memory; the few networks that need values there run for real
-        try:
-            with torch.device(device), torch.no_grad():
-                network = build_network(bare, num_classes=2, seed=0).eval()
-                network(torch.zeros(1, 3, *size_px, dtype=torch.uint8))
-        except (ConfigError, *_REFUSALS) as err:
-            if device == "meta" and "meta tensor" in str(err):
-                continue
-            return first_line(err)
-        break
-    return ""
-
-
 def _unknown(place: str, name: str, known: list[str]) -> str:
     hint = did_you_mean(name, known) or f" Known are {', '.join(known[:8])}, ..."
     return f"{place}: segmentation-models-pytorch knows no {name!r}.{hint}"

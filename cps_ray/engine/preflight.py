@@ -180,6 +180,14 @@ def check_sweep(preflight: Preflight, sweep: SweepConfig, where: Where) -> None:
         raise ConfigError(first_sentences(f"{where(loc)}: {dotted(loc)}: {text}" for loc, text in faults.items()))
 
 
+def refusal(form: NetworkConfig, size_px: Size) -> str:
+    """Returns why a network of this form does not take images of (height, width) px, or ""."""
+    try:
+        return _runs(_build("model", form.model_copy(update={"weights_file": None}), _CLASSES), size_px)
+    except _DoesNotRunError as err:
+        return err.fault.text
+
+
 def _is_decisive(sweep: SweepConfig, name: str) -> bool:
     """Tells whether a trial run may depend on this searched setting."""
     section, param = name.split(".")[0], sweep.search_space[name]

@@ -18,6 +18,8 @@ from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.runs import read_checkpoint
 
+pytestmark = pytest.mark.xdist_group("gloo")  # else each test process would train all of `trained`
+
 SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
