@@ -71,8 +71,8 @@ def _print_families(console: Console) -> None:
 def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | None, architecture: str | None) -> None:
     # Imported only now, because torch and timm take seconds, and --help needs neither.
     from cps_ray.config.train import NetworkConfig
-    from cps_ray.engine.encoders import matching, normalisation, size_of
-    from cps_ray.engine.networks import check_names
+    from cps_ray.engine.encoders import matching, size_of, unusual_normalisation
+    from cps_ray.engine.names import check_names
     from cps_ray.engine.preflight import refusal
 
     if architecture is not None:
@@ -99,7 +99,7 @@ def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | N
             if size is None
             else (f"{size.parameters / 1e6:.1f}", str(size.divisor), size.architecture or "any")
         )
-        row = [weights.encoder, weights.source, facts[0], licence, normalisation(weights), *facts[1:]]
+        row = [weights.encoder, weights.source, facts[0], licence, unusual_normalisation(weights), *facts[1:]]
         if size_px is not None:
             form = architecture or (size.architecture if size else None) or "deeplabv3plus"
             refused = refusal(NetworkConfig(architecture=form, encoder=weights.encoder), size_px)
@@ -108,7 +108,7 @@ def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | N
     console.print(table)
     if len(found) > _MAX_ROWS:
         console.print(f"and {len(found) - _MAX_ROWS} more, narrow the pattern", markup=False)
-    if any(normalisation(weights) for weights in found[:_MAX_ROWS]):
+    if any(unusual_normalisation(weights) for weights in found[:_MAX_ROWS]):
         console.print("mean; std: where they are not ImageNet's; ? = they come with the weights", markup=False)
 
 

@@ -168,7 +168,8 @@ def _method(config: TrainConfig) -> str:
 
 def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:
     """Yields each network's name with its form and size, and what its images are normalised by."""
-    from cps_ray.engine.networks import build_networks, planned_normalisation
+    from cps_ray.engine.networks import build_networks
+    from cps_ray.engine.normalisation import planned_normalisation
 
     # Built to count parameters, without hub weights, so that a dry run downloads nothing.
     b = config.model.b

@@ -31,7 +31,7 @@ from cps_ray.engine.batch import Batch
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
-from cps_ray.engine.networks import padding_color
+from cps_ray.engine.normalisation import padding_color
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.errors import ConfigError, DivergedError

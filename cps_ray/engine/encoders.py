@@ -7,12 +7,12 @@ from typing import Any
 
 from cps_ray.config.train import NetworkConfig, TrainConfig
 from cps_ray.engine.deeplab import ARCHITECTURE as DEEPLAB
+from cps_ray.engine.normalisation import IMAGENET
 from cps_ray.engine.vit import ARCHITECTURE as DPT
 from cps_ray.engine.vit import image_divisor
 
 UNKNOWN = "unknown"
 _HUB = "https://huggingface.co"
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TORCHVISION = ("res*", "vgg*", "densenet*", "mobilenet_v2")
 _SMP_LICENCES = {
     **dict.fromkeys((f"{glob}/imagenet" for glob in _TORCHVISION), "bsd-3-clause"),
@@ -138,7 +138,7 @@ def _known() -> dict[str, tuple[Weights, ...]]:
     return found
 
 
-def normalisation(weights: Weights) -> str:
+def unusual_normalisation(weights: Weights) -> str:
     """Returns `mean` and `std` in words where they are not ImageNet's, "" where they are, ? where only the hub knows."""
     if weights.licence is None:
         return ""
@@ -147,7 +147,7 @@ def normalisation(weights: Weights) -> str:
     from timm.models import get_pretrained_cfg
 
     config = get_pretrained_cfg(weights.encoder.removeprefix("tu-"))
-    if config is None or (tuple(config.mean), tuple(config.std)) == _IMAGENET:
+    if config is None or (tuple(config.mean), tuple(config.std)) == IMAGENET:
         return ""
     mean, std = (" ".join(f"{value:.3g}" for value in dict.fromkeys(each)) for each in (config.mean, config.std))
     return f"{mean}; {std}"

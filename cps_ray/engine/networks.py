@@ -1,26 +1,25 @@
 """The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
-import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ModelConfig, NetworkConfig, OptionValue, TrainConfig
-from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab, check_deeplab
+from cps_ray.config.train import NETWORK_NAMES, NetworkConfig, OptionValue, TrainConfig
+from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab
 from cps_ray.engine.dense import STRIDE, padded, upsample
 from cps_ray.engine.features import Perturb, forward_perturbed
+from cps_ray.engine.names import check_names
+from cps_ray.engine.normalisation import normalisation
 from cps_ray.engine.vit import ARCHITECTURE as DPT
 from cps_ray.engine.vit import fit_patches, image_divisor, takes_any_size
 from cps_ray.engine.weights import load_encoder
 from cps_ray.errors import ConfigError
-from cps_ray.text import did_you_mean, first_line
+from cps_ray.text import first_line
 
 # B images, C classes, H W pixels, h w cells of coarse logits.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _REFUSALS = (TypeError, ValueError, KeyError, IndexError, RuntimeError, AssertionError, NotImplementedError)
 """What smp and timm raise for options and image sizes that a network does not take."""
 
@@ -169,143 +168,3 @@ def _hint(err: BaseException) -> str:
     """Returns what to do about an error of smp that does not say it, or ""."""
     plain = "downsampling pattern" in str(err)
     return f" A vision transformer without a pyramid of maps needs architecture: {DPT}." if plain else ""
-
-
-@dataclass(frozen=True, slots=True)
-class Normalisation:
-    """What images are normalised by, per RGB channel, for values in 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str
-    """Where both come from, in words."""
-
-    def __str__(self) -> str:
-        mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
-        return f"mean {mean}, std {std} ({self.source})"
-
-
-def normalisation(config: NetworkConfig) -> Normalisation:
-    """Returns the normalisation that the weights were trained with; the settings' own if given, ImageNet's from scratch.
-
-    Hub weights of smp's own encoders bring theirs from the hub: these alone need the network, or a cache. timm's are known here.
-    """
-    if config.mean is not None and config.std is not None:
-        return Normalisation(config.mean, config.std, "model.mean and model.std")
-    if config.weights == "none" and config.weights_file is None:
-        return Normalisation(*_IMAGENET, "ImageNet's, for an encoder without weights")
-    cfg = timm_cfg(config)
-    if cfg is not None:
-        name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
-        file = "" if config.weights_file is None else f", the encoder of {config.weights_file.name}"
-        return Normalisation(tuple(cfg.mean), tuple(cfg.std), f"timm's of {name}{file}")
-    if config.weights_file is not None:
-        file = config.weights_file.name
-        return Normalisation(*_IMAGENET, f"ImageNet's: {file} does not say; model.mean and model.std would")
-    import segmentation_models_pytorch as smp
-
-    params: dict[str, Any] = smp.encoders.get_preprocessing_params(config.encoder, pretrained=config.weights)
-    mean, std = params.get("mean") or _IMAGENET[0], params.get("std") or _IMAGENET[1]
-    return Normalisation(tuple(mean), tuple(std), f"smp's of the {config.weights} weights")
-
-
-def planned_normalisation(config: NetworkConfig) -> str:
-    """Returns mean, std and where they come from, in words, for a plan: fetches nothing from the hub."""
-    fetched = config.weights != "none" and config.mean is None and not config.encoder.startswith("tu-")
-    if fetched:
-        return f"mean and std that the hub has beside the {config.weights} weights of {config.encoder}"
-    return str(normalisation(config))
-
-
-def padding_color(config: ModelConfig) -> tuple[int, int, int]:
-    """The mean colour of network a, RGB in 0..255: training views are padded with it, and normalisation makes it zero."""
-    red, green, blue = (round(255.0 * value) for value in normalisation(config).mean)
-    return red, green, blue
-
-
-def timm_cfg(config: NetworkConfig) -> Any:
-    """Returns timm's record of a `tu-` encoder's weights (mean, std, input_size, has_weights, ...); None for other encoders, and
-    for models that timm has no record of. Raises ConfigError for a tag that timm does not know."""
-    if not config.encoder.startswith("tu-"):
-        return None
-    import timm
-
-    name = config.encoder.removeprefix("tu-")
-    if config.architecture == ARCHITECTURE and config.weights not in ("none", "imagenet"):
-        name = f"{name.split('.')[0]}.{config.weights}"  # as `build_deeplab` names it
-    try:
-        return timm.models.get_pretrained_cfg(name)
-    except RuntimeError as err:
-        model, _, tag = name.partition(".")
-        setting = "model.encoder" if "." in config.encoder else "model.weights"
-        raise ConfigError(_unknown(setting, tag, _timm_tags(model))) from err
-
-
-def _timm_tags(model: str) -> list[str]:
-    import timm
-
-    return [name.partition(".")[2] for name in timm.list_pretrained(f"{model}.*")]
-
-
-def check_names(config: NetworkConfig) -> None:
-    """Raises ConfigError with a near name where there is no such architecture, encoder or weights."""
-    import segmentation_models_pytorch as smp
-
-    architectures = [*(name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING), ARCHITECTURE]
-    if config.architecture.lower() not in architectures:
-        raise ConfigError(_unknown("model.architecture", config.architecture, architectures))
-    if config.architecture == ARCHITECTURE:
-        check_deeplab(config.encoder)
-    else:
-        _check_options(config)
-    if config.encoder.startswith("tu-"):
-        import timm
-
-        name = config.encoder.removeprefix("tu-")
-        if not timm.is_model(name.split(".")[0]):
-            raise ConfigError(_unknown("model.encoder", config.encoder, [f"tu-{m}" for m in timm.list_models()]))
-        _check_timm_weights(config)
-        return
-    encoders = smp.encoders.get_encoder_names()
-    if config.encoder not in encoders:
-        raise ConfigError(_unknown("model.encoder", config.encoder, encoders))
-    tags = list(smp.encoders.encoders[config.encoder].get("pretrained_settings", {}))
-    if config.weights != "none" and config.weights not in tags:
-        raise ConfigError(_unknown("model.weights", config.weights, ["none", *tags]))
-
-
-def _check_options(config: NetworkConfig) -> None:
-    """Raises ConfigError for an option that nobody reads: smp passes what it does not know to the encoder, and only timm's look at it."""
-    import segmentation_models_pytorch as smp
-
-    architectures = {name.lower(): network for name, network in smp.MODEL_ARCHITECTURES_MAPPING.items()}
-    known = list(inspect.signature(architectures[config.architecture.lower()].__init__).parameters)
-    for name in config.options if not config.encoder.startswith("tu-") else ():
-        if name not in known:
-            raise ConfigError(
-                f"model.options: {config.architecture} has no option {name!r}.{did_you_mean(name, known)}"
-            )
-
-
-def _check_timm_weights(config: NetworkConfig) -> None:
-    """Raises ConfigError for weights that timm does not have: smp would take the default ones for any name."""
-    cfg = timm_cfg(config)
-    if config.weights == "none":
-        return
-    own_tag = cfg.tag if cfg is not None else None
-    if config.architecture != ARCHITECTURE and config.weights not in ("imagenet", own_tag):
-        raise ConfigError(
-            f"model.weights: must be none, imagenet or the tag of the tu- encoder, but got {config.weights!r}. "
-            "Other weights of timm are a tag of the encoder, such as tu-resnet50.a1_in1k."
-        )
-    if cfg is None or not cfg.has_weights:
-        tags = _timm_tags(config.encoder.removeprefix("tu-").split(".")[0])
-        hint = f" There are {', '.join(f'{config.encoder}.{tag}' for tag in tags[:3])}." if tags else ""
-        raise ConfigError(
-            f"model.weights: timm has no weights of {config.encoder}; choose none or a weights_file.{hint}"
-        )
-
-
-def _unknown(place: str, name: str, known: list[str]) -> str:
-    hint = did_you_mean(name, known) or f" Known are {', '.join(known[:8])}, ..."
-    return f"{place}: segmentation-models-pytorch knows no {name!r}.{hint}"

@@ -23,7 +23,9 @@ from cps_ray.config.yaml_reader import Loc
 from cps_ray.engine.batch import Batch
 from cps_ray.engine.evaluation import predict, window_of
 from cps_ray.engine.methods import METHODS, losses_of_networks
-from cps_ray.engine.networks import Segmenter, build_network, check_names, planned_normalisation, timm_cfg
+from cps_ray.engine.names import check_names, timm_cfg
+from cps_ray.engine.networks import Segmenter, build_network
+from cps_ray.engine.normalisation import planned_normalisation
 from cps_ray.engine.pseudo_labels import MicroBatch
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import TrainState

@@ -18,7 +18,7 @@ from cps_ray.datasets.shards import Shards
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
-from cps_ray.engine.networks import normalisation, padding_color
+from cps_ray.engine.normalisation import normalisation, padding_color
 from cps_ray.engine.ranks import join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse, vanishing

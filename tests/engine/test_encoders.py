@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from cps_ray.config.train import NetworkConfig
-from cps_ray.engine.encoders import UNKNOWN, Weights, matching, normalisation, size_of, weights_of
-from cps_ray.engine.networks import build_network, check_names
+from cps_ray.engine.encoders import UNKNOWN, Weights, matching, size_of, unusual_normalisation, weights_of
+from cps_ray.engine.names import check_names
+from cps_ray.engine.networks import build_network
 from cps_ray.errors import ConfigError
 
 
@@ -102,4 +103,4 @@ def test_sizes_of_transformers() -> None:
     [("tu-resnet18.tv_in1k", ""), ("resnet18", ""), ("inceptionv4", "?"), ("tu-vit_base_patch16_siglip_224.webli", "0.5; 0.5")],
 )  # fmt: skip
 def test_normalisation_is_shown_where_it_is_not_imagenets(pattern: str, said: str) -> None:
-    assert normalisation(matching(pattern)[0]) == said
+    assert unusual_normalisation(matching(pattern)[0]) == said

@@ -10,7 +10,9 @@ from support import changed
 
 from cps_ray.config.space import apply
 from cps_ray.config.train import NetworkConfig, TrainConfig
-from cps_ray.engine.networks import build_network, build_networks, check_names, normalisation, padding_color
+from cps_ray.engine.names import check_names
+from cps_ray.engine.networks import build_network, build_networks
+from cps_ray.engine.normalisation import normalisation, padding_color
 from cps_ray.engine.state import load_networks
 from cps_ray.errors import CheckpointError, ConfigError
 
