@@ -39,7 +39,7 @@ class PairedDifference:
 def independent_values(values: Mapping[Pair, float], *, over_draws: bool) -> list[float]:
     """Returns what a spread or an interval is computed over: the mean over seeds of each draw, or the values as they are.
 
-    Seeds within a draw share their labelled images and are not independent: counted one by one, the interval would be too narrow.
+    Seeds within a draw have the same labelled images and are not independent: counted one by one, the interval would be too narrow.
     """
     if not over_draws:
         return list(values.values())

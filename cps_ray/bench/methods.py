@@ -73,8 +73,8 @@ VARIANTS: dict[str, Changes] = {
     "  ema.decay: 0.99": {**_CUTMIX, "ema.decay": 0.99},
 }
 """Name -> changes to the training in the file. The indented ones are `cps + cutmix` with further changes."""
-_TOLD: dict[str, type[Ranks]] = {"oracle": TrueMasks, "shuffled control": ShuffledLabels}
-"""Variants in which networks are told something else than each other's pseudo labels. No setting says so: only a benchmark may."""
+_OTHER_LABELS: dict[str, type[Ranks]] = {"oracle": TrueMasks, "shuffled control": ShuffledLabels}
+"""Variants in which networks learn from something else than each other's pseudo labels. No setting says so: only a benchmark may."""
 
 
 def variants(config: TrainConfig, chosen: Mapping[str, Changes]) -> dict[str, TrainConfig]:
@@ -88,16 +88,16 @@ def _changed(config: TrainConfig, changes: Changes, where: str) -> TrainConfig:
     return apply(config, {**changes, "schedule.eval_every": steps}, where)
 
 
-def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, told: type[Ranks] = Ranks) -> Figures:
+def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, ranks_type: type[Ranks] = Ranks) -> Figures:
     """Trains to the last step. Returns the seconds of all steps, the last losses, and the scores of the last networks on `split`.
 
-    `told`: what networks learn from in place of each other's pseudo labels. A training that diverges returns the reason, under
+    `ranks_type`: what networks learn from in place of each other's pseudo labels. A training that diverges returns the reason, under
     `failed`.
     """
     config = parse_train(raw, "bench")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
     tune_cpu(threads)
-    shards, ranks = open_data(config.data), told(device=device)
+    shards, ranks = open_data(config.data), ranks_type(device=device)
     data = train_data(shards, config)
     state = build_state(config, len(shards.classes), ranks)
     batches: Iterator[Batch] = train_batches(data, config, threads=threads, fill=padding_color(config.model))
@@ -287,8 +287,8 @@ def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> 
             for name in comparison.trainings:
                 key = comparison.key(name, pair)
                 if key not in runs and key not in futures:
-                    raw, told = comparison.config(name, pair).dump(), _TOLD.get(name, Ranks)
-                    futures[key] = pool.submit(train_and_evaluate, raw, comparison.split, threads, told)
+                    raw, ranks_type = comparison.config(name, pair).dump(), _OTHER_LABELS.get(name, Ranks)
+                    futures[key] = pool.submit(train_and_evaluate, raw, comparison.split, threads, ranks_type)
         keys = {future: key for key, future in futures.items()}
         try:
             for future in as_completed(keys):

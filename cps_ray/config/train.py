@@ -339,7 +339,7 @@ class UniMatchConfig(PseudoLabelLoss, MixConfig):
     the strong views."""
     version: Literal["v1", "v2"] = "v1"
     """`v1`: the network labels images for itself, and learns on the weak view with dropped features, too. `v2`: the average of `ema`
-    labels them, and the two strong views share out the channels of their features."""
+    labels them, and the two strong views divide the channels of their features."""
     feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """v1: probability with which each channel between encoder and decoder is dropped. v2: fraction of the images whose channels are
     shared out."""

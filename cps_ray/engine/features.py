@@ -48,7 +48,7 @@ def beside(perturb: Perturb) -> Perturb:
 
 
 def complementary_dropout(probability: float) -> Perturb:
-    """Shares out the channels of each image between its two views, which are the two halves of the batch: (2B, ...) -> (2B, ...).
+    """Divides the channels of each image between its two views, which are the two halves of the batch: (2B, ...) -> (2B, ...).
 
     What one view sees is zero for the other, and twice as large (UniMatch V2, Yang et al., TPAMI 2025). As in its code,
     B (1 - probability) of the images, rounded down, keep all channels, and maps of as many channels have one mask.

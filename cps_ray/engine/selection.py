@@ -22,7 +22,7 @@ def surest(
     which the fraction is taken. Thresholds are those of the pixels of all batch shards, from a histogram: a collective. At least
     the fraction is kept, and as much more as the bin of the threshold holds.
     """
-    # Bins of equal width in log(1 - p), because networks are soon so sure that in p most pixels would share the last bin.
+    # Bins of equal width in log(1 - p), because networks are soon so sure that in p most pixels would be in the last bin.
     unsure = (1.0 - certainty_BHW).clamp(min=10.0**-_DIGITS)
     bin_BHW = (-torch.log10(unsure) * (_BINS / _DIGITS)).long().clamp(0, _BINS - 1)
     class_BHW = label_BHW.long().clamp(max=num_classes)  # IGNORE becomes a class of its own, behind the others
