@@ -3,6 +3,9 @@
 import importlib
 import sys
 
+from cps_ray import __version__
+from cps_ray.text import did_you_mean
+
 COMMANDS = {
     "prepare": "raw data set -> checked Parquet shards",
     "inspect": "prepared shards -> checks, statistics, contact sheets and a page",
@@ -18,6 +21,13 @@ def main() -> int:
     """Runs the command named by the first argument."""
     if sys.argv[1:2] == ["splits"]:
         print("error: `splits` is called `subsets` now: cps-ray subsets ...", file=sys.stderr)
+        return 2
+    if sys.argv[1:] == ["--version"]:
+        print(f"cps-ray {__version__}")
+        return 0
+    if sys.argv[1:] and not sys.argv[1].startswith("-") and sys.argv[1] not in COMMANDS:
+        hint = did_you_mean(sys.argv[1], COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        print(f"error: {sys.argv[1]!r} is no command.{hint}", file=sys.stderr)
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(

@@ -1,0 +1,40 @@
+"""`cps-ray` by itself: its version, and what is no command."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from cps_ray import __version__
+from cps_ray.__main__ import main
+
+
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cps-ray", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"cps-ray {__version__}\n"
+    assert version("cps-ray") == __version__
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("swep", "Did you mean sweep?"), ("foo", "There are prepare, inspect, subsets, encoders, sweep, train, bench.")],
+)
+def test_what_is_no_command_is_said_to_be_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str, hint: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cps-ray", word])
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {word!r} is no command. {hint}\n"
+
+
+def test_no_worker_asks_the_package_index() -> None:
+    """albumentations looks at this variable when it is imported, and else asks for a newer version of itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
+    script = "import cps_ray.datasets.augment, os; print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
