@@ -12,7 +12,7 @@ from cps_ray.config.reader import load_sweep, load_train, presets
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.encoders import size_of, weights_of
 from cps_ray.engine.names import check_names
-from cps_ray.engine.networks import refusal
+from cps_ray.engine.preflight import refusal
 from cps_ray.errors import ConfigError
 
 PUBLISHED = ["reference/cityscapes", "reference/cityscapes-cutmix", "reference/voc", "reference/voc-cutmix"]

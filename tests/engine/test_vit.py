@@ -13,7 +13,8 @@ from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import cross_entropy
 from cps_ray.engine.evaluation import evaluate, predict
-from cps_ray.engine.networks import Segmenter, build_network, create_model_options, refusal
+from cps_ray.engine.networks import Segmenter, build_network, create_model_options
+from cps_ray.engine.preflight import refusal
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.engine.step import train_step
@@ -162,7 +163,7 @@ def test_a_plain_transformer_under_another_architecture_is_told_which_takes_it()
         (NetworkConfig(**PATCH14), ""),
         (NetworkConfig(encoder="tu-test_efficientnet"), ""),
         (NetworkConfig(encoder="mit_b0", architecture="segformer"), ""),  # its code cannot be built without memory
-        (vit(dynamic_img_size=False), "Input height (64) doesn't match model (160)."),
+        (vit(dynamic_img_size=False), "Input height (64) doesn't match model (160)"),
         (NetworkConfig(encoder="tu-test_nothing"), "segmentation-models-pytorch knows no 'tu-test_nothing'."),
     ],
 )
