@@ -133,7 +133,7 @@ def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
         check_data(shards, config.train)
     except DataError as err:
         known = isinstance(config.train.evaluation.window_px, tuple)
-        untried = "" if known else " Until then networks are tried on crops, not on whole images."
+        untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
         return None, f"Data is missing: {err}{untried}"
     return shards, f"Data: {data.shards} is there."
 
