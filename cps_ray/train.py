@@ -11,6 +11,7 @@ Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be schedul
 """
 
 import argparse
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -159,11 +160,12 @@ def _method(config: TrainConfig) -> str:
     settings: Any = getattr(config, config.method, None)  # no section for supervised
     if settings is None:
         return config.method
+    start = f" from step {math.ceil(settings.start * config.schedule.steps)} on" if settings.start else ""
     ramp = f" after a ramp over {settings.ramp:.0%} of the steps" if settings.ramp else ""
     mix = f", mix {settings.mix}" if isinstance(settings, MixConfig) else ""
     images = f" on {settings.images} images" if isinstance(settings, CpsConfig) else ""
     version = f" {settings.version}" if isinstance(settings, UniMatchConfig) else ""
-    return f"{config.method}{version}, weight {settings.weight:g}{ramp}{images}{mix}"
+    return f"{config.method}{version}, weight {settings.weight:g}{start}{ramp}{images}{mix}"
 
 
 def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:

@@ -100,6 +100,15 @@ def test_a_preset_by_its_name(shards: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_says_when_pseudo_labels_begin(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small(cps__start="0.25", cps__ramp="0.5")
+    assert train.main(["reference/cityscapes", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0
+    begins = 0.25 * int(plan(capsys)["steps"].split(",")[0])
+    assert train.main(["reference/cityscapes", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0
+    expected = f"cps, weight 6 from step {begins:.0f} on after a ramp over 50% of the steps on all images, mix none"
+    assert plan(capsys)["method"] == expected
+
+
 def test_the_plan_names_the_version_of_unimatch(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = small(unimatch__version="v2", ema__decay="0.996", model__options="{decoder_channels: 16}")
     assert train.main(["unimatch/voc", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0

@@ -2,22 +2,32 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
 Precision = Literal["none", "bf16", "fp16"]
-ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2)]
+
+
+def _some_class_counts(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("must have a weight above 0, but all are 0: nothing would be learned.")
+    return weights
+
+
+ClassWeights = Annotated[
+    tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2), AfterValidator(_some_class_counts)
+]
 """One weight per class, in the order of the classes."""
 ColorMean = tuple[Fraction, Fraction, Fraction]
-ColorStd = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+ColorStd = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 _OUR_OPTIONS = {
     "arch": "set model.architecture instead",
@@ -100,7 +110,7 @@ class NetworkConfig(Section):
     """Mean of images per RGB channel, for values in 0..1, that the weights were trained with. None: that of the `weights`; with a
     weights_file, timm's for a `tu-` encoder; else ImageNet's."""
     std: ColorStd | None = None
-    """Standard deviation; given with `mean` or not at all."""
+    """Standard deviation per RGB channel, for values in 0..1; given with `mean` or not at all."""
     freeze_encoder: bool = False
     """Whether the encoder stays as its weights are, batch-norm statistics included, and only the rest of the network learns."""
     options: dict[str, OptionValue] = Field(default_factory=dict)
@@ -267,7 +277,7 @@ class CpsConfig(PseudoLabelLoss, MixConfig):
     in FixMatch."""
     teacher: Literal["network", "average"] = "network"
     """Which weights make pseudo labels: those that are trained, as in the paper, or their averages of `ema` (Tarvainen and Valpola,
-    NeurIPS 2017)."""
+    NeurIPS 2017). Labelled images (`images: all`) are always labelled by the pass that learns."""
     images: Literal["unlabeled", "all"] = "unlabeled"
     """Images that have a cross pseudo loss. In the paper: all without CutMix, unlabelled ones with it."""
     cutmix_partner: Literal["other", "self"] = "other"
@@ -342,7 +352,7 @@ class UniMatchConfig(PseudoLabelLoss, MixConfig):
     labels them, and the two strong views divide the channels of their features."""
     feature_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """v1: probability with which each channel between encoder and decoder is dropped. v2: fraction of the images whose channels are
-    shared out."""
+    divided."""
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Pixels whose pseudo label has a lower probability are ignored."""
     mix: Literal["none", "cutmix", "classmix", "one_box"] = "one_box"
@@ -480,6 +490,12 @@ class TrainConfig(Section):
     def semi_supervised(self) -> bool:
         """Whether unlabelled images are used."""
         return self.method != "supervised"
+
+    @property
+    def class_weights(self) -> dict[str, tuple[float, ...]]:
+        """Weights of the classes, by the section of the loss that has some."""
+        weights = {name: getattr(section, "class_weights", None) for name, section in self}
+        return {name: found for name, found in weights.items() if found is not None}
 
     @property
     def unlabeled_views(self) -> tuple[Literal["weak", "strong", "elsewhere"], ...]:

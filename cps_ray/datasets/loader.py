@@ -311,9 +311,9 @@ class _Producer:
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
     """Checks that there are images to train on, masks in the splits that are `evaluated`, and one weight per class. DataError if not."""
     train_data(shards, config)
-    for section in ("loss", "cps", "fixmatch", "unimatch"):
-        weights, classes = getattr(config, section).class_weights, shards.classes
-        if weights is not None and len(weights) != len(classes):
+    classes = shards.classes
+    for section, weights in config.class_weights.items():
+        if len(weights) != len(classes):
             raise DataError(
                 f"{section}.class_weights: must have one weight for each of the {len(classes)} classes of {shards.folder} "
                 f"({', '.join(classes[:3])}, ...), but has {len(weights)}."

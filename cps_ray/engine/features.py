@@ -57,6 +57,7 @@ def complementary_dropout(probability: float) -> Perturb:
     whole: list[Tensor] = []
 
     def perturb(features: Tensor) -> Tensor:
+        """Draws the masks at the first map of a pass, and uses them for all others of it."""
         images, channels = features.shape[0] // 2, features.shape[1]
         if not whole:
             # An order at random without `randperm`, for which a GPU would be waited for.

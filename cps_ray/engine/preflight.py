@@ -324,8 +324,7 @@ def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
     before the method's `start`."""
     # Without weights of classes, whose number may not be known yet: the data's own check counts them.
     unweighted = {
-        name: getattr(config, name).model_copy(update={"class_weights": None})
-        for name in ("loss", "cps", "fixmatch", "unimatch")
+        name: getattr(config, name).model_copy(update={"class_weights": None}) for name in config.class_weights
     }
     quick = config.model_copy(update={"compute": ComputeConfig(), **unweighted})
     count_L, count_U = _images(config)

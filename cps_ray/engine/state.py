@@ -84,7 +84,8 @@ class TrainState:
                 self.optimizers[name].load_state_dict(saved["optimizer"])
                 if self.averages:
                     self.averages[name].load_state_dict(saved["average"])
-                self.scalers[name].load_state_dict(saved["scaler"])
+                if self.scalers[name].is_enabled():  # else there is no scale, and earlier versions saved none here
+                    self.scalers[name].load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
             reason = " ".join(str(err).split())[:300]
             raise CheckpointError(f"{source}: the checkpoint must be of this config's networks, but {reason}") from err

@@ -22,7 +22,7 @@ from cps_ray.datasets.loader import (
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.shards import Encoded, Shards, open_shards
 from cps_ray.engine.batch import IGNORE, Batch
-from cps_ray.errors import DataError
+from cps_ray.errors import ConfigError, DataError
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -157,12 +157,17 @@ def test_images_of_rare_classes_come_up_more_often(tiny: TrainConfig) -> None:
     assert any(not torch.equal(a.labeled_mask, b.labeled_mask) for a, b in batches)
 
 
-@pytest.mark.parametrize("section", ["loss", "cps", "fixmatch"])
+@pytest.mark.parametrize("section", ["loss", "cps", "fixmatch", "unimatch"])
 def test_class_weights_must_be_as_many_as_classes(tiny: TrainConfig, section: str) -> None:
     shards = open_shards(tiny.data.shards)
     config = changed(tiny, **{f"{section}__class_weights": [1.0] * (len(shards.classes) - 1)})
     with pytest.raises(DataError, match=rf"^{section}.class_weights: must have one weight for each of the .* but has"):
         check_data(shards, config)
+
+
+def test_weights_of_which_none_counts_are_refused(tiny: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.class_weights: must have a weight above 0, but all are 0"):
+        changed(tiny, loss__class_weights=[0.0] * 7)
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:

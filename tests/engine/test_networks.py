@@ -220,6 +220,7 @@ def test_loaded_networks_are_normalised_as_they_were_trained(tiny: TrainConfig) 
         ({"std": [0.5, 0.5, 0.5]}, "`std` needs `mean`, too"),
         ({"mean": [123.7, 116.3, 103.5], "std": [0.5, 0.5, 0.5]}, "must be at most 1"),
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.0, 0.5]}, "must be greater than 0"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [58.4, 57.1, 57.4]}, "must be at most 1"),
     ],
 )
 def test_half_a_normalisation_is_refused(tiny: TrainConfig, model: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.schedules import learning_rate
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.step import train_step
-from cps_ray.errors import ConfigError
+from cps_ray.errors import CheckpointError, ConfigError
 from cps_ray.runs import read_checkpoint, write_checkpoint
 
 
@@ -187,3 +187,16 @@ def test_a_checkpoint_from_before_there_were_factors_goes_on(tiny: TrainConfig, 
         train(tiny, each)
     for p, q in zip(state.networks["a"].parameters(), other.networks["a"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_checkpoint_without_loss_scales_goes_on_where_none_are_needed(tiny: TrainConfig) -> None:
+    """Earlier versions saved one scale for all networks."""
+    state = build_state(tiny, 7, Ranks())
+    snapshot = state.snapshot()
+    assert snapshot is not None
+    for saved in snapshot["networks"].values():
+        del saved["scaler"]
+    state.load(snapshot, "old")
+    fp16 = changed(tiny, compute__autocast="fp16", resources__gpus_per_worker=1.0)
+    with pytest.raises(CheckpointError, match=r"^old: the checkpoint must be of this config's networks, but 'scaler'"):
+        build_state(fp16, 7, Ranks()).load(snapshot, "old")
