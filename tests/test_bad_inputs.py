@@ -57,6 +57,17 @@ def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Writ
     return written
 
 
+@pytest.fixture(autouse=True)
+def _refused_before_any_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a sweep that should be refused fail at once where it is not: it would start a cluster, and train."""
+
+    def start(address: str | None) -> None:
+        raise AssertionError("a cluster is started")
+
+    if request.node.get_closest_marker("ray") is None:
+        monkeypatch.setattr("cps_ray.search.sweep.connected", start)
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     text = capsys.readouterr().err
     assert text.startswith("error: ")
@@ -193,8 +204,8 @@ def test_resuming_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def finished(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished sweep of two trials without final runs; whoever starts a cluster for it, fails."""
+def finished(write: Write) -> Path:
+    """A finished sweep of two trials without final runs."""
     path = Path(write())
     config = load_sweep(path)
     root = sweep_folder.begin(config, path, fresh=False)
@@ -206,11 +217,6 @@ def finished(write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "best").mkdir()
     (root / "best.yaml").touch()
     write_summary(root, study, config, "finished", final=None)
-
-    def start(address: str | None) -> None:
-        raise AssertionError("a cluster is started")
-
-    monkeypatch.setattr("cps_ray.search.sweep.connected", start)
     return root
 
 
