@@ -13,6 +13,7 @@ from cps_ray import prepare, sweep, train
 from cps_ray.config.reader import load_sweep
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.files import read_json, write_json
+from cps_ray.on_ray.cluster import connected
 from cps_ray.search import sweep_folder
 from cps_ray.search.records import write_summary
 from cps_ray.search.study import SweepStudy
@@ -61,11 +62,12 @@ def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Writ
 def _refused_before_any_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a sweep that should be refused fail at once where it is not: it would start a cluster, and train."""
 
-    def start(address: str | None) -> None:
-        raise AssertionError("a cluster is started")
+    def connect(address: str | None) -> object:
+        assert address is not None, "a cluster is started"
+        return connected(address)
 
     if request.node.get_closest_marker("ray") is None:
-        monkeypatch.setattr("cps_ray.search.sweep.connected", start)
+        monkeypatch.setattr("cps_ray.search.sweep.connected", connect)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
