@@ -1,6 +1,7 @@
 """`cps-ray COMMAND ...` and `python -m cps_ray COMMAND ...`: the same as `python -m cps_ray.COMMAND ...`."""
 
 import importlib
+import os
 import sys
 
 from cps_ray import __version__
@@ -35,6 +36,8 @@ def main() -> int:
         )
         print("\n`cps-ray COMMAND --help` shows its options.")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: plug-ins lie in the working directory
     name = sys.argv.pop(1)  # the command parses what is left of sys.argv
     module = "cps_ray.bench.__main__" if name == "bench" else f"cps_ray.{name}"
     command = importlib.import_module(module)

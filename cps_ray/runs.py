@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cps_ray.config.plugins import Sink
+from cps_ray.config.train import TrainConfig
 from cps_ray.errors import CheckpointError
 from cps_ray.files import write_whole
 from cps_ray.text import on_one_line
@@ -39,6 +41,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             break  # only the last line can be cut, and nothing follows it
     return records
+
+
+class Records(Sink):
+    """Writes METRICS_FILE, a line per evaluation."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
+        """Drops the records after `step`."""
+        self._file = run_dir / METRICS_FILE
+        # A crash may have come between the record and the checkpoint: those steps are trained, and recorded, again.
+        keep = [line for line in read_metrics(run_dir) if line["step"] <= step]
+        self._file.write_text("".join(json.dumps(line) + "\n" for line in keep))
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Appends a line."""
+        with self._file.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
 
 
 def write_checkpoint(folder: Path, snapshot: dict[str, Any], metrics: dict[str, Any]) -> None:

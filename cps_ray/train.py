@@ -157,7 +157,7 @@ def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list
 
 
 def _method(config: TrainConfig) -> str:
-    settings: Any = getattr(config, config.method, None)  # no section for supervised
+    settings = config.settings
     if settings is None:
         return config.method
     start = f" from step {math.ceil(settings.start * config.schedule.steps)} on" if settings.start else ""

@@ -59,6 +59,13 @@ def _add_step(benchmarks: "Benchmarks") -> None:
     add("--batch", type=int, default=4, help="labelled images, and as many unlabelled (default 4)")
     add("--classes", type=int, default=19)
     add("--rounds", type=int, default=7, help="steps that count (default 7)")
+    add(
+        "--loss",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also ours with the sum of these supervised losses, such as ce dice",
+    )
     add("--bf16", action="store_true", help="also ours in bf16")
     add("--compile", action="store_true", help="also ours with torch.compile")
     add("--device", choices=("cpu", "cuda"), default="cpu")

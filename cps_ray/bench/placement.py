@@ -53,7 +53,7 @@ def _train_rank(args: argparse.Namespace, placement: str, rank: int, port: int, 
     before = process_bytes("VmRSS")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.workers)
     config = apply(
-        training_config(args, args.encoder, {}, {}),
+        training_config(args, args.encoder, {}),
         {"resources": {"placement": placement, "workers": args.workers}},
         "bench",
     )

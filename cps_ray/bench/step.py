@@ -39,12 +39,12 @@ _WITHOUT_DROPOUT = {"deeplabv3plus": {"decoder_aspp_dropout": 0.0}}
 _WARM_UP_STEPS = 2
 
 Figures = dict[str, Any]
+Changes = dict[str, dict[str, Any]]
+"""Section of a training -> its settings."""
 
 
-def training_config(
-    args: argparse.Namespace, encoder: str, cps: dict[str, Any], compute: dict[str, Any]
-) -> TrainConfig:
-    """Returns a CPS training with CutMix and these settings of `cps` and `compute`; nothing is read from its `shards`."""
+def training_config(args: argparse.Namespace, encoder: str, changes: Changes) -> TrainConfig:
+    """Returns a CPS training with CutMix and these changes; nothing is read from its `shards`."""
     raw = {
         "data": {
             "shards": ".",
@@ -61,27 +61,30 @@ def training_config(
         },
         "optim": {"lr": 1e-3, "decay": "constant"},
         "schedule": {"steps": 10**6, "eval_every": 10**6},
-        "cps": {"weight": 1.0, "mix": "cutmix", **cps},
-        "compute": {"channels_last": True, **compute},
+        "loss": changes.get("loss", {}),
+        "cps": {"weight": 1.0, "mix": "cutmix", **changes.get("cps", {})},
+        "compute": {"channels_last": True, **changes.get("compute", {})},
         "resources": {"gpus_per_worker": 1.0 if getattr(args, "device", "cpu") == "cuda" else 0.0},
     }
     return parse_train(raw, "bench")
 
 
-def contestants(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], dict[str, Any]] | None]:
-    """Returns name -> (settings of `cps`, settings of `compute`) of what is compared; None is the paper's own step."""
-    rows: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
+def contestants(args: argparse.Namespace) -> dict[str, Changes | None]:
+    """Returns name -> changes of our training, of what is compared; None is the paper's own step."""
+    rows: dict[str, Changes | None] = {
         PAPER: None,
         **({PAPER_TUNED: None} if args.device == "cpu" else {}),
-        "ours, the paper's switches": (_FAITHFUL, {}),
-        "ours": ({}, {}),
+        "ours, the paper's switches": {"cps": _FAITHFUL},
+        "ours": {},
     }
+    if args.loss:
+        rows[f"ours, {' + '.join(args.loss)}"] = {"loss": {"supervised": dict.fromkeys(args.loss, 1.0)}}
     if args.bf16:
-        rows["ours, bf16"] = ({}, {"autocast": "bf16"})
+        rows["ours, bf16"] = {"compute": {"autocast": "bf16"}}
     if args.compile:
-        rows["ours, compiled"] = ({}, {"compile": True})
+        rows["ours, compiled"] = {"compute": {"compile": True}}
     if args.bf16 and args.compile:
-        rows["ours, bf16, compiled"] = ({}, {"autocast": "bf16", "compile": True})
+        rows["ours, bf16, compiled"] = {"compute": {"autocast": "bf16", "compile": True}}
     return rows
 
 
@@ -108,14 +111,14 @@ class _WithUpsampling(nn.Module):
 
 def make_step(args: argparse.Namespace, encoder: str, name: str) -> Callable[[], float]:
     """Returns a function that takes one step of the contestant `name` and returns its loss."""
-    device, batch, settings = torch.device(args.device), make_batch(args), contestants(args)[name]
-    if settings is not None:
-        config = training_config(args, encoder, *settings)
+    device, batch, changes = torch.device(args.device), make_batch(args), contestants(args)[name]
+    if changes is not None:
+        config = training_config(args, encoder, changes)
         state = build_state(config, args.classes, Ranks(device=device))
         if args.device == "cuda":
             batch = batch.map(lambda images: images.pin_memory())
         return lambda: float(train_step(config, state, batch)["loss"])
-    config = training_config(args, encoder, _FAITHFUL, {"channels_last": False})
+    config = training_config(args, encoder, {"cps": _FAITHFUL, "compute": {"channels_last": False}})
     segmenters = build_networks(config, args.classes)
     mean, std = segmenters["a"].mean, segmenters["a"].std
     x, u0, u1 = (

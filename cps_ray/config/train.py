@@ -1,10 +1,17 @@
 """The schema of one training: of the file for `python -m cps_ray.train`, of `train:` in a sweep, and of `best.yaml`."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from cps_ray.config.plugins import ImportPath, is_import_path, load_plugin, load_sink
+from cps_ray.config.schema import parse
 from cps_ray.config.section import RelativePath, Section
+from cps_ray.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -28,6 +35,18 @@ ClassWeights = Annotated[
 """One weight per class, in the order of the classes."""
 ColorMean = tuple[Fraction, Fraction, Fraction]
 ColorStd = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+SupervisedLoss = Literal["ce", "ohem", "dice", "focal", "lovasz"] | ImportPath
+View = Literal["weak", "strong", "elsewhere"]
+"""What a batch may hold of an unlabelled image: `strong` is the weak view's place in other colours, `elsewhere` another place."""
+VIEWS: tuple[tuple[View, ...], ...] = (
+    ("weak",),
+    ("weak", "strong"),
+    ("weak", "strong", "strong"),
+    ("weak", "elsewhere"),
+    ("weak", "elsewhere", "strong"),
+)
+"""What batches can hold of unlabelled images."""
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 _OUR_OPTIONS = {
     "arch": "set model.architecture instead",
@@ -210,18 +229,35 @@ class ScheduleConfig(Section):
 class LossConfig(Section):
     """The supervised loss. Ignored pixels (255) never count."""
 
-    supervised: Literal["ce", "ohem"] = "ce"
+    supervised: SupervisedLoss | Annotated[dict[SupervisedLoss, PositiveFloat], Field(min_length=1)] = "ce"
+    """A loss by its name, or several and their weights, such as {ce: 1.0, dice: 0.5}. `ce`: cross-entropy; `ohem`: that of hard pixels;
+    `dice`, `focal` (gamma 2) and `lovasz` as segmentation-models-pytorch computes them, over the images that pass a network at once; an import
+    path: a function of yours, see CONTRIBUTING.md."""
     ohem_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
     """ohem: pixels whose true class has at most this probability are kept."""
     ohem_min_kept: PositiveInt = 50_000
     """ohem: smallest number of pixels that are kept, per worker and micro-batch."""
     class_weights: ClassWeights | None = None
     """Weight of each class, in the order of the classes of the shards; the loss is divided by the sum of its pixels' weights, as torch's
-    cross-entropy is. None: all count the same."""
+    cross-entropy is, `dice` and `focal` by the sum of all weights. `lovasz` has none. None: all count the same."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss, by its name."""
+        return {self.supervised: 1.0} if isinstance(self.supervised, str) else dict(self.supervised)
+
+    @model_validator(mode="after")
+    def _some_loss_has_class_weights(self) -> Self:
+        if self.class_weights is not None and set(self.weights) == {"lovasz"}:
+            raise ValueError("`class_weights` needs another loss in `supervised`: lovasz has none.")
+        return self
 
 
-class RampedLoss(Section):
-    """A loss on unlabelled images, whose weight may rise at the beginning."""
+class MethodConfig(Section):
+    """A method: its loss on unlabelled images, whose weight may rise at the beginning, and what it wants of batches and networks.
+
+    Base of methods of one's own, too: CONTRIBUTING.md.
+    """
 
     weight: Annotated[float, Field(ge=0.0)]
     start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -234,9 +270,23 @@ class RampedLoss(Section):
     """Whether the padding round an image that is smaller than its crop has this loss, as in the CPS paper's code, or is left out of its
     mean. The telemetry of pseudo labels never counts it."""
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What a batch holds of each unlabelled image; `weak` comes first. Of `strong` there may be two."""
+        return ("weak",)
 
-class PseudoLabelLoss(RampedLoss):
-    """A loss whose targets are hard labels that networks give to unlabelled images."""
+    @property
+    def needs_average(self) -> str:
+        """The setting that needs the averaged weights of `ema`, in words; "" if none does."""
+        return ""
+
+    def num_networks(self, model: ModelConfig) -> int:
+        """Number of networks that are trained."""
+        return 1
+
+
+class PseudoLabelConfig(MethodConfig):
+    """A method whose targets are hard labels that networks give to unlabelled images."""
 
     confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Pixels whose pseudo label has a lower probability are ignored. 0: every pixel counts, as in the CPS paper."""
@@ -267,7 +317,7 @@ class MixConfig(Section):
         return self
 
 
-class CpsConfig(PseudoLabelLoss, MixConfig):
+class CpsConfig(PseudoLabelConfig, MixConfig):
     """Cross pseudo supervision (Chen et al., CVPR 2021), for `method: cps`."""
 
     weight: Annotated[float, Field(ge=0.0)] = 1.5
@@ -299,6 +349,22 @@ class CpsConfig(PseudoLabelLoss, MixConfig):
         """Whether what is pasted is another view of the same image."""
         return self.mix != "none" and self.cutmix_partner == "self"
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The weak view, and another one to learn on or to paste."""
+        if self.student == "strong":
+            return ("weak", "strong")
+        return ("weak", "elsewhere") if self.pastes_other_view else ("weak",)
+
+    @property
+    def needs_average(self) -> str:
+        """Says whether averages are the teachers."""
+        return "cps.teacher: average" if self.teacher == "average" else ""
+
+    def num_networks(self, model: ModelConfig) -> int:
+        """All networks, which teach each other."""
+        return model.networks
+
     @model_validator(mode="after")
     def _one_second_view(self) -> Self:
         if self.student == "strong" and self.pastes_other_view:
@@ -306,15 +372,25 @@ class CpsConfig(PseudoLabelLoss, MixConfig):
         return self
 
 
-class MeanTeacherConfig(RampedLoss):
+class MeanTeacherConfig(MethodConfig):
     """Mean teacher (Tarvainen and Valpola, NeurIPS 2017), for `method: mean_teacher`. The teacher is the network with the averaged
     weights of `ema`."""
 
     weight: Annotated[float, Field(ge=0.0)] = 100.0
     """Weight of the squared difference of probabilities, averaged over pixels and classes; 100 as in the CPS paper's code."""
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The teacher's view and the student's."""
+        return ("weak", "strong")
 
-class FixMatchConfig(PseudoLabelLoss, MixConfig):
+    @property
+    def needs_average(self) -> str:
+        """The average is the teacher."""
+        return "method: mean_teacher"
+
+
+class FixMatchConfig(PseudoLabelConfig, MixConfig):
     """FixMatch (Sohn et al., NeurIPS 2020), for `method: fixmatch`: one network, whose confident labels of weak views are the
     targets for strong views."""
 
@@ -332,6 +408,18 @@ class FixMatchConfig(PseudoLabelLoss, MixConfig):
     """Probability with which each channel between encoder and decoder is dropped in a further pass of the weak view. Its loss then
     has half the weight and that of the strong views the other half, as in UniMatch. 0: no such pass."""
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The view that is labelled, and those to learn on."""
+        if self.view == "weak":
+            return ("weak",)
+        return ("weak", "strong") if self.strong_views == 1 else ("weak", "strong", "strong")
+
+    @property
+    def needs_average(self) -> str:
+        """Says whether the average is the teacher."""
+        return "fixmatch.teacher: average" if self.teacher == "average" else ""
+
     @model_validator(mode="after")
     def _weak_views_are_single(self) -> Self:
         if self.view == "weak" and self.strong_views != 1:
@@ -339,7 +427,7 @@ class FixMatchConfig(PseudoLabelLoss, MixConfig):
         return self
 
 
-class UniMatchConfig(PseudoLabelLoss, MixConfig):
+class UniMatchConfig(PseudoLabelConfig, MixConfig):
     """UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025), for `method: unimatch`: one network, two strong views and perturbed
     features. As in the authors' code the whole loss is halved, the supervised one too: SGD then needs twice the rate of another
     method's for the same step. The loss on masks alone before `start` is not."""
@@ -359,6 +447,16 @@ class UniMatchConfig(PseudoLabelLoss, MixConfig):
     """Drawn for each strong view anew."""
     padding: Literal["count", "ignore"] = "ignore"
     """Whether the padding counts, as with other methods; the authors' code leaves it out."""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The view that is labelled, and two to learn on."""
+        return ("weak", "strong", "strong")
+
+    @property
+    def needs_average(self) -> str:
+        """Says whether the average is the teacher."""
+        return "unimatch.version: v2" if self.version == "v2" else ""
 
 
 class EmaConfig(Section):
@@ -458,14 +556,52 @@ class ResourcesConfig(Section):
     has half the weights, optimizer state and gradient traffic."""
 
 
+@contextmanager
+def _as_value_error(prefix: str = "") -> Iterator[None]:
+    """Makes of a ConfigError, without `prefix`, what pydantic reports beside other faults."""
+    try:
+        yield
+    except ConfigError as err:
+        raise ValueError(str(err).removeprefix(prefix)) from err
+
+
+def _method_class(path: str) -> type[MethodConfig]:
+    """Returns the class at an import path. Raises ConfigError unless it is a method."""
+    plugin = load_plugin("method", path)
+    if not (isinstance(plugin, type) and issubclass(plugin, MethodConfig) and hasattr(plugin, "losses")):
+        raise ConfigError(
+            f"method: {path} must be a subclass of cps_ray.MethodConfig with `losses(self, config, state, micro)`, which yields a dict "
+            "with `loss` for each network in turn."
+        )
+    return plugin
+
+
+@cache
+def _plugged_in(path: str, custom: str) -> MethodConfig:
+    """Returns the method at an import path with the settings `custom`, JSON. Raises ConfigError if either is not what it must be."""
+    settings = parse(_method_class(path), json.loads(custom))
+    if settings.views not in VIEWS:
+        raise ConfigError(
+            f"method: {path}: `views` must be one of {', '.join(map(str, VIEWS))}, but is {settings.views!r}."
+        )
+    return settings
+
+
+METHOD_SETTINGS = ("method", "cps", "mean_teacher", "fixmatch", "unimatch", "custom")
+"""Settings and sections that say what the method does."""
+
+
 class TrainConfig(Section):
     """All settings of one training."""
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, order of images, augmentation and mixing. Which images are labelled has its own, `data.subset_seed`."""
-    method: Literal["supervised", "cps", "mean_teacher", "fixmatch", "unimatch"] = "cps"
+    method: Literal["supervised", "cps", "mean_teacher", "fixmatch", "unimatch"] | ImportPath = "cps"
     """`cps` trains `model.networks` networks on all images. `supervised` trains network a alone on the labelled images: the
-    baseline. `mean_teacher`, `fixmatch` and `unimatch` train network a alone on all images."""
+    baseline. `mean_teacher`, `fixmatch` and `unimatch` train network a alone on all images. An import path: a method of yours, see
+    CONTRIBUTING.md."""
+    custom: dict[str, Any] = Field(default_factory=dict)
+    """Settings of a `method` of yours."""
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
@@ -480,35 +616,82 @@ class TrainConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    sinks: tuple[ImportPath, ...] = ()
+    """Import paths of sinks of yours, which take the metrics of every evaluation as well: CONTRIBUTING.md."""
+
+    @field_validator("sinks")
+    @classmethod
+    def _sinks_are_some(cls, sinks: tuple[str, ...]) -> tuple[str, ...]:
+        with _as_value_error("sinks: "):
+            for path in sinks:
+                load_sink(path)
+        return sinks
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_one(cls, method: str) -> str:
+        if is_import_path(method):
+            with _as_value_error("method: "):
+                _method_class(method)
+        return method
+
+    @field_validator("custom")
+    @classmethod
+    def _custom_fits(cls, custom: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        method = info.data.get("method", "")  # none if it is wrong itself
+        if is_import_path(method):
+            with _as_value_error():
+                return _plugged_in(method, json.dumps(custom)).model_dump(mode="json")
+        if custom and method:
+            raise ValueError(f"is for a method of yours, MODULE:NAME, but method is {method}.")
+        return custom
+
+    @property
+    def settings(self) -> MethodConfig | None:
+        """What the method is set to: the section of its name or, of a plug-in, its own class with `custom`. None: supervised."""
+        if is_import_path(self.method):
+            return _plugged_in(self.method, json.dumps(self.custom))
+        found: MethodConfig | None = getattr(self, self.method, None)
+        return found
+
+    @property
+    def method_name(self) -> str:
+        """The method's name in metrics: that of a plug-in's class, without its module."""
+        return self.method.rpartition(":")[2]
 
     @property
     def networks(self) -> int:
         """Number of networks that are trained."""
-        return self.model.networks if self.method == "cps" else 1
+        return 1 if self.settings is None else self.settings.num_networks(self.model)
 
     @property
     def semi_supervised(self) -> bool:
         """Whether unlabelled images are used."""
-        return self.method != "supervised"
+        return self.settings is not None
 
     @property
     def class_weights(self) -> dict[str, tuple[float, ...]]:
         """Weights of the classes, by the section of the loss that has some."""
-        weights = {name: getattr(section, "class_weights", None) for name, section in self}
+        sections = {name: section for name, section in self if isinstance(section, Section)}
+        if is_import_path(self.method):
+            sections["custom"] = self.settings  # type: ignore[assignment]
+        weights = {name: getattr(section, "class_weights", None) for name, section in sections.items()}
         return {name: found for name, found in weights.items() if found is not None}
 
+    def without_class_weights(self) -> Self:
+        """Returns the same training with all classes weighing the same."""
+        changes: dict[str, Any] = {
+            name: {**self.custom, "class_weights": None}
+            if name == "custom"
+            else getattr(self, name).model_copy(update={"class_weights": None})
+            for name in self.class_weights
+        }
+        return self.model_copy(update=changes)
+
     @property
-    def unlabeled_views(self) -> tuple[Literal["weak", "strong", "elsewhere"], ...]:
-        """What a batch holds of each unlabelled image: `strong` is the weak view's place in other colours, `elsewhere` another place."""
-        if not self.semi_supervised:
-            return ()
-        if self.method == "cps":
-            strong, elsewhere = self.cps.student == "strong", self.cps.pastes_other_view
-            return ("weak", *(("strong",) if strong else ()), *(("elsewhere",) if elsewhere else ()))
-        if self.method == "fixmatch" and self.fixmatch.view == "weak":
-            return ("weak",)
-        twice = self.method == "unimatch" or (self.method == "fixmatch" and self.fixmatch.strong_views == 2)
-        return ("weak", "strong", "strong") if twice else ("weak", "strong")
+    def unlabeled_views(self) -> tuple[View, ...]:
+        """What a batch holds of each unlabelled image."""
+        return () if self.settings is None else self.settings.views
 
     @property
     def num_batch_shards(self) -> int:
@@ -544,22 +727,9 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_mean_teacher_needs_an_average(self) -> Self:
-        if self.method == "mean_teacher" and self.ema.decay is None:
-            raise ValueError(
-                "`ema.decay` must be given with method mean_teacher: the teacher has the averaged weights. 0.99 is usual."
-            )
-        return self
-
-    @model_validator(mode="after")
     def _teachers_from_averages_need_them(self) -> Self:
-        averages = {
-            "cps": ("cps.teacher: average", self.cps.teacher == "average"),
-            "fixmatch": ("fixmatch.teacher: average", self.fixmatch.teacher == "average"),
-            "unimatch": ("unimatch.version: v2", self.unimatch.version == "v2"),
-        }
-        setting, needed = averages.get(self.method, ("", False))
-        if needed and self.ema.decay is None:
+        setting = "" if self.settings is None else self.settings.needs_average
+        if setting and self.ema.decay is None:
             usual = 0.996 if self.method == "unimatch" else 0.99
             raise ValueError(f"`ema.decay` must be given with `{setting}`. {usual} is usual.")
         return self

@@ -53,6 +53,6 @@ def _scheduled(config: TrainConfig, state: TrainState) -> Metrics:
     """Learning rate and loss weight of the last step."""
     step, steps = state.step - 1, config.schedule.steps
     scheduled = {"optim/lr": learning_rate(config.optim, step, steps)}
-    if config.semi_supervised:
-        scheduled[f"{config.method}/weight"] = ramped_weight(getattr(config, config.method), step, steps)
+    if config.settings is not None:
+        scheduled[f"{config.method_name}/weight"] = ramped_weight(config.settings, step, steps)
     return scheduled

@@ -6,15 +6,17 @@ method allows it. So one network's activations are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cps_ray.config.train import NETWORK_NAMES, ComputeConfig, PseudoLabelLoss, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, PseudoLabelConfig, TrainConfig
 from cps_ray.engine.batch import Batch
-from cps_ray.engine.dense import cross_entropy, squared_difference
-from cps_ray.engine.features import Perturb, beside, complementary_dropout, dropout
-from cps_ray.engine.losses import Term, class_weights_on, supervised_term
+from cps_ray.engine.dense import squared_difference
+from cps_ray.engine.features import beside, complementary_dropout, dropout
+from cps_ray.engine.losses import Term, class_weights_on, loss_on_masks, sum_of_terms
+from cps_ray.engine.passes import forward, second_view, strong_views, student_logits, teacher_logits, weak_view
 from cps_ray.engine.pseudo_labels import (
     MicroBatch,
     Seen,
@@ -31,7 +33,8 @@ from cps_ray.engine.pseudo_labels import (
     without_padding,
 )
 from cps_ray.engine.schedules import ramped_weight, started
-from cps_ray.engine.state import TrainState, autocast
+from cps_ray.engine.state import TrainState
+from cps_ray.errors import ConfigError
 
 # L labelled images, U unlabelled images; C classes, H W pixels, h w cells of coarse logits. A tensor's name ends in its dims.
 
@@ -41,18 +44,38 @@ Losses = dict[str, Tensor]
 
 def losses_of_networks(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Yields the losses of one network after the other, by `config.method`; those of masks alone until the method's `start`."""
-    if config.semi_supervised and not started(getattr(config, config.method), state.step, config.schedule.steps):
-        return supervised(config, state, micro)
-    return METHODS[config.method](config, state, micro)
+    settings = config.settings
+    if settings is not None and not started(settings, state.step, config.schedule.steps):
+        return supervised_only(config, state, micro)
+    if config.method in METHODS:
+        return METHODS[config.method](config, state, micro)
+    return _as_promised(config.method, settings.losses(config, state, micro), len(state.networks))  # type: ignore[union-attr]
 
 
-def supervised(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
+def _as_promised(name: str, losses: Any, networks: int) -> Iterator[Losses]:
+    """Passes on what a method of one's own yields. Raises ConfigError where it is not what `train_step` needs."""
+    promise = "A method yields, for each network in turn, a dict of scalar tensors, of which `loss` has a gradient."
+    number = 0
+    if not isinstance(losses, Iterator):
+        raise ConfigError(f"method: {name}.losses must yield, but returned {type(losses).__name__}. {promise}")
+    for number, each in enumerate(losses, 1):
+        scalars = isinstance(each, dict) and all(
+            isinstance(value, Tensor) and not value.dim() for value in each.values()
+        )
+        if number > networks or not scalars or "loss" not in each or not each["loss"].requires_grad:
+            found = f"{[*each]}" if scalars else "something else"
+            raise ConfigError(f"method: {name}.losses yielded {found} at {number} of {networks} networks. {promise}")
+        yield each
+    if number < networks:
+        raise ConfigError(f"method: {name}.losses yielded {number} times for {networks} networks. {promise}")
+
+
+def supervised_only(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains every network on the labelled images alone. With `method: supervised` there is only network a."""
     for name, model in state.models.items():
-        coarse = _forward(config.compute, model, micro.batch.labeled_image)
-        mask_term = supervised_term(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
-        loss, _ = _sum_of_terms(coarse, [mask_term])
-        yield {"loss": loss, f"sup_{name}": loss.detach()}
+        coarse = forward(config.compute, model, micro.batch.labeled_image)
+        loss, supervised, _ = loss_on_masks(config.loss, coarse, micro.batch.labeled_mask, micro.valid_pixels)
+        yield {"loss": loss, f"sup_{name}": supervised}
 
 
 def cps(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
@@ -68,7 +91,7 @@ def _cps_plain(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Ite
     L_cps(unlabelled) = CE(P1, Y2) + CE(P2, Y1), where Y is the arg-max of P; `images: all` adds the same on labelled images.
     """
     settings, batch = config.cps, micro.batch
-    image_U3HW, _ = _views(batch)
+    image_U3HW = weak_view(batch)
     everywhere = settings.images == "all"
     # Y1 and Y2 must both exist before either loss: all networks go forward first, and all activations are held at once.
     students = {name: _student_logits(config, model, batch, image_U3HW) for name, model in state.models.items()}
@@ -130,47 +153,49 @@ def _cps_losses(
     own = NETWORK_NAMES.index(name)
     mean = mean / (len(labels_U) - 1)
     weight = ramped_weight(config.cps, state.step, config.schedule.steps)
-    mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms_L = _sum_of_terms(coarse_LChw, [mask_term, *_peer_terms(config.cps, labels_L, own, weight * mean)])
-    loss_U, terms_U = _sum_of_terms(coarse_UChw, _peer_terms(config.cps, labels_U, own, weight * mean))
-    cross = (terms_L[1:].sum() + terms_U.sum()) * mean
-    return {"loss": loss_L + loss_U, f"sup_{name}": terms_L[0] * mask_term.weight, "cps": cross}
+    loss_L, supervised, terms_L = loss_on_masks(
+        config.loss,
+        coarse_LChw,
+        micro.batch.labeled_mask,
+        micro.valid_pixels,
+        _peer_terms(config.cps, labels_L, own, weight * mean),
+    )
+    loss_U, terms_U = sum_of_terms(coarse_UChw, _peer_terms(config.cps, labels_U, own, weight * mean))
+    cross = (terms_L.sum() + terms_U.sum()) * mean
+    return {"loss": loss_L + loss_U, f"sup_{name}": supervised, "cps": cross}
 
 
 def mean_teacher(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains network a to predict on strong views what its averaged self predicts on the weak ones: the squared difference of
     their probabilities (Tarvainen and Valpola, NeurIPS 2017)."""
-    settings, (weak, strong) = config.mean_teacher, _views(micro.batch)
-    teacher_U = _teacher_logits(config.compute, state.averages["a"], weak, batch_statistics=False)
+    settings, weak, strong = config.mean_teacher, weak_view(micro.batch), second_view(micro.batch)
+    teacher_U = teacher_logits(config.compute, state.averages["a"], weak)
     padding, _ = paddings(settings, micro)
     if micro.observe:
         count_labels(micro, [pseudo_labels(micro, teacher_U, padding)], padding)
     counted = counted_pixels(settings, padding)
-    coarse_L, coarse_U = _student_logits(config, state.models["a"], micro.batch, strong)
-    mask_term = supervised_term(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
-    loss_L, terms = _sum_of_terms(coarse_L, [mask_term])
+    coarse_L, coarse_U = student_logits(config.compute, state.models["a"], micro.batch, strong)
+    loss_L, supervised, _ = loss_on_masks(config.loss, coarse_L, micro.batch.labeled_mask, micro.valid_pixels)
     mean = mean_over_pixels(settings, state, padding) / coarse_U.shape[1]
     weight = ramped_weight(settings, state.step, config.schedule.steps)
     loss_U, difference = squared_difference(coarse_U, teacher_U, counted, weight * mean)
-    yield {"loss": loss_L + loss_U, "sup_a": terms[0] * mask_term.weight, "consistency": difference[0] * mean}
+    yield {"loss": loss_L + loss_U, "sup_a": supervised, "consistency": difference[0] * mean}
 
 
 def fixmatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Iterator[Losses]:
     """Trains network a on its own sure labels of weak views, applied to strong ones that CutMix has mixed (Sohn et al., NeurIPS
     2020; for segmentation as in Yang et al., CVPR 2023)."""
-    settings, model, weak = config.fixmatch, state.models["a"], _views(micro.batch)[0]
+    settings, model, weak = config.fixmatch, state.models["a"], weak_view(micro.batch)
     # Evaluation mode: with batch statistics of the weak views the labels of one image would depend on the others.
     teacher = (state.averages if settings.teacher == "average" else state.networks)["a"]
-    teacher_U = _teacher_logits(config.compute, teacher, weak, batch_statistics=False)
-    padding, _ = paddings(settings, micro)
-    labels = [sure_labels(settings, state.ranks, micro, teacher_U, padding)]
-    count_labels(micro, labels, padding)  # before mixing: coverage is of whole images
-    labels = without_padding(settings, labels, padding)
-    views = [weak] if settings.view == "weak" else _strong_views(micro.batch)[: settings.strong_views]
+    teacher_U = teacher_logits(config.compute, teacher, weak)
+    label, padding = label_images(settings, state, micro, teacher_U)
+    labels = [label]
+    views = [weak] if settings.view == "weak" else strong_views(micro.batch, settings.strong_views)
     seen = mixed_views(settings, config.seed, state, micro, views, labels, padding)
-    coarse_L, coarse_U = _student_logits(config, model, micro.batch, torch.cat([image for image, _, _ in seen]))
+    coarse_L, coarse_U = student_logits(config.compute, model, micro.batch, torch.cat([image for image, _, _ in seen]))
     dropped_U = (
-        _forward(config.compute, model, weak, dropout(settings.feature_dropout)) if settings.feature_dropout else None
+        forward(config.compute, model, weak, dropout(settings.feature_dropout)) if settings.feature_dropout else None
     )
     yield _consistency_losses(
         config, settings, state, micro, coarse_L, coarse_U, seen, dropped_U, (weak, labels, padding)
@@ -183,15 +208,15 @@ def unimatch(config: TrainConfig, state: TrainState, micro: MicroBatch) -> Itera
 
     L = (L_sup + weight L_u) / 2. v1: L_u = (mean of the strong views + dropped features) / 2; v2: the mean of the strong views.
     """
-    settings, weak, v2 = config.unimatch, _views(micro.batch)[0], config.unimatch.version == "v2"
+    settings, weak, v2 = config.unimatch, weak_view(micro.batch), config.unimatch.version == "v2"
     coarse_L, teachers_U, dropped_U = _unimatch_weak_pass(config, state, micro)
     padding, _ = paddings(settings, micro)
     labels = [sure_labels(settings, state.ranks, micro, teacher_U, padding) for teacher_U in teachers_U]
     own, pasted = without_padding(settings, [labels[0]], padding), without_padding(settings, [labels[-1]], padding)
     count_labels(micro, labels[:1], padding)
-    seen = mixed_views(settings, config.seed, state, micro, _strong_views(micro.batch), own, padding, pasted)
+    seen = mixed_views(settings, config.seed, state, micro, strong_views(micro.batch), own, padding, pasted)
     perturb = complementary_dropout(settings.feature_dropout) if v2 else None
-    coarse_U = _forward(config.compute, state.models["a"], torch.cat([image for image, _, _ in seen]), perturb)
+    coarse_U = forward(config.compute, state.models["a"], torch.cat([image for image, _, _ in seen]), perturb)
     losses = _consistency_losses(
         config, settings, state, micro, coarse_L, coarse_U, seen, dropped_U, (weak, own, padding)
     )
@@ -203,21 +228,21 @@ def _unimatch_weak_pass(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Coarse logits of the labelled images; those, without gradient, that label a weak view where it stays itself and, if they are
     others, where it is pasted into another image; with v1, those of its dropped features."""
-    compute, model, labeled, weak = config.compute, state.models["a"], micro.batch.labeled_image, _views(micro.batch)[0]
+    compute, model, labeled, weak = config.compute, state.models["a"], micro.batch.labeled_image, weak_view(micro.batch)
     v2 = config.unimatch.version == "v2"
     teacher = (state.averages if v2 else state.networks)["a"]
-    teacher_U = _teacher_logits(compute, teacher, weak, batch_statistics=False)
+    teacher_U = teacher_logits(compute, teacher, weak)
     if v2:
-        return _forward(compute, model, labeled), [teacher_U], None
+        return forward(compute, model, labeled), [teacher_U], None
     # Where it stays itself, the pass that learns labels an image, hence batch statistics: so does the authors' code.
     perturb = beside(dropout(config.unimatch.feature_dropout))
-    coarse = _forward(compute, model, torch.cat([labeled, weak]), perturb)
+    coarse = forward(compute, model, torch.cat([labeled, weak]), perturb)
     coarse_L, coarse_U, _, dropped_U = torch.split(coarse, [len(labeled), len(weak)] * 2)
     return coarse_L, [coarse_U.detach(), teacher_U], dropped_U
 
 
 METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Losses]]] = {
-    "supervised": supervised,
+    "supervised": supervised_only,
     "cps": cps,
     "mean_teacher": mean_teacher,
     "fixmatch": fixmatch,
@@ -228,64 +253,22 @@ METHODS: dict[str, Callable[[TrainConfig, TrainState, MicroBatch], Iterator[Loss
 # ---------------------------------------------------------------------------------------------------- shared parts
 
 
-def _views(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the unlabelled images as they come, and their second view if there is one, else the same: (U, 3, H, W) each."""
-    image = batch.unlabeled_image
-    if image is None:
-        raise ValueError("every method but `supervised` needs `unlabeled_image` in its batches.")
-    return image, image if batch.unlabeled_second is None else batch.unlabeled_second
-
-
-def _strong_views(batch: Batch) -> list[Tensor]:
-    """Returns two strong views of the unlabelled images, (U, 3, H, W) each; where there is but one, twice the same."""
-    second = _views(batch)[1]
-    return [second, second if batch.unlabeled_third is None else batch.unlabeled_third]
-
-
-def _forward(compute: ComputeConfig, model: nn.Module, image_B3HW: Tensor, perturb: Perturb | None = None) -> Tensor:
-    """Coarse logits (B, C, h, w), with gradient. `perturb` changes the features that the decoder sees, and may change B."""
-    with autocast(compute.autocast, image_B3HW.device):
-        coarse: Tensor = model(image_B3HW) if perturb is None else model(image_B3HW, perturb=perturb)
-    return coarse
-
-
 def _student_logits(config: TrainConfig, model: nn.Module, batch: Batch, image_U3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Coarse logits of the labelled and of these unlabelled images: in one pass, or in the order of the paper's code."""
-    labeled = batch.labeled_image.shape[0]
-    if config.method != "cps" or config.cps.forwards == "joint":
-        coarse = _forward(config.compute, model, torch.cat([batch.labeled_image, image_U3HW]))
-        return coarse[:labeled], coarse[labeled:]
+    """Coarse logits of the labelled and of these unlabelled images, by `cps.forwards`."""
+    compute = config.compute
+    if config.cps.forwards == "joint":
+        return student_logits(compute, model, batch, image_U3HW)
     # Two passes update batch norm's running statistics twice, and the kind that comes last weighs most in them. The
     # paper's code has the unlabelled images first with CutMix, and last without.
     if config.cps.mix != "none":
-        coarse_U = _forward(config.compute, model, image_U3HW)
-        return _forward(config.compute, model, batch.labeled_image), coarse_U
-    return _forward(config.compute, model, batch.labeled_image), _forward(config.compute, model, image_U3HW)
-
-
-@torch.no_grad()
-def _teacher_logits(
-    compute: ComputeConfig, network: nn.Module, image_U3HW: Tensor, *, batch_statistics: bool
-) -> Tensor:
-    """Coarse logits (U, C, h, w) of a network that does not learn from this pass.
-
-    `batch_statistics`: whether its norms take those of the batch, and update their running ones, as in training.
-    """
-    mode = network.training
-    network.train(batch_statistics)
-    coarse = _forward(compute, network, image_U3HW)
-    network.train(mode)
-    return coarse
-
-
-def _sum_of_terms(coarse_BChw: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """Returns the weighted sum of cross-entropies, with gradient, and each of them (K,) without weight or gradient."""
-    return cross_entropy(coarse_BChw, *map(list, zip(*terms, strict=True)))
+        coarse_U = forward(compute, model, image_U3HW)
+        return forward(compute, model, batch.labeled_image), coarse_U
+    return forward(compute, model, batch.labeled_image), forward(compute, model, image_U3HW)
 
 
 def _consistency_losses(
     config: TrainConfig,
-    settings: PseudoLabelLoss,
+    settings: PseudoLabelConfig,
     state: TrainState,
     micro: MicroBatch,
     coarse_LChw: Tensor,
@@ -296,23 +279,51 @@ def _consistency_losses(
 ) -> Losses:
     """Losses of network a: L_sup + weight * L_u, where L_u is the mean over the views `seen`, whose logits stand one behind the other in
     `coarse_UChw`; with `dropped_UChw`, of features of the `weak` view, half of that and half of theirs."""
-    mask_term = supervised_term(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
-    loss, terms = _sum_of_terms(coarse_LChw, [mask_term])
-    losses = {"sup_a": terms[0] * mask_term.weight}
-    weight = ramped_weight(settings, state.step, config.schedule.steps)
-    parts = [("pseudo", coarse_UChw, seen, weight)]
+    loss, supervised, _ = loss_on_masks(config.loss, coarse_LChw, micro.batch.labeled_mask, micro.valid_pixels)
+    losses = {"sup_a": supervised}
+    parts = [("pseudo", coarse_UChw, seen, 1.0)]
     if dropped_UChw is not None:
-        parts = [("pseudo", coarse_UChw, seen, weight / 2.0), ("pseudo_dropped", dropped_UChw, [weak], weight / 2.0)]
-    for name, coarse_BChw, views, part_weight in parts:
-        for coarse_UChw, (_, labels, padding) in zip(coarse_BChw.chunk(len(views)), views, strict=True):
-            mean = mean_over_pixels(settings, state, padding) / len(views)
-            more, terms = _sum_of_terms(coarse_UChw, _peer_terms(settings, labels, None, part_weight * mean))
-            loss, losses[name] = loss + more, losses.get(name, 0.0) + terms[0] * mean
+        parts = [("pseudo", coarse_UChw, seen, 0.5), ("pseudo_dropped", dropped_UChw, [weak], 0.5)]
+    for name, coarse_BChw, views, fraction in parts:
+        for coarse_UChw, (_, (label,), padding) in zip(coarse_BChw.chunk(len(views)), views, strict=True):
+            more, mean = loss_on_labels(config, settings, state, coarse_UChw, label, padding, fraction / len(views))
+            loss, losses[name] = loss + more, losses.get(name, 0.0) + mean / len(views)
     return {"loss": loss, **losses}
 
 
+def label_images(
+    settings: PseudoLabelConfig, state: TrainState, micro: MicroBatch, teacher_UChw: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Makes pseudo labels of a network's coarse logits for the unlabelled images, and measures them.
+
+    Returns the labels, uint8 (U, H, W), IGNORE where they are not sure enough or are not to count, and where the images are padding,
+    bool (U, H, W).
+    """
+    padding, _ = paddings(settings, micro)
+    labels = [sure_labels(settings, state.ranks, micro, teacher_UChw, padding)]
+    count_labels(micro, labels, padding)  # before any mixing: coverage is of whole images
+    return without_padding(settings, labels, padding)[0], padding
+
+
+def loss_on_labels(
+    config: TrainConfig,
+    settings: PseudoLabelConfig,
+    state: TrainState,
+    coarse_UChw: Tensor,
+    label_UHW: Tensor,
+    padding_UHW: Tensor,
+    fraction: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns `fraction` of the method's weight of this step times the cross-entropy on pseudo labels, with gradient; and the mean
+    cross-entropy itself, without."""
+    weight = fraction * ramped_weight(settings, state.step, config.schedule.steps)
+    mean = mean_over_pixels(settings, state, padding_UHW)
+    loss, terms = sum_of_terms(coarse_UChw, _peer_terms(settings, [label_UHW], None, weight * mean))
+    return loss, terms[0] * mean
+
+
 def _peer_terms(
-    settings: PseudoLabelLoss, labels: Sequence[Tensor], own: int | None, weight: Tensor | float
+    settings: PseudoLabelConfig, labels: Sequence[Tensor], own: int | None, weight: Tensor | float
 ) -> list[Term]:
     """Terms of the labels (B, H, W) of all networks but `own`."""
     return [
@@ -331,7 +342,8 @@ def _labeled_by_teachers(
     The partner is another image, the successor in the global batch, or another view of the same one.
     """
     settings, batch = config.cps, micro.batch
-    weak, second = _views(batch)
+    weak = weak_view(batch)
+    second = second_view(batch) if len(settings.views) > 1 else weak
     # A successor is labelled as an image of the batch anyhow: only another view needs labels of its own.
     apart = settings.pastes_other_view
     views = [weak, second] if apart else [weak]
@@ -344,7 +356,7 @@ def _labeled_by_teachers(
     own = []
     # `networks` and not `models`: DDP's wrapper would wait for a backward pass.
     for teacher in (state.averages if by_average else state.networks).values():
-        coarse = [_teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
+        coarse = [teacher_logits(config.compute, teacher, each, batch_statistics=batch_statistics) for each in passes]
         own.append(sure_labels(settings, state.ranks, micro, torch.cat(coarse), torch.cat(paddings)))
     labels = [torch.chunk(each, len(views)) for each in state.ranks.exchange(own)]  # by network, then by view
     by_view = [

@@ -1,12 +1,14 @@
 """Architectures, encoders, weights and options by name: what smp and timm know, and the sentence for what they do not."""
 
 import inspect
+from functools import cache
 from typing import Any
 
+from cps_ray.config.plugins import is_import_path, load_plugin
 from cps_ray.config.train import NetworkConfig
 from cps_ray.engine.deeplab import ARCHITECTURE, check_deeplab
 from cps_ray.errors import ConfigError
-from cps_ray.text import did_you_mean
+from cps_ray.text import did_you_mean, first_line
 
 
 def check_names(config: NetworkConfig) -> None:
@@ -14,12 +16,16 @@ def check_names(config: NetworkConfig) -> None:
     import segmentation_models_pytorch as smp
 
     architectures = [*(name.lower() for name in smp.MODEL_ARCHITECTURES_MAPPING), ARCHITECTURE]
-    if config.architecture.lower() not in architectures:
+    if is_import_path(config.architecture):
+        load_plugin("model.architecture", config.architecture)
+    elif config.architecture.lower() not in architectures:
         raise ConfigError(_unknown("model.architecture", config.architecture, architectures))
-    if config.architecture == ARCHITECTURE:
+    elif config.architecture == ARCHITECTURE:
         check_deeplab(config.encoder)
     else:
         _check_options(config)
+    if is_import_path(config.encoder):
+        register_encoder(config.encoder)
     if config.encoder.startswith("tu-"):
         import timm
 
@@ -34,6 +40,29 @@ def check_names(config: NetworkConfig) -> None:
     tags = list(smp.encoders.encoders[config.encoder].get("pretrained_settings", {}))
     if config.weights != "none" and config.weights not in tags:
         raise ConfigError(_unknown("model.weights", config.weights, ["none", *tags]))
+
+
+@cache
+def register_encoder(path: str) -> None:
+    """Makes the encoder at an import path known to smp, under that name, after a trial of it. Raises ConfigError."""
+    import segmentation_models_pytorch as smp
+    import torch
+
+    encoder = load_plugin("model.encoder", path)
+    try:
+        built = encoder(depth=5, output_stride=32).eval()
+        with torch.no_grad():
+            maps = [tuple(each.shape) for each in built(torch.zeros(1, 3, 64, 64))]
+        wanted = [(1, channels, 64 >> level, 64 >> level) for level, channels in enumerate(built.out_channels)]
+        problem = "" if maps == wanted and len(maps) == 6 else f"maps an image of 64x64 px to {maps}"
+    except Exception as err:  # plug-ins raise what they like
+        problem = f"fails with {type(err).__name__}: {first_line(err).rstrip('.')}"
+    if problem:
+        raise ConfigError(
+            f"model.encoder: {path}: {problem}. An encoder is an nn.Module and smp's EncoderMixin, made as ENCODER(depth=, output_stride=): it "
+            "maps images (B, 3, H, W) to themselves and 5 maps, each half the size of the one before, of `out_channels` channels."
+        )
+    smp.encoders.encoders[path] = {"encoder": encoder, "pretrained_settings": {}, "params": {}}
 
 
 def _check_options(config: NetworkConfig) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cps_ray.config.plugins import is_import_path, load_plugin
 from cps_ray.config.train import NETWORK_NAMES, NetworkConfig, OptionValue, TrainConfig
 from cps_ray.engine.deeplab import ARCHITECTURE, build_deeplab
 from cps_ray.engine.dense import STRIDE, padded, upsample
@@ -144,6 +145,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
 def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
     if config.architecture == ARCHITECTURE:
         return build_deeplab(config.encoder, weights, num_classes, **config.options)  # type: ignore[arg-type]
+    if is_import_path(config.architecture):
+        return _plugged_in(config, weights, num_classes)
     import segmentation_models_pytorch as smp  # late: takes seconds, and commands that build nothing load this module, too
 
     network: nn.Module = smp.create_model(
@@ -155,6 +158,18 @@ def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.
     )
     if config.architecture.lower() == DPT:
         fit_patches(network)
+    return network
+
+
+def _plugged_in(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:
+    build = load_plugin("model.architecture", config.architecture)
+    network = build(encoder_name=config.encoder, encoder_weights=weights, classes=num_classes, **config.options)
+    if not (isinstance(network, nn.Module) and isinstance(getattr(network, "encoder", None), nn.Module)):
+        raise ConfigError(
+            f"model.architecture: {config.architecture} must return an nn.Module with an `encoder`, but returned {type(network).__name__}. "
+            "An architecture is called with encoder_name=, encoder_weights=, classes= and the options, and maps normalised images "
+            "(B, 3, H, W), float, sides multiples of 32, to logits (B, classes, h, w) of any size."
+        )
     return network
 
 

@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from cps_ray.config.schema import Where, dotted, first_sentences, settings
 from cps_ray.config.sweep import ChoiceParam, SweepConfig
-from cps_ray.config.train import ComputeConfig, NetworkConfig, TrainConfig
+from cps_ray.config.train import METHOD_SETTINGS, ComputeConfig, LossConfig, NetworkConfig, TrainConfig
 from cps_ray.config.variants import Variant, variants
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.engine.batch import Batch
 from cps_ray.engine.evaluation import predict, window_of
-from cps_ray.engine.methods import METHODS, losses_of_networks
+from cps_ray.engine.losses import check_losses
+from cps_ray.engine.methods import losses_of_networks
 from cps_ray.engine.names import check_names, timm_cfg
 from cps_ray.engine.networks import Segmenter, build_network
 from cps_ray.engine.normalisation import planned_normalisation
@@ -108,9 +109,10 @@ _ON_META: dict[Any, Callable[..., Tensor]] = {
 class Preflight:
     """Tries trainings, each once."""
 
-    def __init__(self, num_classes: int = _CLASSES, image_sizes: Sequence[Size] = ()) -> None:
-        """`image_sizes`: of the images that will be evaluated; empty: not known yet, and only crops are tried."""
-        self._num_classes = num_classes
+    def __init__(self, num_classes: int | None = None, image_sizes: Sequence[Size] = ()) -> None:
+        """`num_classes`: None where it is not known yet. `image_sizes`: of the images that will be evaluated; empty: not known yet, and only
+        crops are tried."""
+        self._known_classes, self._num_classes = num_classes, num_classes or _CLASSES
         # If all images are of one size, it is both. Encoders of one fixed size do not take both of two sizes.
         self._image_sizes = dict.fromkeys(
             (max(image_sizes, key=_area), min(image_sizes, key=_area)) if image_sizes else ()
@@ -133,7 +135,8 @@ class Preflight:
         try:
             networks = {place: self._network(place, form) for place, form in forms.items()}
             for place, network in networks.items():
-                _try_crop(place, forms[place], network, config.data.crop_px)
+                _try_crop(place, forms[place], network, config.data.crop_px, self._num_classes)
+            _try_losses(config.loss, self._known_classes)
             _try_step(config, [*networks.values()])
             for place, network in networks.items():
                 for size in self._image_sizes:
@@ -197,7 +200,7 @@ def _is_decisive(sweep: SweepConfig, name: str) -> bool:
         return True
     # How a method divides its images into passes matters where one image may pass alone.
     in_words = isinstance(param, ChoiceParam) and all(isinstance(value, str) for value in param.values)
-    return 1 in _images(sweep.train) and section in METHODS and (in_words or name.endswith(".start"))
+    return 1 in _images(sweep.train) and section in METHOD_SETTINGS and (in_words or name.endswith(".start"))
 
 
 def _fault_of(preflight: Preflight, sweep: SweepConfig, variant: Variant) -> TrialFault | None:
@@ -215,7 +218,7 @@ def _area(size: Size) -> int:
 def _what_decides(config: TrainConfig) -> list[Any]:
     """Returns what the outcome of a trial depends on, beside the data."""
     form = (config.model, config.networks, config.data.crop_px, config.evaluation)
-    return [*form, *_images(config), config.method, getattr(config, config.method, None), config.loss.supervised]
+    return [*form, *_images(config), config.method, config.settings, config.loss]
 
 
 def _images(config: TrainConfig) -> tuple[int, int]:
@@ -269,22 +272,21 @@ def _image(count: int, size: Size) -> Tensor:
     return torch.empty(count, 3, *size, dtype=torch.uint8, device=_META)
 
 
-def _runs(network: Segmenter, size: Size) -> str:
-    """Returns "" if the network takes an image of this size, else what it says."""
+def _runs(network: Segmenter, size: Size, num_classes: int | None = None) -> str:
+    """Returns "" if the network takes an image of this size, and has logits of `num_classes`, else what it says."""
     network.eval()
     try:
         with torch.no_grad(), _shapes_only():
             coarse = network(_image(1, size))
     except Exception as err:  # networks come from elsewhere, and raise what they like
         return first_line(err)[:200].rstrip(".")
-    shape = tuple(coarse.shape) if isinstance(coarse, Tensor) else type(coarse).__name__
-    return (
-        "" if isinstance(coarse, Tensor) and coarse.dim() == 4 else f"its output must be (1, C, h, w), but is {shape}"
-    )
+    shape = tuple(coarse.shape) if isinstance(coarse, Tensor) else (type(coarse).__name__,)
+    as_it_must = len(shape) == 4 and shape[0] == 1 and num_classes in (None, shape[1])
+    return "" if as_it_must else f"its output must be (1, {num_classes or 'C'}, h, w), but is {shape}"
 
 
-def _try_crop(place: str, form: NetworkConfig, network: Segmenter, crop_px: Size) -> None:
-    problem = _runs(network, crop_px)
+def _try_crop(place: str, form: NetworkConfig, network: Segmenter, crop_px: Size, num_classes: int) -> None:
+    problem = _runs(network, crop_px, num_classes)
     if problem:
         raise _DoesNotRunError(
             f"{form.encoder} in {form.architecture} does not take crops of {_px(crop_px)} (data.crop_px): {problem}."
@@ -319,26 +321,32 @@ def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Se
         ) from err
 
 
+def _try_losses(loss: LossConfig, num_classes: int | None) -> None:
+    try:
+        check_losses(loss, num_classes)
+    except ConfigError as err:
+        name, _, text = str(err).partition(": ")
+        raise _DoesNotRunError(text, name) from err
+
+
 def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
     """Takes the losses of one micro-batch, as the method has them, forward and back: in the last step, and in the first, which may be one
     before the method's `start`."""
     # Without weights of classes, whose number may not be known yet: the data's own check counts them.
-    unweighted = {
-        name: getattr(config, name).model_copy(update={"class_weights": None}) for name in config.class_weights
-    }
-    quick = config.model_copy(update={"compute": ComputeConfig(), **unweighted})
+    quick = config.without_class_weights().model_copy(update={"compute": ComputeConfig()})
     count_L, count_U = _images(config)
     crop = config.data.crop_px
     mask = torch.empty(count_L, *crop, dtype=torch.uint8, device=_META)
-    image_U = _image(count_U, crop) if count_U else None
-    batch = Batch(_image(count_L, crop), mask, image_U, image_U, image_U)
+    # As many views as the method has declared.
+    views = [*(_image(count_U, crop) for _ in config.unlabeled_views), None, None, None]
+    batch = Batch(_image(count_L, crop), mask, *views[:3])
     # Two networks of one form are one here, and a third is of a form that has been tried.
     named = dict(zip("ab"[: config.networks], [*networks, *networks], strict=False))
     for network in networks:
         network.train()
     state = TrainState(named, dict(named), {}, dict(named), {}, Ranks(device=_META))  # type: ignore[arg-type]
     micro = MicroBatch(batch, 0, torch.ones((), device=_META), observe=False)
-    starts = getattr(getattr(config, config.method, None), "start", 0.0) > 0.0
+    starts = config.settings is not None and config.settings.start > 0.0
     try:
         for state.step in (0, config.schedule.steps - 1) if starts else (0,):
             with _shapes_only():
@@ -346,6 +354,8 @@ def _try_step(config: TrainConfig, networks: Sequence[Segmenter]) -> None:
                     losses["loss"].backward()  # type: ignore[no-untyped-call]
     except _OneValueError as err:
         raise _batch_of_one(config) from err
+    except ConfigError as err:  # of a method of one's own
+        raise _DoesNotRunError(str(err).removeprefix("method: "), "method", "custom") from err
     except Exception as err:  # see `_runs`
         raise _DoesNotRunError(
             f"a step of method {config.method} on crops of {_px(crop)} fails in {config.model.architecture} with "
@@ -371,17 +381,7 @@ def _batch_of_one(config: TrainConfig) -> _DoesNotRunError:
         f"maps of one cell, but method {config.method} passes 1 alone ({given}). Raise the batch"
         f"{', lower compute.accumulate' if count > 1 else ''} or choose an architecture without pooling to one cell, such as unet.",
         *(f"data.{name}" for name in small),
-        *(
-            "compute.accumulate",
-            "method",
-            "cps",
-            "fixmatch",
-            "mean_teacher",
-            "unimatch",
-            "model.architecture",
-            "model.encoder",
-            "model.b",
-        ),
+        *("compute.accumulate", *METHOD_SETTINGS, "model.architecture", "model.encoder", "model.b"),
     )
 
 

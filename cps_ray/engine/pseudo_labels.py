@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import MixConfig, PseudoLabelLoss, RampedLoss
+from cps_ray.config.train import MethodConfig, MixConfig, PseudoLabelConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.dense import certainty, confidence_by_class, hard_labels
 from cps_ray.engine.mixing import classmix_masks, cutmix_masks, paste
@@ -50,7 +50,7 @@ def pseudo_labels(micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor, c
 
 
 def sure_labels(
-    settings: PseudoLabelLoss, ranks: Ranks, micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor
+    settings: PseudoLabelConfig, ranks: Ranks, micro: MicroBatch, coarse_BChw: Tensor, padding_BHW: Tensor
 ) -> Tensor:
     """Hard labels: uint8 (B, H, W), IGNORE where they are not sure enough for `confidence` or for `class_fraction`."""
     labels = pseudo_labels(micro, coarse_BChw, padding_BHW, settings.confidence)
@@ -74,7 +74,7 @@ def count_labels(micro: MicroBatch, labels: Sequence[Tensor], padding_BHW: Tenso
         micro.measured["labels"] = counts.view(shape)
 
 
-def paddings(settings: RampedLoss, micro: MicroBatch, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+def paddings(settings: MethodConfig, micro: MicroBatch, everywhere: bool = False) -> tuple[Tensor, Tensor]:
     """Where the unlabelled views, and with `everywhere` the labelled ones, are padding: bool (U, H, W) and (L, H, W), else (0, H, W).
 
     All false where neither the loss nor the telemetry asks.
@@ -88,7 +88,7 @@ def paddings(settings: RampedLoss, micro: MicroBatch, everywhere: bool = False) 
     )
 
 
-def padding_of_view(settings: RampedLoss, micro: MicroBatch, image_B3HW: Tensor, box_B4: Tensor | None) -> Tensor:
+def padding_of_view(settings: MethodConfig, micro: MicroBatch, image_B3HW: Tensor, box_B4: Tensor | None) -> Tensor:
     """Where a view is padding, outside its box: bool (B, H, W). All false where neither the loss nor the telemetry asks."""
     height, width = micro.size
     if box_B4 is None or not len(image_B3HW) or not (micro.observe or settings.padding == "ignore"):
@@ -99,19 +99,19 @@ def padding_of_view(settings: RampedLoss, micro: MicroBatch, image_B3HW: Tensor,
     return (row_H1 < top) | (row_H1 >= bottom) | (column_W < left) | (column_W >= right)
 
 
-def counted_pixels(settings: RampedLoss, padding_BHW: Tensor) -> Tensor:
+def counted_pixels(settings: MethodConfig, padding_BHW: Tensor) -> Tensor:
     """Where the loss is taken: bool (B, H, W)."""
     return ~padding_BHW if settings.padding == "ignore" else torch.ones_like(padding_BHW)
 
 
-def without_padding(settings: RampedLoss, labels: Sequence[Tensor], padding_BHW: Tensor) -> list[Tensor]:
+def without_padding(settings: MethodConfig, labels: Sequence[Tensor], padding_BHW: Tensor) -> list[Tensor]:
     """Labels (B, H, W) each, with IGNORE in the padding if it is not to count."""
     if settings.padding == "count":
         return list(labels)
     return [label.masked_fill(padding_BHW, IGNORE) for label in labels]
 
 
-def mean_over_pixels(settings: RampedLoss, state: TrainState, padding_BHW: Tensor) -> Tensor | float:
+def mean_over_pixels(settings: MethodConfig, state: TrainState, padding_BHW: Tensor) -> Tensor | float:
     """One over the pixels of a batch shard's micro-batch, or over those that are no padding: their mean over the batch shards.
 
     An unsure (IGNORE) pixel counts as zero loss, as in FixMatch. So the divisor is the same on every rank, and the loss does not depend

@@ -3,7 +3,7 @@
 import math
 from typing import assert_never
 
-from cps_ray.config.train import OptimConfig, RampedLoss
+from cps_ray.config.train import MethodConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -21,12 +21,12 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     assert_never(optim.decay)
 
 
-def started(loss: RampedLoss, step: int, total_steps: int) -> bool:
+def started(loss: MethodConfig, step: int, total_steps: int) -> bool:
     """Whether a loss on unlabelled images has begun at `step`."""
     return step >= loss.start * total_steps
 
 
-def ramped_weight(loss: RampedLoss, step: int, total_steps: int) -> float:
+def ramped_weight(loss: MethodConfig, step: int, total_steps: int) -> float:
     """Weight of a loss on unlabelled images at `step`: 0 at first, `loss.weight` from the end of the ramp on."""
     if not started(loss, step, total_steps):
         return 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import PseudoLabelLoss, ScheduleConfig, TrainConfig
+from cps_ray.config.train import PseudoLabelConfig, ScheduleConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, Batch
 from cps_ray.engine.ranks import Ranks
 from cps_ray.errors import DivergedError
@@ -213,8 +213,8 @@ def is_kept_up(config: TrainConfig, metrics: Metrics) -> bool:
     chance are not ended either: one of them may be good, and whether it is, its scores say.
     """
     # Not those of mean_teacher: its squared difference keeps the probabilities of rarer classes alive.
-    labels_are_hard = isinstance(getattr(config, config.method, None), PseudoLabelLoss)
-    they_count = metrics.get(f"{config.method}/weight", 0.0) > 0.0
+    labels_are_hard = isinstance(config.settings, PseudoLabelConfig)
+    they_count = metrics.get(f"{config.method_name}/weight", 0.0) > 0.0
     one_class = metrics.get("pseudo/coverage", 0.0) * metrics.get("pseudo/top_fraction", 0.0) >= _ONE_CLASS
     by_both = metrics.get("pseudo/agreement", 1.0) >= _ONE_CLASS  # not measured of a single network
     masks_show_more = metrics.get("labeled/top_fraction", 1.0) <= _SHOW_MORE

@@ -1,15 +1,22 @@
 """Our own numbers among Ray's metrics: `ray_cps_*`, scraped by Prometheus, seen in Grafana."""
 
-from typing import Any
+from pathlib import Path
+
+from cps_ray.config.plugins import Sink
+from cps_ray.config.train import TrainConfig
 
 
-class TrainGauges:
+class TrainGauges(Sink):
     """Gauges of one training, set by rank 0 at each evaluation."""
 
-    def __init__(self, sweep: str, run: str) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, step: int, sweep: str = "") -> None:
+        """`sweep`: its tag, beside that of the run."""
         from ray.util.metrics import Counter, Gauge
 
-        tags = {"sweep": sweep, "run": run}
+        data = config.data
+        per_step = data.labeled_batch + (data.unlabeled_batch if config.semi_supervised else 0)
+        self._images_per_evaluation = per_step * config.schedule.eval_every
+        tags = {"sweep": sweep, "run": run_dir.name}
         keys = ("sweep", "run")
         self._miou = Gauge("cps_val_miou", "Validation mIoU, 0 to 1.", keys)
         self._step = Gauge("cps_step", "Optimizer steps done.", keys)
@@ -26,8 +33,8 @@ class TrainGauges:
         for metric in (*gauges, self._images):
             metric.set_default_tags(tags)  # `term`, `kind` and `network` come with each value
 
-    def set(self, metrics: dict[str, Any], images: int) -> None:
-        """Takes the `metrics` of an evaluation, and the number of `images` seen since the last one."""
+    def write(self, metrics: dict[str, float]) -> None:
+        """Sets every gauge that there is for a metric."""
         self._miou.set(metrics["val/miou"])
         self._step.set(metrics["step"])
         self._rate.set(metrics["time/images_per_s"])
@@ -42,7 +49,7 @@ class TrainGauges:
                 self._norm.set(value, {"network": rest.removeprefix("grad_norm_")})
             elif kind == "train":
                 self._loss.set(value, {"term": rest})
-        self._images.inc(images)
+        self._images.inc(self._images_per_evaluation)
 
 
 class SweepGauges:

@@ -1,15 +1,17 @@
 """What a Ray Train worker does: wire data, state and reports together, and call the engine's loop."""
 
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cps_ray.config.plugins import Sink, load_sink
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
@@ -25,7 +27,7 @@ from cps_ray.engine.telemetry import Metrics, collapse, vanishing
 from cps_ray.errors import DivergedError
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
-from cps_ray.runs import LOG_FILE, METRICS_FILE, read_checkpoint, read_metrics, write_checkpoint
+from cps_ray.runs import LOG_FILE, Records, read_checkpoint, write_checkpoint
 
 _MOST_THREADS = 8
 """Beyond, threads wait for the interpreter lock: an image holds it for a tenth of its time."""
@@ -82,7 +84,10 @@ def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -
         fill=padding_color(config.model),
     )
     report = WorkerReport(config, folder, sweep, state, log)
-    fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
+    try:
+        fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
+    finally:
+        report.close()
 
 
 def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
@@ -102,20 +107,16 @@ def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainS
 
 
 class WorkerReport:
-    """The loop's `Report` in a worker: takes an evaluation to the run's records, to Ray's metrics and, with a checkpoint, to Ray Train."""
+    """The loop's `Report` in a worker: takes an evaluation to the run's sinks and, with a checkpoint, to Ray Train."""
 
     def __init__(self, config: TrainConfig, folder: Path, sweep: str, state: TrainState, log: logging.Logger) -> None:
         """`state` is at the step from which the training starts or continues."""
         self._log = log
-        self._file = folder / METRICS_FILE
-        data = config.data
-        per_step = data.labeled_batch + (data.unlabeled_batch if config.semi_supervised else 0)
-        self._images = per_step * config.schedule.eval_every
+        self._sinks: list[Sink] = []
+        self._plugged_in: list[Sink] = []
         if state.ranks.rank == 0:
-            self._gauges = TrainGauges(sweep, folder.name)
-            # A crash may have come between the record and the checkpoint: those steps are trained, and recorded, again.
-            keep = [line for line in read_metrics(folder) if line["step"] <= state.step]
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in keep))
+            self._sinks = [Records(config, folder, state.step), TrainGauges(config, folder, state.step, sweep)]
+            self._plugged_in = [load_sink(path)(config, folder, state.step) for path in config.sinks]
 
     def __call__(self, metrics: Metrics, state: TrainState) -> bool:
         from ray import train
@@ -124,11 +125,14 @@ class WorkerReport:
         if snapshot is None:
             train.report(metrics)  # every rank has to report, or Ray Train waits for it
             return True
-        self._gauges.set(metrics, self._images)
         self._log_evaluation(metrics)
-        # The record comes before the checkpoint: what is missing after a crash is trained again, what is double is cut (above).
-        with self._file.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        # The record comes before the checkpoint: what is missing after a crash is trained again, what is double is cut.
+        for sink in self._sinks:
+            sink.write(metrics)
+        for sink in self._plugged_in:
+            # A service that does not answer must not end a training of days.
+            with self._logged(sink, f"step {metrics['step']}"):
+                sink.write(metrics)
         folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
         try:
             write_checkpoint(folder, snapshot, metrics)
@@ -137,6 +141,21 @@ class WorkerReport:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return True
+
+    def close(self) -> None:
+        """Closes all sinks."""
+        for sink in (*self._sinks, *self._plugged_in):
+            with self._logged(sink, "close"):
+                sink.close()
+
+    @contextmanager
+    def _logged(self, sink: Sink, at: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._log.warning(
+                "%s: sink %s failed, the training goes on\n%s", at, type(sink).__name__, traceback.format_exc()
+            )
 
     def _log_evaluation(self, metrics: Metrics) -> None:
         self._log.info(

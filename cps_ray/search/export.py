@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from cps_ray.config.plugins import is_import_path
 from cps_ray.config.train import NETWORK_NAMES, NetworkConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Manifest
@@ -87,7 +88,10 @@ def _weights_file(name: str, first: str) -> str:
 def _describe(form: NetworkConfig, network: Segmenter, num_classes: int) -> dict[str, Any]:
     """Returns how smp builds a network, what it takes, and what it began with."""
     divisor = STRIDE if STRIDE % network.divisor == 0 else network.divisor
+    plugged_in = [name for name in (form.architecture, form.encoder) if is_import_path(name)]
     return {
+        # With a colon, MODULE:NAME must be at hand to build it.
+        **({"plugins": plugged_in} if plugged_in else {}),
         "create_model": {
             "arch": form.architecture,
             "encoder_name": form.encoder,

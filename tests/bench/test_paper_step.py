@@ -11,7 +11,15 @@ from cps_ray.bench.__main__ import main
 from cps_ray.bench.step import PAPER, PAPER_TUNED, contestants, make_step
 
 ARGS = argparse.Namespace(
-    architecture="deeplabv3plus", crop=64, batch=2, classes=5, device="cpu", threads=1, bf16=False, compile=False
+    architecture="deeplabv3plus",
+    crop=64,
+    batch=2,
+    classes=5,
+    device="cpu",
+    threads=1,
+    bf16=False,
+    compile=False,
+    loss=[],
 )
 ENCODER = "tu-test_efficientnet"
 FAITHFUL = "ours, the paper's switches"

@@ -23,7 +23,9 @@ def test_supervised_loss_divides_by_the_given_count() -> None:
     logits, mask = random_logits(2, (2, 3, *SIZE)), random_mask(3)
     mask[0, :20] = IGNORE
     total, count = by_hand(logits, mask)
-    loss = loss_of(logits, supervised_term(LossConfig(), logits, mask, torch.tensor(float(count))))
+    loss = loss_of(
+        logits, supervised_term(LossConfig(), LossConfig().supervised, 1.0, logits, mask, torch.tensor(float(count)))
+    )
     assert loss == pytest.approx(total / count, rel=1e-5)
     assert loss == pytest.approx(float(F.cross_entropy(logits, mask.long(), ignore_index=IGNORE)), rel=1e-5)
 
@@ -32,7 +34,7 @@ def test_a_mask_without_labels_gives_zero() -> None:
     mask = torch.full((2, *SIZE), IGNORE, dtype=torch.uint8)
     logits = random_logits(0, (2, 3, *SIZE))
     for loss in (LossConfig(), LossConfig(supervised="ohem", ohem_min_kept=4)):
-        assert loss_of(logits, supervised_term(loss, logits, mask, torch.tensor(0.0))) == 0.0
+        assert loss_of(logits, supervised_term(loss, loss.supervised, 1.0, logits, mask, torch.tensor(0.0))) == 0.0
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.7])
@@ -46,7 +48,7 @@ def test_ohem_equals_sorting(min_kept: int, threshold: float) -> None:
         limit = max(threshold, float(probability.sort().values[min_kept - 1]))
         pixel = pixel[probability <= limit + 1e-7]
     ohem = LossConfig(supervised="ohem", ohem_threshold=threshold, ohem_min_kept=min_kept)
-    term = supervised_term(ohem, logits, target, torch.tensor(0.0))
+    term = supervised_term(ohem, ohem.supervised, 1.0, logits, target, torch.tensor(0.0))
     assert loss_of(logits, term) == pytest.approx(float(pixel.mean()), rel=1e-5)
     assert torch.equal(term.target, hard_pixels(logits, target, threshold, min_kept))
 
@@ -59,7 +61,7 @@ def test_class_weights_are_torchs() -> None:
     mask[0, :20] = IGNORE
     loss = LossConfig(class_weights=WEIGHTS)
     expected = F.cross_entropy(logits, mask.long(), torch.tensor(WEIGHTS), ignore_index=IGNORE)
-    found = loss_of(logits, supervised_term(loss, logits, mask, weighed_pixels(loss, mask)))
+    found = loss_of(logits, supervised_term(loss, loss.supervised, 1.0, logits, mask, weighed_pixels(loss, mask)))
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -69,6 +71,6 @@ def test_class_weights_weigh_hard_pixels() -> None:
     kept = hard_pixels(logits, mask, 0.2, 500)
     assert 0.05 < (kept == IGNORE).float().mean() < 0.95
     expected = F.cross_entropy(logits, kept.long(), torch.tensor(WEIGHTS), ignore_index=IGNORE)
-    assert loss_of(logits, supervised_term(loss, logits, mask, torch.tensor(0.0))) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    assert loss_of(
+        logits, supervised_term(loss, loss.supervised, 1.0, logits, mask, torch.tensor(0.0))
+    ) == pytest.approx(float(expected), rel=1e-5)

@@ -19,6 +19,7 @@ from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.step import OBSERVE_EVERY, train_step
+from cps_ray.errors import ConfigError
 from cps_ray.runs import read_checkpoint, write_checkpoint
 
 CLASSES = 3
@@ -694,7 +695,7 @@ def test_autocast_stays_near_full_precision(tiny: TrainConfig, batch: Batch, aut
 @pytest.mark.parametrize("method", ["cps", "mean_teacher", "fixmatch", "unimatch"])
 def test_without_unlabelled_images_only_supervised_can_train(tiny: TrainConfig, batch: Batch, method: str) -> None:
     config = changed(tiny, method=method, ema__decay=0.9)
-    with pytest.raises(ValueError, match="unlabeled_image"):
+    with pytest.raises(ConfigError, match="the batch is without unlabelled images"):
         train_step(config, state_of(config), Batch(batch.labeled_image, batch.labeled_mask, None))
 
 
