@@ -55,7 +55,7 @@ BUGS = {
     "the partner is the image before": Bug(
         "ranks.py", "roll", "torch.cat([A[1:], B])", "torch.cat([A[-1:], A[:-1]])", STEP
     ),
-    "the teacher stays in evaluation mode": Bug("methods.py", "_teacher_logits", "A.train(B)", "pass", STEP, last=True),
+    "the teacher stays in evaluation mode": Bug("passes.py", "teacher_logits", "A.train(B)", "pass", STEP, last=True),
     "UniMatch's loss is not halved": Bug("methods.py", "unimatch", "A / 2.0", "A", STEP),
     "UniMatch labels what is pasted like the rest": Bug(
         "methods.py", "_unimatch_weak_pass", "[A.detach(), B]", "[A.detach()]", STEP

@@ -1,6 +1,6 @@
 """Settings by their dotted names: which exist, how to change one, and the sentence for one that is wrong.
 
-Imports `errors`, `text` and `yaml_reader`.
+Imports `errors`, `text`, `plugins` and `yaml_reader`.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
+from cps_ray.config.plugins import IMPORT_PATH
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
 from cps_ray.text import did_you_mean, nearest
@@ -71,7 +72,8 @@ def parse(model: type[M], raw: Any, *, base: Path | None = None, where: Where = 
         faults: dict[Loc, list[ErrorDetails]] = {}
         for error in err.errors(include_url=False):
             faults.setdefault(_written_loc(raw, error), []).append(error)
-        sentences = (_sentence(model, loc, errors, where) for loc, errors in _without_misspelt(model, faults).items())
+        faults = _without_misspelt(model, _innermost(faults))
+        sentences = (_sentence(model, loc, errors, where) for loc, errors in faults.items())
         raise ConfigError(first_sentences(sentences)) from err
 
 
@@ -220,6 +222,15 @@ def _siblings(model: type[BaseModel], loc: Loc) -> list[str]:
     return [name for section in _models(types_at(model, loc[:-1])) for name in section.model_fields]
 
 
+def _innermost(faults: Mapping[Loc, list[ErrorDetails]]) -> dict[Loc, list[ErrorDetails]]:
+    """Returns the faults without those of a value that fits a member of a union but for something inside it."""
+    return {
+        loc: errors
+        for loc, errors in faults.items()
+        if not any(len(other) > len(loc) and other[: len(loc)] == loc for other in faults)
+    }
+
+
 def _without_misspelt(
     model: type[BaseModel], faults: Mapping[Loc, list[ErrorDetails]]
 ) -> dict[Loc, list[ErrorDetails]]:
@@ -256,6 +267,8 @@ def _text(model: type[BaseModel], loc: Loc, errors: Sequence[ErrorDetails]) -> s
 
 def _requirement(error: ErrorDetails) -> str:
     """Returns what must hold, such as `at least 0`."""
+    if error.get("ctx", {}).get("pattern") == IMPORT_PATH:
+        return "a plug-in, MODULE:NAME"
     context = {
         key: value.replace("'", "") if isinstance(value, str) else value for key, value in error.get("ctx", {}).items()
     }

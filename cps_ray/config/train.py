@@ -259,7 +259,7 @@ class MethodConfig(Section):
     Base of methods of one's own, too: CONTRIBUTING.md.
     """
 
-    weight: Annotated[float, Field(ge=0.0)]
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
     start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Fraction of all steps before this loss begins: until then every network learns from the masks alone."""
     ramp: Fraction = 0.0
@@ -640,7 +640,7 @@ class TrainConfig(Section):
     def _custom_fits(cls, custom: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         method = info.data.get("method", "")  # none if it is wrong itself
         if is_import_path(method):
-            with _as_value_error():
+            with _as_value_error("method: "):
                 return _plugged_in(method, json.dumps(custom)).model_dump(mode="json")
         if custom and method:
             raise ValueError(f"is for a method of yours, MODULE:NAME, but method is {method}.")

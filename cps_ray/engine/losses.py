@@ -200,7 +200,7 @@ def _problem(function: LossFunction, num_classes: int) -> str:
             f"must return a scalar, but returned {str(loss.dtype).removeprefix('torch.')} of shape {tuple(loss.shape)}"
         )
     if not bool(loss.isfinite()):
-        return f"must be finite, but is {float(loss)}"
+        return f"must be finite, but is {loss.item()}"
     gradient = torch.autograd.grad(loss, logits_BCHW, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
         return "must have a gradient by the logits, but has none"

@@ -26,6 +26,10 @@ def check_names(config: NetworkConfig) -> None:
         _check_options(config)
     if is_import_path(config.encoder):
         register_encoder(config.encoder)
+        if config.weights != "none":
+            raise ConfigError(
+                f"model.weights: must be none for the encoder {config.encoder}; give its weights as model.weights_file."
+            )
     if config.encoder.startswith("tu-"):
         import timm
 

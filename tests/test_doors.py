@@ -1,0 +1,137 @@
+"""The plug-ins of CONTRIBUTING.md as they are printed there: each trains, and all of them in Ray's workers."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import changed, without_a_cluster
+
+import cps_ray
+from cps_ray.config.reader import load_sweep
+from cps_ray.config.train import TrainConfig
+from cps_ray.engine.networks import build_networks
+from cps_ray.engine.preflight import Preflight
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
+MOST_LINES = 33
+DOORS: dict[str, dict[str, Any]] = {
+    "tversky": {"loss__supervised": {"ce": 1.0, "tversky:tversky": 0.5}},
+    "noisy": {"method": "noisy:NoisyStudent", "custom": {"noise": 20}},
+    "tiny": {"model__architecture": "tiny:Plain", "model__encoder": "tiny:Tiny", "model__options": {}},
+    "tiny encoder": {"model__architecture": "deeplabv3plus", "model__encoder": "tiny:Tiny", "model__options": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the modules of CONTRIBUTING.md."""
+    folder = tmp_path_factory.mktemp("doors")
+    for name, text in BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_examples_are_short_and_use_the_public_interface_alone(folder: Path) -> None:
+    assert {path.name for path in folder.glob("*.py")} == {"tversky.py", "noisy.py", "board.py", "tiny.py"}
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        assert len(text.strip().splitlines()) <= MOST_LINES
+        assert not re.search(r"cps_ray\.|import cps_ray", re.sub(r'""".*?"""', "", text, flags=re.DOTALL))
+        for names in re.findall(r"^from cps_ray import \(?([^)]*?)\)?$", text, flags=re.MULTILINE):
+            assert {name.strip() for name in names.split(",")} <= set(cps_ray.__all__)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_examples_pass_the_trial_run_and_learn(tiny: TrainConfig, name: str) -> None:
+    config = changed(tiny, **DOORS[name])
+    assert Preflight(7, [(32, 48)]).fault(config) is None
+    reports = without_a_cluster(config)
+    assert all(math.isfinite(value) for report in reports for value in report.values())
+    losses = [report["train/sup_a"] for report in reports]
+    assert losses[-1] < losses[0]
+
+
+def test_the_method_has_its_own_terms_and_settings(tiny: TrainConfig) -> None:
+    config = changed(tiny, **DOORS["noisy"])
+    assert config.custom["noise"] == 20.0
+    assert config.custom["confidence"] == 0.0, "every default is on record"
+    last = without_a_cluster(config)[-1]
+    assert last["NoisyStudent/weight"] == 1.0
+    assert {"train/pseudo", "pseudo/coverage"} <= last.keys()
+    louder = without_a_cluster(changed(config, custom__noise=60.0))[-1]
+    assert louder["train/pseudo"] != last["train/pseudo"]
+
+
+def test_a_sweep_searches_settings_of_a_method_of_ones_own(tiny: TrainConfig, tmp_path: Path) -> None:
+    train = changed(tiny, **DOORS["noisy"]).dump(str(tmp_path))
+    space = {
+        "custom.noise": {"type": "float", "low": 1.0, "high": 50.0},
+        "loss.supervised": {"type": "choice", "values": ["ce", "dice"]},
+    }
+    sweep = {
+        "version": 1,
+        "name": "own",
+        "output": "runs",
+        "train": train,
+        "search_space": space,
+        "budget": {"trials": 2},
+        "early_stopping": {"type": "none"},
+    }
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    assert load_sweep(file).search_space.keys() == space.keys()
+    file.write_text(yaml.safe_dump({**sweep, "search_space": {"custom.nois": space["custom.noise"]}}))
+    with pytest.raises(
+        cps_ray.CpsRayError, match=r"own.yaml:\d+: .*custom.*nois: no such setting. Did you mean noise\?"
+    ):
+        load_sweep(file)
+
+
+def test_the_encoder_is_dilated_and_its_weights_come_from_a_file(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = changed(tiny, **DOORS["tiny encoder"])
+    network = build_networks(config, 7)["a"].network
+    assert network.encoder(torch.zeros(1, 3, 64, 64))[-1].shape[-1] == 64 // 16, "deeplabv3plus asks for stride 16"
+    with torch.no_grad():
+        for parameter in network.encoder.parameters():
+            parameter.fill_(0.25)
+    torch.save(network.encoder.state_dict(), tmp_path / "tiny.pt")
+    filled = build_networks(changed(config, model__weights_file=str(tmp_path / "tiny.pt")), 7)["a"].network
+    assert all(bool((parameter == 0.25).all()) for parameter in filled.encoder.parameters())
+
+
+@pytest.mark.ray
+def test_all_of_them_train_in_rays_workers(tiny: TrainConfig, folder: Path, tmp_path: Path) -> None:
+    together = {**DOORS["tversky"], **DOORS["noisy"], **DOORS["tiny"], "sinks": ["board:Board", "broken:Broken"]}
+    (folder / "broken.py").write_text(
+        "from cps_ray import Sink\n\n\nclass Broken(Sink):\n    def write(self, metrics):\n        raise OSError('no route to host')\n"
+    )
+    # Through the installed command, whose own path does not have the working directory; and two workers.
+    config = changed(tiny, **together, resources__workers=2, resources__cpus_per_worker=0.5)
+    (folder / "own.yaml").write_text(yaml.safe_dump(config.dump(str(folder))))
+    code = "import sys; sys.path.remove(''); sys.argv = ['cps-ray', 'train', 'own.yaml', '--output', sys.argv[1]]; from cps_ray.__main__ import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == config.schedule.steps
+    assert "train/pseudo" in records[-1]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("sink Broken failed, the training goes on") == len(records)
+    assert "no route to host" in log
