@@ -25,21 +25,41 @@ from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.errors import ConfigError, DataError
+from cps_ray.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from cps_ray.datasets.shards import Shards
     from cps_ray.engine.preflight import Preflight
 
 _VERBS = ("run", "resume", "status", "best")
+_DRAWS = "5"
+_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; a file without a verb means `run`. Returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # argparse has no default for a sub-command.
-    if words and words[0] not in _VERBS and not words[0].startswith("-"):
-        words.insert(0, "run")
+    words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     return run_command(_parser(), lambda args: int(args.run(args)), words)
+
+
+def _verb_first(words: list[str]) -> list[str]:
+    """Returns the words as argparse wants them: it has no default for a sub-command, and would take FILE for the N of --dry-run."""
+    following = [*words[1:], ""][: len(words)]
+    words = [
+        f"{word}={_DRAWS}" if word == "--dry-run" and not n.isdigit() else word
+        for word, n in zip(words, following, strict=True)
+    ]
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        at += 2 if words[at] in _WITH_VALUE else 1
+    verb = words[at] if at < len(words) else ""
+    if verb in _VERBS:
+        return [verb, *words[:at], *words[at + 1 :]]
+    if not verb and {"-h", "--help"} & set(words):
+        return words
+    if nearest(verb, _VERBS) and not Path(verb).exists() and len(words) > at + 1:
+        _parser().error(f"there is no file {verb}.{did_you_mean(verb, _VERBS)}")
+    return ["run", *words] if words else words
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
     run.add_argument("file", type=Path)
     run.add_argument(
-        "--dry-run", type=int, nargs="?", const=5, metavar="N", help="check everything, show N draws, start nothing"
+        "--dry-run", type=int, metavar="N", help="check everything, show N draws (default 5), start nothing"
     )
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in budget.trials=10"

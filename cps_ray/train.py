@@ -110,9 +110,10 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     from cps_ray.runs import CONFIG_FILE
 
     config_file = folder / CONFIG_FILE
-    if config_file.exists() and load_train(config_file).model_copy(update={"resources": config.resources}) != config:
+    free = {"resources": config.resources, "sinks": config.sinks}
+    if config_file.exists() and load_train(config_file).model_copy(update=free) != config:
         raise ConfigError(
-            f"{folder}: was begun with other settings; only resources may change. Continue it: {_resume_command(folder)}"
+            f"{folder}: was begun with other settings; only resources and sinks may change. Continue it: {_resume_command(folder)}"
         )
 
 

@@ -84,7 +84,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("labeled: 6", "labeled: 6\n    labeled: 7"), ["bad.yaml:8", "labeled", "twice"]),
         (("lr: 0.01", "lr: fast"), ["bad.yaml:12", "train.optim.lr", "number", "fast"]),
         (("lr: 0.01", "lr: -1"), ["bad.yaml:12", "train.optim.lr", "-1", "greater than 0"]),
-        (("eval_every: 2", "eval_every: 3"), ["bad.yaml:13", "steps % eval_every == 0", "steps=4, eval_every=3"]),
+        (
+            ("eval_every: 2", "eval_every: 3"),
+            ["bad.yaml:13", "schedule.steps % train.schedule.eval_every == 0", "steps=4, eval_every=3"],
+        ),
         (("cps.weight:", "cps.wait:"), ["bad.yaml:18", "search_space.cps.wait", "Did you mean cps.weight?"]),
         (("low: 0.5,", "low: 0, log: true,"), ["bad.yaml:18", "low > 0", "baselines"]),
         (("low: 0.5", "low: 3.0"), ["bad.yaml:18", "3.0", "2.0"]),

@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[list[Change], str, str, str]] = {
     ),
     "an encoder of one size": (
         [(ENCODER, f"encoder: {SWIN}")],
-        *(SWIN, "train.model.encoder", "does not take crops of 32x48 px (data.crop_px)"),
+        *(SWIN, "train.model.encoder", "does not take crops of 32x48 px (`train.data.crop_px`)"),
     ),
     "an encoder of one size evaluates whole images": (
         [(ENCODER, f"encoder: {SWIN}"), (CROP, "crop_px: [224, 224]")],
@@ -151,27 +151,27 @@ WRONG: dict[str, tuple[list[Change], str, str, str]] = {
     ),
     "softmax at the end": (
         [(OPTIONS, "options: {activation: softmax}")],
-        *("activation", "train.model", "`options.activation` cannot be given: losses and evaluation need logits"),
+        *("activation", "`train.model.options.activation`", " cannot be given: losses and evaluation need logits"),
     ),
     "other classes": (
         [(OPTIONS, "options: {classes: 3}")],
-        *("classes", "train.model", "`options.classes` cannot be given: there are as many as the data have"),
+        *("classes", "`train.model.options.classes`", " cannot be given: there are as many as the data have"),
     ),
     "channels that no image has": (
         [(OPTIONS, "options: {in_channels: 4}")],
-        *("in_channels", "train.model", "`options.in_channels` cannot be given"),
+        *("in_channels", "`train.model.options.in_channels`", " cannot be given"),
     ),
     "an encoder by another name": (
         [(OPTIONS, "options: {encoder_name: resnet34}")],
-        *("encoder_name", "train.model", "set model.encoder instead"),
+        *("encoder_name", "`train.model.options.encoder_name`", "set `train.model.encoder` instead"),
     ),
     "weights by another name": (
         [(OPTIONS, "options: {encoder_weights: imagenet}")],
-        *("encoder_weights", "train.model", "set model.weights instead"),
+        *("encoder_weights", "`train.model.options.encoder_weights`", "set `train.model.weights` instead"),
     ),
     "a second output": (
         [(OPTIONS, "options: {aux_params: [1]}")],
-        *("aux_params", "train.model", "losses know one output"),
+        *("aux_params", "`train.model.options.aux_params`", "losses know one output"),
     ),
     "no such option": (
         [(OPTIONS, "options: {decoder_chanels: 16}")],
@@ -256,7 +256,9 @@ def test_what_would_fail_later_is_refused(case: str, write: Write, capsys: pytes
     assert sweep.main([str(path), "--dry-run"]) == 2
     line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if blamed in text)
     text = capsys.readouterr().err
-    assert text.startswith(f"error: trial.yaml:{line}: {setting}: "), text
+    # A rule over several settings names them in backquotes.
+    after = " " if setting.startswith("`") else ": "
+    assert text.startswith(f"error: trial.yaml:{line}: {setting}{after}"), text
     assert reason in text, text
     assert text.count("\n") == 1, text
     assert "Traceback" not in text
@@ -321,7 +323,8 @@ def test_all_commands_refuse_alike(write: Write, shards: Path, capsys: pytest.Ca
         assert train.main(words) == 2
         text = capsys.readouterr().err
         assert text.startswith("error: one.yaml:4: model.encoder: ")
-        assert text.split(": ", 3)[3] == errors[0].split(": ", 3)[3]
+        # A sweep's settings are those of its training, below `train`.
+        assert text.split(": ", 3)[3] == errors[0].split(": ", 3)[3].replace("train.", "")
 
 
 def test_without_data_crops_are_tried_and_it_says_so(

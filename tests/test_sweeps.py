@@ -24,3 +24,41 @@ def test_cityscapes_says_how_to_get_the_data(capsys: pytest.CaptureFixture[str])
         pytest.skip("the Cityscapes shards are there")
     sweep.main([str(path), "--dry-run"])
     assert "python -m cps_ray.prepare cityscapes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--dry-run 2 FILE",
+        "--dry-run FILE",
+        "FILE --dry-run",
+        "--set budget.trials=3 FILE --dry-run 2",
+        "--name other --dry-run FILE --set budget.trials=3",
+        "run FILE --dry-run",
+    ],
+)
+def test_flags_stand_where_they_like(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = [str(path) for path in SWEEPS if path.stem == "quickstart"]
+    assert sweep.main(words.replace("FILE", file).split()) == 0
+    drawn = 2 if "run 2" in words else 5
+    assert f": {drawn} random draws of {3 if 'trials=3' in words else 6} trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--trials 3 resume nowhere", "nowhere: must be the folder of a sweep"),
+        ("statsu runs/x", "there is no file statsu. Did you mean status?"),
+        ("--dry-run", "the following arguments are required: file"),
+        ("", "the following arguments are required: FILE | resume | status | best"),
+    ],
+)
+def test_a_verb_is_found_behind_flags_and_a_wrong_one_named(
+    words: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = sweep.main(words.split())
+    except SystemExit as err:  # argparse's
+        code = err.code
+    assert code == 2
+    assert why in capsys.readouterr().err

@@ -27,6 +27,7 @@ _NOT_SEARCHED = {
     "data": "trials on different data cannot be compared.",
     "schedule": "trials of different length cannot be compared; `final.set` may train longer.",
     "resources": "how a training is spread over the cluster does not make it better.",
+    "sinks": "where metrics go does not make a training better.",
     "compute.accumulate": "it saves memory and does not make a training better.",
 }
 """Setting or section -> why the search must not vary it."""

@@ -15,13 +15,13 @@ from pydantic_core import ErrorDetails, to_json
 from cps_ray.config.plugins import IMPORT_PATH
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
-from cps_ray.text import did_you_mean, nearest
+from cps_ray.text import nearest
 
 M = TypeVar("M", bound=BaseModel)
 Where = Callable[[Loc], str]
 """Function from a setting to where a person wrote it, such as `FILE:LINE`; the text may be empty."""
 
-_MAX_SENTENCES = 3
+_MAX_SENTENCES = 10
 
 _RENAMED = {
     "cps.on": "is called cps.images now.",
@@ -78,7 +78,7 @@ def parse(model: type[M], raw: Any, *, base: Path | None = None, where: Where = 
 
 
 def first_sentences(sentences: Iterable[str]) -> str:
-    """Returns the first three different sentences, one a line, and a line with the number of further ones."""
+    """Returns the first ten different sentences, one a line, and a line with the number of further ones."""
     lines = list(dict.fromkeys(sentences))
     rest = [f"... and {len(lines) - _MAX_SENTENCES} more."] if len(lines) > _MAX_SENTENCES else []
     return "\n".join(lines[:_MAX_SENTENCES] + rest)
@@ -218,6 +218,26 @@ def _written_loc(raw: Any, error: ErrorDetails) -> Loc:
     return loc
 
 
+def whole_names(model: type[BaseModel], loc: Loc, text: str) -> str:
+    """Returns a message with the names of settings of the section at `loc`, which stand in backquotes, as those of `model`."""
+
+    def whole(name: re.Match[str]) -> str:
+        is_setting = types_at(model, (*loc, *name[0].split(".")))
+        return f"{dotted(loc)}.{name[0]}" if loc and is_setting else name[0]
+
+    return re.sub(r"`[^`]+`", lambda quoted: re.sub(r"[a-z]\w*(?:\.\w+)*", whole, quoted[0]), text)
+
+
+def _meant(model: type[BaseModel], loc: Loc) -> str:
+    """Returns the whole name of the setting that was probably meant, or "": one of this name in another section, or of a like name in this."""
+    name = str(loc[-1])
+    elsewhere = [other for other in settings(model) if other.endswith(f".{name}")]
+    near = nearest(name, _siblings(model, loc))
+    if near and len(elsewhere) != 1:
+        return dotted((*loc[:-1], near))
+    return elsewhere[0] if elsewhere else ""
+
+
 def _siblings(model: type[BaseModel], loc: Loc) -> list[str]:
     return [name for section in _models(types_at(model, loc[:-1])) for name in section.model_fields]
 
@@ -243,21 +263,24 @@ def _without_misspelt(
 def _sentence(model: type[BaseModel], loc: Loc, errors: Sequence[ErrorDetails], where: Where) -> str:
     """Returns the sentence for one fault. A value that fits no member of a union comes with an error for each member."""
     kind, text = errors[0]["type"], _text(model, loc, errors)
-    rule = re.search(r"`([\w.]+)", text) if kind == "value_error" else None
+    rule = re.search(r"`([\w.]+)", str(errors[0]["ctx"]["error"])) if kind == "value_error" else None
     # pydantic reports a rule over several settings at their common section; the line to look at is that of the first
     # setting in the message.
     named = (*loc, *rule[1].split(".")) if rule else loc
-    return ": ".join(part for part in (where(named), dotted(loc), text) if part)
+    # A rule over several settings names them all itself.
+    named_whole = kind == "value_error" and f"`{dotted(loc)}." in text
+    return ": ".join(part for part in (where(named), "" if named_whole else dotted(loc), text) if part)
 
 
 def _text(model: type[BaseModel], loc: Loc, errors: Sequence[ErrorDetails]) -> str:
     error = errors[0]
     if error["type"] == "extra_forbidden":
-        return renaming(loc) or "no such setting." + did_you_mean(str(loc[-1]), _siblings(model, loc))
+        meant = _meant(model, loc)
+        return renaming(loc) or "no such setting." + (f" Did you mean {meant}?" if meant else "")
     if error["type"] in ("missing", "union_tag_not_found"):
         return "is missing."
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        return whole_names(model, loc, str(error["ctx"]["error"]))
     value = error["ctx"]["tag"] if error["type"] == "union_tag_invalid" else error["input"]
     requirements = dict.fromkeys(_requirement(option_error) for option_error in errors)
     new_name = _RENAMED_VALUES.get(f"{loc[-1]}: {value}") if loc else None

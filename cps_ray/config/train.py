@@ -49,9 +49,9 @@ VIEWS: tuple[tuple[View, ...], ...] = (
 """What batches can hold of unlabelled images."""
 OptionValue = bool | int | float | str | None | list[int] | list[float]
 _OUR_OPTIONS = {
-    "arch": "set model.architecture instead",
-    "encoder_name": "set model.encoder instead",
-    "encoder_weights": "set model.weights instead",
+    "arch": "set `architecture` instead",
+    "encoder_name": "set `encoder` instead",
+    "encoder_weights": "set `weights` instead",
     "in_channels": "images are RGB",
     "classes": "there are as many as the data have",
     "activation": "losses and evaluation need logits",
@@ -582,7 +582,7 @@ def _plugged_in(path: str, custom: str) -> MethodConfig:
     settings = parse(_method_class(path), json.loads(custom))
     if settings.views not in VIEWS:
         raise ConfigError(
-            f"method: {path}: `views` must be one of {', '.join(map(str, VIEWS))}, but is {settings.views!r}."
+            f"method: {path}: its views must be one of {', '.join(map(str, VIEWS))}, but is {settings.views!r}."
         )
     return settings
 

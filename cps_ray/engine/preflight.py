@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cps_ray.config.schema import Where, dotted, first_sentences, settings
+from cps_ray.config.schema import Where, dotted, first_sentences, settings, whole_names
 from cps_ray.config.sweep import ChoiceParam, SweepConfig
 from cps_ray.config.train import METHOD_SETTINGS, ComputeConfig, LossConfig, NetworkConfig, TrainConfig
 from cps_ray.config.variants import Variant, variants
@@ -169,7 +169,7 @@ def check_training(preflight: Preflight, config: TrainConfig, where: Where) -> N
 def check_sweep(preflight: Preflight, sweep: SweepConfig, where: Where) -> None:
     """Tries every combination of choices that shapes depend on, as a trial, as a final run and with each baseline.
 
-    Raises ConfigError with a line for each place of the sweep file that makes trainings fail, beginning with FILE:LINE; three lines at most.
+    Raises ConfigError with a line for each place of the sweep file that makes trainings fail, beginning with FILE:LINE; ten lines at most.
     """
     faults: dict[Loc, str] = {}
     for together in variants(sweep, lambda name: _is_decisive(sweep, name)):
@@ -182,7 +182,8 @@ def check_sweep(preflight: Preflight, sweep: SweepConfig, where: Where) -> None:
             if not variant.is_baseline:
                 break  # the other runs of this combination would fail for the same reason
     if faults:
-        raise ConfigError(first_sentences(f"{where(loc)}: {dotted(loc)}: {text}" for loc, text in faults.items()))
+        texts = {loc: whole_names(SweepConfig, ("train",), text) for loc, text in faults.items()}
+        raise ConfigError(first_sentences(f"{where(loc)}: {dotted(loc)}: {text}" for loc, text in texts.items()))
 
 
 def refusal(form: NetworkConfig, size_px: Size) -> str:
@@ -289,7 +290,7 @@ def _try_crop(place: str, form: NetworkConfig, network: Segmenter, crop_px: Size
     problem = _runs(network, crop_px, num_classes)
     if problem:
         raise _DoesNotRunError(
-            f"{form.encoder} in {form.architecture} does not take crops of {_px(crop_px)} (data.crop_px): {problem}."
+            f"{form.encoder} in {form.architecture} does not take crops of {_px(crop_px)} (`data.crop_px`): {problem}."
             f"{_another_size(form, network, crop_px)}",
             *(f"{place}.{name}" for name in ("encoder", "architecture", "options")),
             "data.crop_px",
@@ -311,9 +312,7 @@ def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Se
             names.insert(0, "evaluation.window_px")
             what = f"windows of {_px(window)}"
         else:
-            advice = (
-                f" Set evaluation.window_px, such as to the crop's {[*config.data.crop_px]}, or choose another encoder."
-            )
+            advice = f" Set `evaluation.window_px`, such as to the crop's {[*config.data.crop_px]}, or choose another encoder."
         raise _DoesNotRunError(
             f"{form.encoder} in {form.architecture} takes crops of {_px(config.data.crop_px)}, but in evaluations not {what}: "
             f"{first_line(err)[:200].rstrip('.')}.{advice}",
@@ -379,7 +378,7 @@ def _batch_of_one(config: TrainConfig) -> _DoesNotRunError:
     return _DoesNotRunError(
         f"at least 2 images must pass {config.model.architecture} with {config.model.encoder} together, because its batch norm meets "
         f"maps of one cell, but method {config.method} passes 1 alone ({given}). Raise the batch"
-        f"{', lower compute.accumulate' if count > 1 else ''} or choose an architecture without pooling to one cell, such as unet.",
+        f"{', lower `compute.accumulate`' if count > 1 else ''} or choose an architecture without pooling to one cell, such as unet.",
         *(f"data.{name}" for name in small),
         *("compute.accumulate", *METHOD_SETTINGS, "model.architecture", "model.encoder", "model.b"),
     )

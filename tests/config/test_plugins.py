@@ -83,7 +83,7 @@ def test_advice_is_given_only_where_the_module_itself_is_missing() -> None:
     [
         ({"method": "mine:number"}, r"method: mine:number must be a subclass of cps_ray.MethodConfig with `losses\("),
         ({"method": "mine:NoLosses"}, r"method: mine:NoLosses must be a subclass of cps_ray.MethodConfig with `losses\("),
-        ({"method": "mine:NoView"}, r"custom: mine:NoView: `views` must be one of \('weak',\), .* but is \('strong',\)"),
+        ({"method": "mine:NoView"}, r"custom: mine:NoView: its views must be one of \('weak',\), .* but is \('strong',\)"),
         ({"method": "mine:Noise", "custom": {"nois": 1}}, r"custom: nois: no such setting. Did you mean noise\?"),
         ({"method": "mine:Noise", "custom": {"weight": -1}}, r"custom: weight: must be at least 0, but got -1"),
         ({"method": "mine:Averaged"}, r"`ema.decay` must be given with `method: mine:Averaged`"),
@@ -92,7 +92,7 @@ def test_advice_is_given_only_where_the_module_itself_is_missing() -> None:
         ({"sinks": ["mine:number"]}, r"sinks: mine:number must be a subclass of cps_ray.Sink"),
         ({"method": "cp"}, r"method: must be supervised, cps, .* or unimatch or a plug-in, MODULE:NAME, but got 'cp'"),
         ({"loss__supervised": "dise"}, r"must be ce, ohem, dice, focal or lovasz or a plug-in, MODULE:NAME or a mapping, but got 'dise'"),
-        ({"loss__supervised": "lovasz", "loss__class_weights": [1.0] * 7}, "`class_weights` needs another loss in `supervised`: lovasz"),
+        ({"loss__supervised": "lovasz", "loss__class_weights": [1.0] * 7}, "`loss.class_weights` needs another loss in `loss.supervised`: lovasz"),
         ({"loss__supervised": {"ce": 0.0}}, "greater than 0"),
     ],
 )  # fmt: skip

@@ -77,12 +77,12 @@ def test_apply_changes_settings_sections_and_mappings(train):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim.lrr": 1.0}, "trial 3: optim.lrr: no such setting. Did you mean lr?"),
+        ({"optim.lrr": 1.0}, "trial 3: optim.lrr: no such setting. Did you mean optim.lr?"),
         ({"optim.lr": -1.0}, "trial 3: optim.lr: must be greater than 0, but got -1.0."),
         ({"seed.x": 1}, "trial 3: seed is 0 and holds no settings."),
         (
             {"schedule.steps": 7},
-            "trial 3: schedule: `steps % eval_every == 0` must hold, but got steps=7, eval_every=50.",
+            "trial 3: `schedule.steps % schedule.eval_every == 0` must hold, but got steps=7, eval_every=50.",
         ),
     ],
 )
