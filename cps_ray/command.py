@@ -1,15 +1,19 @@
 """What all commands have in common: their parser, errors as one line and an exit code, and a progress bar."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from cps_ray.errors import CpsRayError
+
+N = TypeVar("N", int, float)
 
 
 def command_parser(name: str, description: str | None, examples: str | None = None) -> argparse.ArgumentParser:
@@ -40,6 +44,15 @@ def run_command(
         return err.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def checked(number: Callable[[str], N], text: str, holds: Callable[[N], bool], must_be: str) -> N:
+    """Returns the number in an argument. For anything else raises what argparse prints as it is: it would name our function otherwise."""
+    with contextlib.suppress(ValueError):
+        value = number(text)
+        if holds(value):
+            return value
+    raise argparse.ArgumentTypeError(f"must be {must_be}, but got {text!r}.")
 
 
 def entry(main: Callable[[Sequence[str] | None], int]) -> None:

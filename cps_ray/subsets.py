@@ -4,6 +4,7 @@ A config names one of them: `data: {labeled: 1_16}`.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import checked, command_parser, entry, run_command
 from cps_ray.datasets.lists import matcher, read_list, write_list
 from cps_ray.datasets.prepare.checks import absent_classes
 from cps_ray.datasets.shards import Index, Shards, open_shards
@@ -62,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count_or_fraction(text: str) -> int | float:
-    """Returns a count of at least 1 or a fraction in (0, 1]. Raises ValueError, which argparse reports, for anything else."""
-    value = float(text) if "." in text else int(text)
-    if value <= 0 or (isinstance(value, float) and value > 1):
-        raise ValueError(text)
-    return value
+    number = float if "." in text else int
+    limit = 1.0 if number is float else math.inf
+    return checked(
+        number, text, lambda value: 0 < value <= limit, "a count of at least 1, or a fraction such as 0.0625"
+    )
 
 
 def _draw(args: argparse.Namespace, shards: Shards, index: Index) -> list[SubsetLists]:

@@ -38,3 +38,21 @@ def test_no_worker_asks_the_package_index() -> None:
     script = "import cps_ray.datasets.augment, os; print(os.environ['NO_ALBUMENTATIONS_UPDATE'])"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("bench methods x.yaml --draws 0", "argument --draws: must be a whole number of at least 1, but got '0'."),
+        ("bench stream --wide few", "argument --wide: must be 0 or at least "),
+        ("subsets draw shards --labeled 1.5", "argument --labeled: must be a count of at least 1, or a fraction"),
+        ("subsets draw shards --labeled nan.", "argument --labeled: must be a count of at least 1, or a fraction"),
+    ],
+)
+def test_a_wrong_number_is_told_what_must_hold(
+    words: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cps-ray", *words.split()])
+    with pytest.raises(SystemExit):
+        main()
+    assert why in capsys.readouterr().err

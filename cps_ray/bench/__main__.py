@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import checked, command_parser, entry, run_command
 
 if TYPE_CHECKING:  # the class cannot be subscripted at run time
     Benchmarks = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -118,17 +118,11 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
 
 
 def _positive(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError(text)
-    return count
+    return checked(int, text, lambda count: count >= 1, "a whole number of at least 1")
 
 
 def _num_images(text: str) -> int:
-    count = int(text)
-    if 0 < count < _SMALLEST_SET:
-        raise ValueError(text)
-    return count
+    return checked(int, text, lambda count: count == 0 or count >= _SMALLEST_SET, f"0 or at least {_SMALLEST_SET}")
 
 
 def _run(args: argparse.Namespace) -> int:

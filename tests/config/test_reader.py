@@ -139,7 +139,7 @@ SWEEP_FAULTS = [
     (LR, LR.replace("optim.lr", "lr"), "18: search_space.lr: no such setting in train. Did you mean optim.lr?"),
     *[
         (LR, LR.replace("optim.lr", name), f"18: search_space.{name}: cannot be searched: ")
-        for name in ("seed", "method", "data.crop_px", "schedule.steps", "resources.workers", "compute.accumulate",
+        for name in ("seed", "method", "data.crop_px", "schedule.steps", "resources.workers", "sinks", "compute.accumulate",
                      "model.weights_file")
     ],
     (WEIGHT, "{type: float, low: 6, high: 5}", "19: search_space.cps.weight: low <= high must hold"),
