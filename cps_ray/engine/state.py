@@ -6,6 +6,7 @@ step holds both: a resumed training equals the unbroken one.
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -153,12 +154,15 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
 def _wrap_in_ddp(network: Segmenter, ranks: Ranks) -> nn.Module:
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # Buffers are equal on all ranks already (synchronised batch norm); exchanging them would break a second forward pass.
+    # Before torch 2.13 the option has its former name, which newer versions warn about.
+    known = inspect.signature(DistributedDataParallel).parameters
+    exchange: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(
         network,
         device_ids=ids,
         process_group=ranks.same_network,
-        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
+        **exchange,
     )
 
 
