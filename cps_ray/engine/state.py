@@ -6,7 +6,6 @@ step holds both: a resumed training equals the unbroken one.
 
 import contextlib
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -153,17 +152,11 @@ def build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainSta
 
 def _wrap_in_ddp(network: Segmenter, ranks: Ranks) -> nn.Module:
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    # Buffers are equal on all ranks already (synchronised batch norm); exchanging them would break a second forward pass.
-    # Before torch 2.13 the option has its former name, which newer versions warn about.
-    known = inspect.signature(DistributedDataParallel).parameters
-    exchange: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(
-        network,
-        device_ids=ids,
-        process_group=ranks.same_network,
-        gradient_as_bucket_view=True,
-        **exchange,
-    )
+    model = DistributedDataParallel(network, ids, process_group=ranks.same_network, gradient_as_bucket_view=True)
+    # Buffers are equal on all ranks already (synchronised batch norm); exchanging them would break a second forward pass. Set
+    # here, because torch 2.8 and 2.15 call the constructor's option by different names, and the former also drops the first exchange.
+    model.broadcast_buffers = False
+    return model
 
 
 def _freeze_unused(network: Segmenter, crop_px: tuple[int, int]) -> None:
