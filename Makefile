@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+OLDEST := .venv-oldest
 ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest lint clean
 
 quickstart: $(READY)
 	$(BIN)/python -m cps_ray.sweep sweeps/quickstart.yaml --fresh $(ARGS)
@@ -12,13 +13,17 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
+# The fast tests with the lowest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -m 'not ray and not slow' $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find cps_ray tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The registry's torch is the CUDA build: about 6 GB, and it works without a GPU.
@@ -26,4 +31,10 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# The newest torchvision, which timm takes, would take the newest torch with it: 0.23 is the partner of torch 2.8.
+$(OLDEST)/ready: $(READY) pyproject.toml
+	$(BIN)/uv --quiet venv --clear --python 3.11 $(OLDEST)
+	VIRTUAL_ENV=$(OLDEST) $(BIN)/uv --quiet pip install --resolution lowest-direct -e '.[dev]' 'torchvision>=0.23'
 	touch $@

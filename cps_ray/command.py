@@ -15,6 +15,10 @@ from cps_ray.errors import CpsRayError
 
 N = TypeVar("N", int, float)
 
+# Here, because every command imports this module first: without fcntl the next import would end in a traceback.
+if sys.platform != "linux":
+    sys.exit(f"error: cps_ray runs on Linux alone (on Windows in WSL 2), and this is {sys.platform}")
+
 
 def command_parser(name: str, description: str | None, examples: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser of `python -m cps_ray.NAME`. Both texts keep their line breaks; `examples` come last in the help."""

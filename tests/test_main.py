@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 
 from cps_ray import __version__
-from cps_ray.__main__ import main
+from cps_ray.__main__ import COMMANDS, main
 
 
 def test_the_version_is_that_of_the_package(
@@ -56,3 +56,11 @@ def test_a_wrong_number_is_told_what_must_hold(
     with pytest.raises(SystemExit):
         main()
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_another_system_is_refused_in_one_line(name: str) -> None:
+    script = "import sys; sys.platform = 'darwin'; sys.modules['fcntl'] = None; from cps_ray.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: cps_ray runs on Linux alone (on Windows in WSL 2), and this is darwin\n"
