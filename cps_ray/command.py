@@ -72,5 +72,6 @@ class _Rate(ProgressColumn):
 def image_bar(description: str) -> Progress:
     """Returns a bar on stderr that counts images, with rate and time left; it shows nothing where stderr is no terminal."""
     console = Console(stderr=True)
+    console.quiet = not console.is_terminal  # rich before 14.3 ends even a disabled bar with an empty line
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
