@@ -6,6 +6,8 @@
     python -m cps_ray.sweep resume runs/camvid-long --trials 50
     python -m cps_ray.sweep status runs/camvid-long
 
+If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
+
 Exit codes: 0 done; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
 130/143 interrupted, resumable.
 """
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cps_ray.command import command_parser, entry, run_command
-from cps_ray.config.reader import read_sweep
+from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
 from cps_ray.config.sweep import SweepConfig
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("sweep", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="FILE | resume | status | best")
     run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
-    run.add_argument("file", type=Path)
+    run.add_argument("file", type=Path, help="a sweep, or the name of a shipped one, such as quickstart")
     run.add_argument(
         "--dry-run", type=int, metavar="N", help="check everything, show N draws (default 5), start nothing"
     )
@@ -109,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.search import sweep, sweep_folder
 
     shards = sweep_folder.check(config, where)
-    root = sweep_folder.begin(config, args.file, fresh=args.fresh)
+    root = sweep_folder.begin(config, sweep_file(args.file), fresh=args.fresh)
     return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 

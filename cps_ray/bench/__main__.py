@@ -98,7 +98,7 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
         "are paired: the same draw of labelled images, the same seed. docs/methods.md says how to read the table.",
     )
     add = methods.add_argument
-    add("file", type=Path, help="a training, the name of a preset, or a sweep, whose `train` is then taken")
+    add("file", type=Path, help="a training or a sweep, whose `train` is then taken, or the name of a shipped one")
     settings = "change a setting of all variants: data.shards, data.labeled, schedule.steps, model.weights_file, ..."
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=settings)
     draws = (

@@ -6,6 +6,7 @@ Overrides are `NAME=VALUE` as in `--set`: a dotted name from the root of the fil
 the file is relative to the file; a relative path in an override is relative to the working directory.
 
 A training, or `train:` in a sweep, may begin from a shipped one, `preset: reference/voc`; settings beside it change that one.
+Shipped sweeps go by their names, too: `load_sweep(Path("quickstart"))`.
 """
 
 import operator
@@ -23,10 +24,34 @@ from cps_ray.config.yaml_reader import Document, Loc
 from cps_ray.errors import ConfigError
 from cps_ray.text import did_you_mean, nearest
 
-__all__ = ["load_sweep", "load_train", "parse", "parse_train", "presets", "read_sweep", "read_train"]
+__all__ = [
+    "load_sweep",
+    "load_train",
+    "parse",
+    "parse_train",
+    "presets",
+    "read_sweep",
+    "read_train",
+    "shipped",
+    "sweep_file",
+    "sweeps",
+]
 
 _PRESET = "preset"
 _PRESETS = Path(__file__).with_name("presets")
+_SWEEPS = "sweeps"
+
+
+def shipped(folder: str) -> Path:
+    """Returns a folder of files that come with cps_ray: an installed package holds it, in a checkout it lies beside the package."""
+    package = Path(__file__).parents[1]
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def sweeps() -> list[str]:
+    """Returns the names of the shipped sweeps, such as `quickstart`."""
+    return sorted(path.stem for path in shipped(_SWEEPS).glob("*.yaml"))
 
 
 def presets() -> list[str]:
@@ -55,26 +80,45 @@ def read_train(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, 
     if path.exists():
         return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides)
     name = path.as_posix()
+    if name in sweeps():
+        _refuse_other_kind(TrainConfig, yaml_reader.load(sweep_file(path)).data, path)
     preset = _preset(name, f"{path}: no such file, and")
     return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides)
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Reads a sweep file and tries its search space, points, baselines and final changes on its training.
+    """Reads a sweep file or, where there is none, the shipped sweep of that name, as if it lay in `sweeps/` of the working directory.
 
-    Raises ConfigError: `FILE:LINE: setting: what must hold`, or `--set ...` in place of FILE:LINE.
+    Tries its search space, points, baselines and final changes on its training. Raises ConfigError: `FILE:LINE: setting: what
+    must hold`, or `--set ...` in place of FILE:LINE.
     """
     return read_sweep(path, overrides)[0]
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Where]:
     """Returns what `load_sweep` does, and a function from a setting to where it was written, for checks that come later."""
-    sweep, where = _load(SweepConfig, yaml_reader.load(path), path.parent, overrides)
-    sweep = _with_absolute_changes(sweep, path.parent)
+    file = sweep_file(path)
+    base = path.parent if file == path else Path(_SWEEPS)
+    sweep, where = _load(SweepConfig, replace(yaml_reader.load(file), path=path), base, overrides)
+    sweep = _with_absolute_changes(sweep, base)
     sweep_faults = faults(sweep)
     if sweep_faults:
         raise ConfigError(first_sentences(f"{where(loc)}: {describe((loc, text))}" for loc, text in sweep_faults))
     return sweep, where
+
+
+def sweep_file(path: Path) -> Path:
+    """Returns the file that is meant: `path` itself or, where there is none, the shipped sweep of that name. Raises ConfigError."""
+    name, names = path.as_posix(), sweeps()
+    # A folder of that name may well lie there: camvid, with the images.
+    if path.is_file() or (path.exists() and name not in names):
+        return path
+    if name in presets():
+        _refuse_other_kind(SweepConfig, _preset(name, "").data, path)
+    if name not in names:
+        hint = did_you_mean(path.stem, names) or f" There are {', '.join(names)}."
+        raise ConfigError(f"{path}: no such file, and there is no sweep {as_yaml(name)}.{hint}")
+    return shipped(_SWEEPS) / f"{name}.yaml"
 
 
 def _load(model: type[M], document: Document, base: Path, overrides: Sequence[str]) -> tuple[M, Where]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cps_ray.config.reader import load_sweep, load_train, parse, parse_train
+from cps_ray.config import reader
+from cps_ray.config.reader import load_sweep, load_train, parse, parse_train, read_sweep, sweeps
 from cps_ray.config.sweep import ObjectiveConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError
@@ -226,3 +227,64 @@ def test_settings_that_need_others_say_so(sweep_file, changes, message):
         load_sweep(sweep_file(), [f"train.{change}" for change in changes.split()])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_shipped_sweep_is_read_by_its_name_as_if_it_lay_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweeps() == ["camvid", "cityscapes", "quickstart"]
+    for name in sweeps():
+        shipped, where = read_sweep(Path(name))
+        (tmp_path / "sweeps").mkdir(exist_ok=True)
+        copy = tmp_path / "sweeps" / f"{name}.yaml"
+        copy.write_text((ROOT / copy.relative_to(tmp_path)).read_text(encoding="utf-8"), encoding="utf-8")
+        assert shipped == load_sweep(copy)
+        assert shipped.output == tmp_path / "runs"
+        assert where(("train",)).startswith(f"{name}:")
+        assert reader.sweep_file(Path(name)).read_text() == copy.read_text()
+
+
+def test_a_folder_of_the_name_is_no_sweep_but_a_file_is(sweep_file, tmp_path):
+    (tmp_path / "camvid").mkdir()
+    assert load_sweep(Path("camvid")).name == "camvid"
+    sweep_file().rename("quickstart")
+    assert load_sweep(Path("quickstart")).name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "message"),
+    [
+        (
+            load_sweep,
+            "quikstart",
+            "quikstart: no such file, and there is no sweep 'quikstart'. Did you mean quickstart?",
+        ),
+        (
+            load_sweep,
+            "sweeps/camvid.yaml",
+            "sweeps/camvid.yaml: no such file, and there is no sweep 'sweeps/camvid.yaml'. Did you mean camvid?",
+        ),
+        (
+            load_sweep,
+            "mine.yaml",
+            "mine.yaml: no such file, and there is no sweep 'mine.yaml'. There are camvid, cityscapes, quickstart.",
+        ),
+        (
+            load_sweep,
+            "reference/voc",
+            "reference/voc: this is a training, not a sweep. Run it: python -m cps_ray.train reference/voc",
+        ),
+        (
+            load_train,
+            "quickstart",
+            "quickstart: this is a sweep, not a training. Run it: python -m cps_ray.sweep quickstart",
+        ),
+    ],
+)
+def test_a_name_that_is_neither_file_nor_shipped(tmp_path, monkeypatch, load, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(Path(name))
+    assert str(caught.value) == message

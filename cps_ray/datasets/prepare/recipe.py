@@ -7,10 +7,12 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from cps_ray.config import yaml_reader
-from cps_ray.config.reader import parse
+from cps_ray.config.reader import parse, shipped
 from cps_ray.config.section import Section
 from cps_ray.datasets.prepare.masks import Coding, MaskReader, pack_color
 from cps_ray.engine.batch import IGNORE
+from cps_ray.errors import ConfigError
+from cps_ray.text import display_path
 
 ID = "{id}"
 Byte = Annotated[int, Field(ge=0, le=255, strict=True)]
@@ -178,5 +180,10 @@ def voc_color(index: int) -> RecipeColor:
 
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe file. Raises ConfigError, with file and line, if it is no valid recipe."""
+    if not path.exists():
+        # Not taken by its name, as a shipped sweep is: its classes and patterns are examples that fit nobody's folder.
+        raise ConfigError(
+            f"{path}: no such file. Copy {display_path(shipped('data') / 'recipe.yaml')}, which shows every setting."
+        )
     document = yaml_reader.load(path)
     return parse(Recipe, document.data, base=path.parent, where=document.where)
