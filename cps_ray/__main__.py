@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
     "bench": "speed and memory, measured side by side",
+    "schema": "JSON schema of a sweep or a training, for editors",
 }
 
 

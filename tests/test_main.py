@@ -22,7 +22,10 @@ def test_the_version_is_that_of_the_package(
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("swep", "Did you mean sweep?"), ("foo", "There are prepare, inspect, subsets, encoders, sweep, train, bench.")],
+    [
+        ("swep", "Did you mean sweep?"),
+        ("foo", "There are prepare, inspect, subsets, encoders, sweep, train, bench, schema."),
+    ],
 )
 def test_what_is_no_command_is_said_to_be_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str, hint: str

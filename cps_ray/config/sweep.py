@@ -15,19 +15,21 @@ Scalar = bool | int | float | str
 BEST_ARM = "best"
 """Name of the best configuration among the baselines' names."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$"
 
 
 def _seconds(value: Any) -> Any:
     """Returns the seconds of `90s`, `10m`, `1.5h` or `2d`; anything else as it is, for pydantic to check."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        match = re.fullmatch(_DURATION, value)
         if not match:
             raise ValueError(f"a duration is a number with s, m, h or d, such as 90s or 1.5h, but got {value!r}.")
         return float(match[1]) * _UNITS[match[2]]
     return value
 
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0.0)]
+_Written = Annotated[float, Field(gt=0.0)] | Annotated[str, Field(pattern=_DURATION)]
+Duration = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=_Written), Field(gt=0.0)]
 
 
 class FloatParam(Section):
