@@ -234,7 +234,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_shipped_sweep_is_read_by_its_name_as_if_it_lay_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sweeps() == ["camvid", "cityscapes", "quickstart"]
+    assert {"camvid", "cityscapes", "quickstart"} <= {*sweeps()}
     for name in sweeps():
         shipped, where = read_sweep(Path(name))
         (tmp_path / "sweeps").mkdir(exist_ok=True)
@@ -269,7 +269,7 @@ def test_a_folder_of_the_name_is_no_sweep_but_a_file_is(sweep_file, tmp_path):
         (
             load_sweep,
             "mine.yaml",
-            "mine.yaml: no such file, and there is no sweep 'mine.yaml'. There are camvid, cityscapes, quickstart.",
+            "mine.yaml: no such file, and there is no sweep 'mine.yaml'. There are {names}.",
         ),
         (
             load_sweep,
@@ -287,4 +287,4 @@ def test_a_name_that_is_neither_file_nor_shipped(tmp_path, monkeypatch, load, na
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load(Path(name))
-    assert str(caught.value) == message
+    assert str(caught.value) == message.format(names=", ".join(sweeps()))
