@@ -63,7 +63,9 @@ def test_a_wrong_number_is_told_what_must_hold(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_another_system_is_refused_in_one_line(name: str) -> None:
-    script = "import sys; sys.platform = 'darwin'; sys.modules['fcntl'] = None; from cps_ray.__main__ import main; main()"
+    script = (
+        "import sys; sys.platform = 'darwin'; sys.modules['fcntl'] = None; from cps_ray.__main__ import main; main()"
+    )
     done = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: cps_ray runs on Linux alone (on Windows in WSL 2), and this is darwin\n"

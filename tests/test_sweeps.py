@@ -6,6 +6,7 @@ import pytest
 
 from cps_ray import sweep
 from cps_ray.config.reader import load_sweep
+from cps_ray.search import sweep as search
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
 
@@ -62,3 +63,25 @@ def test_a_verb_is_found_behind_flags_and_a_wrong_one_named(
         code = err.code
     assert code == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_sweep_called_by_its_name_begins_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Begun:
+        def __init__(self, config: object, root: Path, *_: object) -> None:
+            begun.append(root)
+
+        def run(self, _: object) -> int:
+            return 0
+
+    monkeypatch.setattr(search, "Sweep", Begun)
+    monkeypatch.chdir(tmp_path)
+    small = "train.data.synthetic={train: 24, val: 6, test: 6}"
+    assert sweep.main(["quickstart", "--set", small]) == 0
+    assert begun == [tmp_path / "runs/quickstart"]
+    (file,) = [path for path in SWEEPS if path.stem == "quickstart"]
+    assert (begun[0] / "sweep.source.yaml").read_text() == file.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "runs"}

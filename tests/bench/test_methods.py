@@ -184,3 +184,11 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     record_file.write_text("[]")
     assert main(words) == 2
     assert "must be a record of `bench methods`" in error(capsys)
+
+
+def test_a_shipped_sweep_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["methods", "camvid"]) == 2
+    assert error(capsys).startswith(f"error: {tmp_path}/data/camvid/shards: no shards here")

@@ -117,7 +117,9 @@ def test_one_network_may_be_frozen_and_the_other_not(frozen: TrainConfig) -> Non
 
 
 def test_a_frozen_encoder_needs_weights(tiny: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match=r"`model.freeze_encoder: true` needs `model.weights` or `model.weights_file`"):
+    with pytest.raises(
+        ConfigError, match=r"`model.freeze_encoder: true` needs `model.weights` or `model.weights_file`"
+    ):
         changed(tiny, model__freeze_encoder=True)
 
 
