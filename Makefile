@@ -37,8 +37,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-# The newest torchvision, which timm takes, would take the newest torch with it: 0.23 is the partner of torch 2.8.
-$(OLDEST)/ready: $(READY) pyproject.toml
-	$(BIN)/uv --quiet venv --clear --python 3.11 $(OLDEST)
-	VIRTUAL_ENV=$(OLDEST) $(BIN)/uv --quiet pip install --resolution lowest-direct -e '.[dev]' 'torchvision>=0.23'
+# By uv, which can take the lowest versions. The newest torchvision, which timm takes, would take the newest torch with it: 0.23 is the
+# partner of torch 2.8.
+$(OLDEST)/ready: pyproject.toml
+	python3.11 -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv --quiet pip install --python $(OLDEST) --resolution lowest-direct -e '.[dev]' 'torchvision>=0.23'
 	touch $@
