@@ -15,6 +15,7 @@ import yaml
 from support import changed, without_a_cluster
 
 import cps_ray
+from cps_ray import sweep as sweep_command
 from cps_ray.config.reader import load_sweep
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.networks import build_networks
@@ -99,6 +100,28 @@ def test_a_sweep_searches_settings_of_a_method_of_ones_own(tiny: TrainConfig, tm
         cps_ray.CpsRayError, match=r"own.yaml:\d+: .*custom.*nois: no such setting. Did you mean noise\?"
     ):
         load_sweep(file)
+
+
+def test_the_trial_run_of_a_sweep_names_the_choice_that_is_no_loss(
+    tiny: TrainConfig, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "vector.py").write_text("def vector(logits, target):\n    return logits.mean(dim=1)\n")
+    choice = {"type": "choice", "values": ["ce", "tversky:tversky", "vector:vector"]}
+    sweep = {
+        "version": 1,
+        "name": "own",
+        "train": tiny.dump(str(tmp_path)),
+        "search_space": {"loss.supervised": choice},
+    }
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        yaml.safe_dump({**sweep, "output": "runs", "early_stopping": {"type": "none"}, "budget": {"trials": 2}})
+    )
+    assert sweep_command.main([str(file), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "search_space.loss.supervised.values[2]: " in error
+    assert "vector:vector: must return a scalar, but returned float32 of shape (2, 8, 8). A loss is a function" in error
+    assert "tversky:tversky" not in error
 
 
 def test_the_encoder_is_dilated_and_its_weights_come_from_a_file(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from cps_ray.config.plugins import is_import_path
 from cps_ray.config.schema import Where, dotted, first_sentences, settings, whole_names
 from cps_ray.config.sweep import ChoiceParam, SweepConfig
 from cps_ray.config.train import METHOD_SETTINGS, ComputeConfig, LossConfig, NetworkConfig, TrainConfig
@@ -199,6 +200,8 @@ def _is_decisive(sweep: SweepConfig, name: str) -> bool:
     section, param = name.split(".")[0], sweep.search_space[name]
     if section in ("model", "evaluation"):
         return True
+    if name == "loss.supervised":  # only a plug-in may be wrong
+        return isinstance(param, ChoiceParam) and any(is_import_path(str(value)) for value in param.values)
     # How a method divides its images into passes matters where one image may pass alone.
     in_words = isinstance(param, ChoiceParam) and all(isinstance(value, str) for value in param.values)
     return 1 in _images(sweep.train) and section in METHOD_SETTINGS and (in_words or name.endswith(".start"))
