@@ -216,8 +216,8 @@ def test_loaded_networks_are_normalised_as_they_were_trained(tiny: TrainConfig) 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"mean": [0.5, 0.5, 0.5]}, "`mean` needs `std`, too"),
-        ({"std": [0.5, 0.5, 0.5]}, "`std` needs `mean`, too"),
+        ({"mean": [0.5, 0.5, 0.5]}, "`model.mean` needs `model.std`, too"),
+        ({"std": [0.5, 0.5, 0.5]}, "`model.std` needs `model.mean`, too"),
         ({"mean": [123.7, 116.3, 103.5], "std": [0.5, 0.5, 0.5]}, "must be at most 1"),
         ({"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.0, 0.5]}, "must be greater than 0"),
         ({"mean": [0.5, 0.5, 0.5], "std": [58.4, 57.1, 57.4]}, "must be at most 1"),
