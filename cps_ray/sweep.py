@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import checked, command_parser, entry, run_command
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
@@ -48,7 +48,7 @@ def _verb_first(words: list[str]) -> list[str]:
     """Returns the words as argparse wants them: it has no default for a sub-command, and would take FILE for the N of --dry-run."""
     following = [*words[1:], ""][: len(words)]
     words = [
-        f"{word}={_DRAWS}" if word == "--dry-run" and not n.isdigit() else word
+        f"{word}={_DRAWS}" if word == "--dry-run" and not n.removeprefix("-").isdigit() else word
         for word, n in zip(words, following, strict=True)
     ]
     at = 0
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
     run.add_argument("file", type=Path, help="a sweep, or the name of a shipped one, such as quickstart")
     run.add_argument(
-        "--dry-run", type=int, metavar="N", help="check everything, show N draws (default 5), start nothing"
+        "--dry-run", type=_draws, metavar="N", help="check everything, show N draws (default 5), start nothing"
     )
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as in budget.trials=10"
@@ -93,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     best.add_argument("folder", type=Path)
     best.set_defaults(run=_best)
     return parser
+
+
+def _draws(text: str) -> int:
+    return checked(int, text, lambda count: count >= 0, "a whole number of at least 0")
 
 
 def _load(

@@ -18,7 +18,7 @@ import torch
 from cps_ray.bench import wide
 from cps_ray.bench.comparison import Comparison, Figures, is_drawn, table
 from cps_ray.bench.labels import ShuffledLabels, TrueMasks, with_true_masks
-from cps_ray.config.reader import load_sweep, load_train, parse_train
+from cps_ray.config.reader import load_sweep, load_train, parse_train, sweeps
 from cps_ray.config.schema import absolute, locate
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
@@ -36,6 +36,7 @@ from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
+from cps_ray.text import nearest
 
 Changes = dict[str, Any]
 
@@ -172,7 +173,8 @@ def _training(args: argparse.Namespace) -> tuple[TrainConfig, list[int]]:
     try:
         config = load_train(args.file)
     except ConfigError as err:
-        if "this is a sweep" not in str(err):
+        mistyped = not args.file.exists() and nearest(args.file.stem, sweeps())
+        if "this is a sweep" not in str(err) and not mistyped:
             raise
         config = load_sweep(args.file).train
     config = _changed(config, _changes(args.set, "--set"), "--set")

@@ -35,6 +35,7 @@ _RENAMED_VALUES = {"placement: split": "one_network_per_worker"}
 
 _MUST_BE = {
     "int_type": "a whole number",
+    "int_parsing_size": "a whole number of at most 64 bits",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -45,10 +46,10 @@ _MUST_BE = {
     "dict_type": "a mapping",
     "model_type": "a mapping of settings",
     "model_attributes_type": "a mapping of settings",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "greater than {gt:.12g}",
+    "greater_than_equal": "at least {ge:.12g}",
+    "less_than": "less than {lt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
     "literal_error": "{expected}",
     "union_tag_invalid": "one of {expected_tags}",
     "string_pattern_mismatch": "text that fits {pattern}",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
-from cps_ray.config.train import NETWORK_NAMES, NonNegativeInt, PositiveInt, TrainConfig
+from cps_ray.config.train import NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -145,7 +145,7 @@ class FinalConfig(Section):
     """The final phase: the best configuration and the baselines are trained with several seeds and evaluated on the test split."""
 
     retrain: Literal["best", "none"] = "best"
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (1, 2, 3)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1, 2, 3)
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
 

@@ -14,6 +14,7 @@ from cps_ray.config.section import RelativePath, Section
 from cps_ray.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # torch's seed is this times the step, in 64 bits
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -594,7 +595,7 @@ METHOD_SETTINGS = ("method", "cps", "mean_teacher", "fixmatch", "unimatch", "cus
 class TrainConfig(Section):
     """All settings of one training."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initialisation, order of images, augmentation and mixing. Which images are labelled has its own, `data.subset_seed`."""
     method: Literal["supervised", "cps", "mean_teacher", "fixmatch", "unimatch"] | ImportPath = "cps"
     """`cps` trains `model.networks` networks on all images. `supervised` trains network a alone on the labelled images: the

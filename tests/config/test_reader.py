@@ -38,6 +38,8 @@ SCHEMA_FAULTS = [
     ("lr: 1e-2", "lr: abc", "13: train.optim.lr: must be a number, but got 'abc'."),
     ("lr: 1e-2", "lr: true", "13: train.optim.lr: must be a number, but got true."),
     ("lr: 1e-2", "lr: 0", "13: train.optim.lr: must be greater than 0, but got 0."),
+    ("version: 1", "version: 1" + "0" * 30, "1: version: must be a whole number of at most 64 bits, but got 1000"),
+    ("train:\n", "train:\n  seed: 2147483648\n", "5: train.seed: must be less than 2147483648, but got 2147483648."),
     ("lr: 1e-2", "lr: .inf", "13: train.optim.lr: must be a finite number, but got inf."),
     ("labeled: 0.125", "labeled: [1]", "7: train.data.labeled: must be a whole number or a number or text, but got [1]."),
     ("labeled: 0.125", "labeled: ../x", "7: train.data.labeled: must be a whole number or a number or text that fits ^[A-Za-z0-9]"),
