@@ -49,6 +49,8 @@ for name, raw in jobs.items():
     ranks = join(config, rank, world, torch.device("cpu"))
     shards = open_shards(config.data.shards)
     state = build_state(config, 7, ranks)
+    wrapped = [model for model in state.models.values() if isinstance(model, torch.nn.parallel.DistributedDataParallel)]
+    assert bool(wrapped) == (ranks.num_batch_shards > 1) and not any(model.will_sync_module_buffers() for model in wrapped)
     losses = []
     meter = Meter(ranks)
     mine = {"batch_shard": ranks.batch_shard, "num_batch_shards": ranks.num_batch_shards}
