@@ -50,6 +50,8 @@ def test_flags_stand_where_they_like(words: str, capsys: pytest.CaptureFixture[s
     [
         ("--trials 3 resume nowhere", "nowhere: must be the folder of a sweep"),
         ("statsu runs/x", "there is no file statsu. Did you mean status?"),
+        ("--dry-run -3 FILE", "argument --dry-run: must be a whole number of at least 0, but got '-3'."),
+        ("FILE --dry-run=-3", "argument --dry-run: must be a whole number of at least 0, but got '-3'."),
         ("--dry-run", "the following arguments are required: file"),
         ("", "the following arguments are required: FILE | resume | status | best"),
     ],

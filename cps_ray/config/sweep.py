@@ -114,7 +114,7 @@ class SamplerConfig(Section):
     """How Optuna proposes the next trial."""
 
     type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     startup_trials: NonNegativeInt = 10
     """Number of random trials before the model takes over (tpe and gp)."""
 

@@ -192,3 +192,11 @@ def test_a_shipped_sweep_goes_by_its_name(
     monkeypatch.chdir(tmp_path)
     assert main(["methods", "camvid"]) == 2
     assert error(capsys).startswith(f"error: {tmp_path}/data/camvid/shards: no shards here")
+
+
+def test_a_misspelt_name_of_a_shipped_sweep_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["methods", "camvit"]) == 2
+    assert error(capsys) == "error: camvit: no such file, and there is no sweep 'camvit'. Did you mean camvid?"

@@ -122,6 +122,7 @@ def test_the_last_override_wins(sweep_file):
         ("train.optim.lrr=1", "train.optim.lrr: no such setting. Did you mean train.optim.lr?"),
         ("train.optim.lr=x", "train.optim.lr: must be a number, but got 'x'."),
         ("train.schedule.steps=210", "`train.schedule.steps % train.schedule.eval_every == 0` must hold"),
+        ("sampler.seed=2147483648", "sampler.seed: must be less than 2147483648, but got 2147483648."),
         ("train.seed.x=1", "train.seed: must be a whole number, but got a mapping."),
         ("name.x=1", "name is 'tiny' and holds no settings."),
         ("search_space.optim.lr.low=-1", "search_space.optim.lr: log: true needs low > 0 (got -1)."),
