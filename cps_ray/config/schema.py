@@ -236,7 +236,7 @@ def _meant(model: type[BaseModel], loc: Loc) -> str:
     near = nearest(name, _siblings(model, loc))
     if near and len(elsewhere) != 1:
         return dotted((*loc[:-1], near))
-    return elsewhere[0] if elsewhere else ""
+    return elsewhere[0] if len(elsewhere) == 1 else ""
 
 
 def _siblings(model: type[BaseModel], loc: Loc) -> list[str]:

@@ -1,5 +1,6 @@
 """The networks that teach each other: built by segmentation-models-pytorch, initialised differently, uint8 in, logits out."""
 
+import re
 from collections.abc import Iterable
 from typing import Self
 
@@ -127,7 +128,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
         except _REFUSALS as err:
             raise ConfigError(
                 f"model: {config.architecture} with encoder {config.encoder} and options {config.options} "
-                f"cannot be built: {first_line(err)}{_hint(err)}"
+                f"cannot be built: {_reason(err)}{_hint(err)}"
             ) from err
         except OSError as err:
             raise ConfigError(
@@ -177,6 +178,12 @@ def create_model_options(config: NetworkConfig) -> dict[str, OptionValue]:
     """Further arguments of `create_model`: those of the config, and what lets a vision transformer see images of any size."""
     of_one_size = config.architecture.lower() == DPT and config.encoder.startswith("tu-")
     return {**({"dynamic_img_size": True} if of_one_size and takes_any_size(config.encoder) else {}), **config.options}
+
+
+def _reason(err: BaseException) -> str:
+    """Returns the first line of an error; of an argument that nobody takes, without the function of smp's or timm's that was called."""
+    unknown = re.search(r"got an unexpected keyword argument '(\w+)'", str(err))
+    return f"neither takes an option {unknown[1]!r}." if unknown else first_line(err)
 
 
 def _hint(err: BaseException) -> str:

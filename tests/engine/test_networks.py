@@ -226,3 +226,9 @@ def test_loaded_networks_are_normalised_as_they_were_trained(tiny: TrainConfig) 
 def test_half_a_normalisation_is_refused(tiny: TrainConfig, model: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         changed(tiny, model=model)
+
+
+def test_an_option_that_nobody_takes_is_named_without_foreign_functions() -> None:
+    config = NetworkConfig(encoder="tu-test_efficientnet", options={"foo": 3})
+    with pytest.raises(ConfigError, match=r"cannot be built: neither takes an option 'foo'\.$"):
+        build_network(config, 3, seed=0)
