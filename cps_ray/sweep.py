@@ -67,7 +67,7 @@ def _verb_first(words: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("sweep", __doc__)
     verbs = parser.add_subparsers(required=True, metavar="FILE | resume | status | best")
-    run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)")
+    run = verbs.add_parser("run", help="run the sweep in FILE (the word `run` may be left out)", allow_abbrev=False)
     run.add_argument("file", type=Path, help="a sweep, or the name of a shipped one, such as quickstart")
     run.add_argument(
         "--dry-run", type=_draws, metavar="N", help="check everything, show N draws (default 5), start nothing"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,27 +21,27 @@ ImportPath = Annotated[str, Field(pattern=IMPORT_PATH, strict=True)]
 """`module:name`. The module lies in the working directory or on PYTHONPATH, or is installed; on a cluster, on every node."""
 
 
-class Sink:
+class Sink(ABC):
     """Takes the metrics of one training, on the worker of rank 0. Base of sinks of one's own: a class that `sinks` names."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, step: int) -> None:  # noqa: B027 (nothing need be kept)
         """`run_dir`: the training's folder. `step`: the one from which it starts or goes on; what was written of later ones comes again."""
 
+    @abstractmethod
     def write(self, metrics: dict[str, float]) -> None:
         """Takes one evaluation: `step`, and everything that was measured, by name (`val/miou`).
 
         The process may be ended at any time after it, so nothing may wait for `close`.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing need be closed)
         """Ends a training that has come to its end, or has failed."""
 
 
 def load_sink(path: str) -> type[Sink]:
     """Returns the class at an import path. Raises ConfigError unless it is a sink."""
     plugin = load_plugin("sinks", path)
-    if not (isinstance(plugin, type) and issubclass(plugin, Sink) and plugin.write is not Sink.write):
+    if not (isinstance(plugin, type) and issubclass(plugin, Sink) and not inspect.isabstract(plugin)):
         raise ConfigError(
             f"sinks: {path} must be a subclass of cps_ray.Sink with `write(self, metrics)`, which takes a dict of name -> number."
         )

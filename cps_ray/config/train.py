@@ -38,6 +38,7 @@ ColorMean = tuple[Fraction, Fraction, Fraction]
 ColorStd = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 SupervisedLoss = Literal["ce", "ohem", "dice", "focal", "lovasz"] | ImportPath
+WITHOUT_CLASS_WEIGHTS = {"lovasz"}
 View = Literal["weak", "strong", "elsewhere"]
 """What a batch may hold of an unlabelled image: `strong` is the weak view's place in other colours, `elsewhere` another place."""
 VIEWS: tuple[tuple[View, ...], ...] = (
@@ -249,7 +250,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _some_loss_has_class_weights(self) -> Self:
-        if self.class_weights is not None and set(self.weights) == {"lovasz"}:
+        if self.class_weights is not None and set(self.weights) <= WITHOUT_CLASS_WEIGHTS:
             raise ValueError("`class_weights` needs another loss in `supervised`: lovasz has none.")
         return self
 
@@ -588,10 +589,6 @@ def _plugged_in(path: str, custom: str) -> MethodConfig:
     return settings
 
 
-METHOD_SETTINGS = ("method", "cps", "mean_teacher", "fixmatch", "unimatch", "custom")
-"""Settings and sections that say what the method does."""
-
-
 class TrainConfig(Section):
     """All settings of one training."""
 
@@ -746,3 +743,11 @@ class TrainConfig(Section):
     def dump(self, base: str | None = None) -> dict[str, Any]:
         """Returns a plain dict of every setting; paths are relative to the folder `base`, or absolute without it."""
         return self.model_dump(mode="json", context={"base": base})
+
+
+METHOD_SETTINGS = (
+    "method",
+    *(name for name, field in TrainConfig.model_fields.items() if isinstance(field.default, MethodConfig)),
+    "custom",
+)
+"""Settings and sections that say what the method does."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cps_ray.config.plugins import is_import_path, load_plugin
-from cps_ray.config.train import LossConfig
+from cps_ray.config.train import WITHOUT_CLASS_WEIGHTS, LossConfig
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import cross_entropy, pixel_cross_entropy, upsample
 from cps_ray.errors import ConfigError
@@ -20,7 +20,6 @@ from cps_ray.text import first_line
 
 _BY_PIXEL = ("ce", "ohem")
 _OF_SMP = {"dice": "DiceLoss", "focal": "FocalLoss", "lovasz": "LovaszLoss"}
-_WITHOUT_CLASS_WEIGHTS = ("lovasz",)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits float32 (B, C, H, W), target int64 (B, H, W) with IGNORE where nothing counts) -> scalar, a mean over what counts.
 
@@ -125,7 +124,7 @@ def hard_pixels(coarse_BChw: Tensor, mask_BHW: Tensor, threshold: float, min_kep
 
 def _by_autograd(function: LossFunction, coarse_BChw: Tensor, mask_BHW: Tensor) -> Tensor:
     logits_BCHW = upsample(coarse_BChw.float(), (mask_BHW.shape[-2], mask_BHW.shape[-1]))
-    # Tensors without values, of a trial run, cannot be asked; and a mean over no pixel would be nan.
+    # Tensors without values, of a trial run, cannot be asked; and a mean over no pixel would be nan. A GPU is waited for here.
     if logits_BCHW.is_meta or not bool((mask_BHW != IGNORE).any()):
         return logits_BCHW.sum() * 0.0
     return function(logits_BCHW, mask_BHW.long())
@@ -137,7 +136,7 @@ def loss_function(name: str, class_weights: tuple[float, ...] | None, num_classe
     if name in _OF_SMP:
         import segmentation_models_pytorch as smp
 
-        weights = {} if class_weights is None or name in _WITHOUT_CLASS_WEIGHTS else {"class_weights": [*class_weights]}
+        weights = {} if class_weights is None or name in WITHOUT_CLASS_WEIGHTS else {"class_weights": [*class_weights]}
         of_smp: LossFunction = getattr(smp.losses, _OF_SMP[name])("multiclass", ignore_index=IGNORE, **weights)
         return of_smp
     plugin = _plugin(name)
