@@ -158,3 +158,93 @@ def test_all_of_them_train_in_rays_workers(tiny: TrainConfig, folder: Path, tmp_
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("sink Broken failed, the training goes on") == len(records)
     assert "no route to host" in log
+
+
+WRONG = """
+import torch
+from cps_ray import MethodConfig, second_view, weak_view
+
+
+class Returns(MethodConfig):
+    def losses(self, config, state, micro):
+        return {"loss": torch.zeros(())}
+
+
+class WithoutLoss(MethodConfig):
+    def losses(self, config, state, micro):
+        yield {"sup_a": torch.zeros(())}
+
+
+class WithoutGradient(MethodConfig):
+    def losses(self, config, state, micro):
+        yield {"loss": torch.zeros(())}
+
+
+class OneOfTwo(MethodConfig):
+    def num_networks(self, model):
+        return 2
+
+    def losses(self, config, state, micro):
+        yield {"loss": state.models["a"](weak_view(micro.batch)).sum()}
+
+
+class TwoOfOne(MethodConfig):
+    def losses(self, config, state, micro):
+        yield {"loss": state.models["a"](weak_view(micro.batch)).sum()}
+        yield {"loss": state.models["a"](weak_view(micro.batch)).sum()}
+
+
+class Undeclared(MethodConfig):
+    def losses(self, config, state, micro):
+        yield {"loss": state.models["a"](second_view(micro.batch)).sum()}
+
+
+class TwoMaps(torch.nn.Module):
+    out_channels = [3, 3]
+
+    def __init__(self, depth, output_stride):
+        super().__init__()
+
+    def forward(self, x):
+        return [x, x]
+
+
+def without_encoder(encoder_name, encoder_weights, classes):
+    return torch.nn.Conv2d(3, classes, 1)
+
+
+class FiveClasses(torch.nn.Module):
+    def __init__(self, encoder_name, encoder_weights, classes):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(3, 5, 1)
+
+    def forward(self, x):
+        return self.encoder(x)
+"""
+BARE = {"model__architecture": "fpn", "model__options": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "why"),
+    [
+        ({"method": "wrong:Returns"}, "method", "wrong:Returns.losses must yield, but returned dict. A method yields"),
+        ({"method": "wrong:WithoutLoss"}, "method", "yielded ['sup_a'] at 1 of 1 networks. A method yields"),
+        ({"method": "wrong:WithoutGradient"}, "method", "yielded ['loss'] at 1 of 1 networks. A method yields"),
+        ({"method": "wrong:OneOfTwo"}, "method", "yielded 1 times for 2 networks. A method yields"),
+        ({"method": "wrong:TwoOfOne"}, "method", "yielded ['loss'] at 2 of 1 networks. A method yields"),
+        ({"method": "wrong:Undeclared"}, "method", "the method's `views` must name it"),
+        ({**BARE, "model__encoder": "wrong:TwoMaps"}, "model.encoder", "wrong:TwoMaps: maps an image of 64x64 px to"),
+        ({**BARE, "model__encoder": "tiny:Tiny", "model__weights": "imagenet"}, "model.weights", "must be none for"),
+        ({**BARE, "model__architecture": "wrong:without_encoder"}, "model.architecture", "with an `encoder`, but"),
+        ({**BARE, "model__architecture": "wrong:FiveClasses"}, "model.encoder", "output must be (1, 7, h, w), but is"),
+    ],
+)
+def test_what_is_written_wrongly_is_told_its_contract(
+    tiny: TrainConfig, folder: Path, changes: dict[str, Any], setting: str, why: str
+) -> None:
+    (folder / "wrong.py").write_text(WRONG)
+    fault = Preflight(7, [(32, 48)]).fault(changed(tiny, **changes))
+    assert fault is not None
+    assert fault.settings[0] == setting
+    assert why in fault.text
+    assert "\n" not in fault.text
