@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from cps_ray.datasets.prepare.assembly import DataSetPlan
-from cps_ray.datasets.prepare.items import FromFiles, Source
+from cps_ray.datasets.prepare.items import FromFiles, MaskFile, Source
 from cps_ray.datasets.prepare.layouts import CITYSCAPES
 from cps_ray.datasets.prepare.masks import MaskReader
 from cps_ray.datasets.prepare.recipe import voc_color
@@ -206,7 +206,7 @@ def pair(
     """Writes one image and, if `masked`, its mask, which holds `values`; returns their source."""
     image = save(root / f"{key}.png", scene(key, size))
     mask = save(root / f"{key}_mask.png", patches(key, values, size)) if masked else None
-    return Source(key, str(image), mask and str(mask))
+    return Source(key, str(image), (MaskFile(str(mask)),) if mask else ())
 
 
 def plan(splits: Mapping[str, Iterable[Source]], **more: Any) -> DataSetPlan:

@@ -16,14 +16,38 @@ from cps_ray.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFile:
+    """A file that says which class some or all pixels of an image are."""
+
+    path: str
+    train_id: int | None = None
+    """The class of every pixel that is not 0. None: the file's own values say which class a pixel is."""
+    annotation: str = ""
+    """What the file, an export that describes many images, says of this image, as JSON text; empty where the file is of it alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """One image to be prepared."""
 
     id: str
     image: str = ""
     """Path of the image file; empty where the image is drawn."""
-    mask: str | None = None
-    """Path of the mask file; None for an unlabelled image."""
+    masks: tuple[MaskFile, ...] = ()
+    """Empty for an unlabelled image; several where each file holds one class, or one object of a class."""
+    field_of_view: str | None = None
+    """Path of a mask in which 0 marks pixels that count in no loss and no metric."""
+
+    @property
+    def mask(self) -> str | None:
+        """Path of the first mask file; None for an unlabelled image."""
+        return self.masks[0].path if self.masks else None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all its files, the image first."""
+        masks = tuple(mask.path for mask in self.masks)
+        return (self.image, *masks, *([self.field_of_view] if self.field_of_view else []))
 
 
 @dataclass(frozen=True, slots=True)

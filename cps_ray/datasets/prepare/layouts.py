@@ -10,7 +10,7 @@ import numpy as np
 
 from cps_ray.datasets.lists import matcher, read_list
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.items import Source
+from cps_ray.datasets.prepare.items import MaskFile, Source
 from cps_ray.datasets.prepare.masks import MaskReader
 from cps_ray.datasets.prepare.recipe import ID, ClassRecipe, Recipe, RecipeColor, SplitRecipe, id_in, voc_color
 from cps_ray.engine.batch import IGNORE
@@ -127,8 +127,8 @@ def _split_sources(raw: Path, name: str, recipe: Recipe, findings: list[Finding]
     if both:
         raise DataError(f"{raw}: in split {name} images are labelled or unlabelled, but both list {first_few(both)}.")
     pairs = [(key, path, masks[key]) for key, path in images.items() if key in masks]
-    sources = [Source(split.prefix + key, str(image), str(mask)) for key, image, mask in pairs]
-    sources += [Source(split.prefix + key, str(path), None) for key, path in unlabeled.items()]
+    sources = [Source(split.prefix + key, str(image), (MaskFile(str(mask)),)) for key, image, mask in pairs]
+    sources += [Source(split.prefix + key, str(path)) for key, path in unlabeled.items()]
     if not sources and not findings:
         raise DataError(f"{raw}: split {name} must have images, but `list`, `include` and `exclude` leave none.")
     return tuple(sorted(sources, key=lambda source: source.id))
@@ -388,5 +388,5 @@ def _voc_sources(
             found = f"every image of split {name} must have image and mask, but {missing} is missing"
             findings.append(Finding("file is missing", images.get(key, mask), found, "get the archives again"))
         else:
-            sources.append(Source(key, images[key], mask))
+            sources.append(Source(key, images[key], (MaskFile(mask),)))
     return tuple(sources)

@@ -49,7 +49,7 @@ class ShardJob:
         """Returns a checksum of what the shard is made from: version, settings, ids, and the files' sizes and times."""
         digest = hashlib.sha256(f"{__version__} {self.split} {self.make_item!r}".encode())
         for source in self.sources:
-            digest.update(repr((source.id, *(_file_state(path) for path in (source.image, source.mask)))).encode())
+            digest.update(repr((source, *map(_file_state, source.paths))).encode())
         return digest.hexdigest()
 
 
@@ -85,7 +85,7 @@ def cut_into_jobs(folder: Path, split: str, sources: Sequence[Source], make_item
     batch: list[Source] = []
     batch_bytes = 0
     for source in sources:
-        source_bytes = sum(_file_state(path)[1] for path in (source.image, source.mask))
+        source_bytes = sum(_file_state(path)[1] for path in source.paths)
         if batch and (batch_bytes + source_bytes > _SHARD_BYTES or len(batch) == _SHARD_IMAGES):
             jobs.append(ShardJob(str(folder), split, len(jobs), tuple(batch), make_item))
             batch, batch_bytes = [], 0

@@ -193,7 +193,7 @@ def test_skip_bad_needs_something_left(splits: Splits, out: Path) -> None:
 def copied(splits: Splits, source: Source, key: str) -> Source:
     path = Path(source.image).with_name(f"{key}.png")
     path.write_bytes(Path(source.image).read_bytes())
-    return Source(key, str(path), source.mask)
+    return Source(key, str(path), source.masks)
 
 
 def test_one_image_in_two_splits_is_refused(splits: Splits, out: Path) -> None:
@@ -231,7 +231,7 @@ def test_warnings_are_kept_in_the_manifest(splits: Splits, out: Path) -> None:
     image = Path(splits["train"][0].image)
     near = image.with_name("near.jpg")
     near.write_bytes(encoded(scene("t0"), "JPEG", quality=60))
-    splits["val"].append(Source("near", str(near), splits["val"][0].mask))
+    splits["val"].append(Source("near", str(near), splits["val"][0].masks))
     (note,) = write_shards(out, plan(splits)).notes
     assert "1 pairs look nearly the same (t0 ~ near)" in note
 

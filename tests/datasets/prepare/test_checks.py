@@ -299,7 +299,7 @@ def test_near_duplicates_in_two_splits_are_warned_of(raw: Path) -> None:
     sources = [pair(raw, key, size=(60, 80)) for key in "abcd"]
     pixels = np.clip(cv2.resize(scene("b", (60, 80)), (60, 45), interpolation=cv2.INTER_AREA).astype(int) + 9, 0, 255)
     (raw / "copy.jpg").write_bytes(encoded(pixels.astype(np.uint8), "JPEG", quality=70))
-    copy = Source("copy", str(raw / "copy.jpg"), None)
+    copy = Source("copy", str(raw / "copy.jpg"))
     (finding,) = check_prepared(raw, train=sources[:3], val=[sources[3], copy])
     assert (finding.rule, finding.where, finding.fatal) == ("near duplicates", "train and val", False)
     assert "1 pairs look nearly the same (b ~ copy)" in finding.found
@@ -316,7 +316,7 @@ def test_more_rows_than_are_compared_at_once(raw: Path, monkeypatch: pytest.Monk
 
 def test_images_that_repeat_in_a_split_are_warned_of(raw: Path) -> None:
     sources = [pair(raw, key) for key in "abc"]
-    again = [Source(f"{source.id} again", source.image, source.mask) for source in sources[:2]]
+    again = [Source(f"{source.id} again", source.image, source.masks) for source in sources[:2]]
     (finding,) = check_prepared(raw, train=[*sources, *again])
     assert "2 images should be in the split once, but are there again (a = a again, b = b again)" in finding.found
 
@@ -326,7 +326,7 @@ def test_which_split_keeps_an_image_that_all_splits_hold(raw: Path) -> None:
     kept = {name: [pair(raw, name)] for name in ("train", "val", "test")}
     for name, sources in kept.items():
         (raw / f"{name} copy.png").write_bytes((raw / "val.png").read_bytes())
-        sources.append(Source(f"{name} copy", str(raw / f"{name} copy.png"), None))
+        sources.append(Source(f"{name} copy", str(raw / f"{name} copy.png")))
     with pytest.raises(BadDataError) as caught:
         write_shards(raw.parent / "out", plan(kept))
     lost = {Path(finding.where).name: finding.remedy for finding in caught.value.findings if finding.fatal}

@@ -10,7 +10,7 @@ from trees import READER, encoded, pair, patches, save, scene
 
 from cps_ray.datasets.images import decode_image, decode_mask, perceptual_hash, turned
 from cps_ray.datasets.prepare.findings import BadItemError
-from cps_ray.datasets.prepare.items import FromFiles, Item, Source
+from cps_ray.datasets.prepare.items import FromFiles, Item, MaskFile, Source
 
 MAKE_ITEM = FromFiles(READER)
 ORIENTATION = 0x0112
@@ -42,7 +42,7 @@ def test_shrunk_masks_hold_no_new_ids_and_images_no_new_loss(tmp_path: Path) -> 
     """Ids 0 and 2 lie side by side: interpolation would put 1 between them."""
     save(tmp_path / "a.jpg", scene("a", (60, 80)), quality=95)
     save(tmp_path / "a.png", (np.indices((60, 80)).sum(axis=0) % 2 * 2).astype(np.uint8))
-    item = FromFiles(READER, scale=0.3)(Source("a", str(tmp_path / "a.jpg"), str(tmp_path / "a.png")))
+    item = FromFiles(READER, scale=0.3)(Source("a", str(tmp_path / "a.jpg"), (MaskFile(str(tmp_path / "a.png")),)))
     assert item.size == (18, 24)
     assert set(np.unique(mask_of(item))) == {0, 2}
     assert item.image.startswith(b"\x89PNG")
@@ -73,7 +73,7 @@ def test_image_and_mask_are_turned_together(tmp_path: Path, orientation: int, bo
         (tmp_path / "m.png").write_bytes(encoded(stored, "PNG", exif=exif))
     else:
         save(tmp_path / "m.png", turned(stored, orientation))
-    source = Source("a", str(tmp_path / "a.png"), str(tmp_path / "m.png"))
+    source = Source("a", str(tmp_path / "a.png"), (MaskFile(str(tmp_path / "m.png")),))
     if orientation == 3 and not both:
         with pytest.raises(BadItemError, match="nothing tells whether its mask is turned too"):
             MAKE_ITEM(source)

@@ -13,7 +13,7 @@ from trees import city_id, save, scene
 
 from cps_ray.datasets.images import decode_mask
 from cps_ray.datasets.prepare import layouts
-from cps_ray.datasets.prepare.items import FromFiles, Source
+from cps_ray.datasets.prepare.items import FromFiles, MaskFile, Source
 from cps_ray.datasets.prepare.layouts import CAMVID, RawData
 from cps_ray.datasets.prepare.recipe import Recipe
 from cps_ray.errors import DataError
@@ -55,7 +55,7 @@ def raw(tmp_path: Path) -> Path:
 def test_images_and_masks_are_paired_by_name(raw: Path) -> None:
     found = layouts.folder(raw, recipe())
     assert found.splits["train"] == tuple(
-        Source(name, str(raw / f"images/{name}.jpg"), str(raw / f"masks/{name}.png")) for name in "ab"
+        Source(name, str(raw / f"images/{name}.jpg"), (MaskFile(str(raw / f"masks/{name}.png")),)) for name in "ab"
     )
     assert mask_of(found, found.splits["train"][0]) == MASK.tolist()
     assert found.findings == ()

@@ -17,7 +17,7 @@ from trees import READER, pair, plan, save, scene
 
 from cps_ray.datasets.prepare import writing
 from cps_ray.datasets.prepare.assembly import write_shards
-from cps_ray.datasets.prepare.items import FromFiles, Item, Source
+from cps_ray.datasets.prepare.items import FromFiles, Item, MaskFile, Source
 from cps_ray.datasets.prepare.writing import ShardJob, cut_into_jobs, finished_report, write_shard
 
 MAKE_ITEM = FromFiles(READER)
@@ -78,7 +78,7 @@ def test_equal_images_and_masks_are_found_at_their_offsets(tmp_path: Path) -> No
     """Bytes that repeat, or are part of others, lead to no wrong offset."""
     (tmp_path / "out").mkdir()
     mask = save(tmp_path / "raw/m.png", np.zeros((24, 32), np.uint8))
-    same = [Source(key, str(mask), str(mask)) for key in "abc"]
+    same = [Source(key, str(mask), (MaskFile(str(mask)),)) for key in "abc"]
     report = write_shard(ShardJob(str(tmp_path / "out"), "train", 0, tuple(same), MAKE_ITEM))
     data = (tmp_path / "out/train-00000.parquet").read_bytes()
     for row in report.rows:
@@ -183,7 +183,9 @@ def prepare(raw: Path, out: Path) -> None:
     os.setsid()
     writing._SHARD_IMAGES = 3
     images = sorted(path for path in raw.iterdir() if "mask" not in path.name)
-    sources = [Source(path.stem, str(path), str(path.with_name(f"{path.stem}_mask.png"))) for path in images]
+    sources = [
+        Source(path.stem, str(path), (MaskFile(str(path.with_name(f"{path.stem}_mask.png"))),)) for path in images
+    ]
     write_shards(out, replace(plan({"train": sources[:-10], "val": sources[-10:]}), make_item=Slow(READER)))
 
 
