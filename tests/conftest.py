@@ -8,7 +8,7 @@ import pytest
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import SyntheticConfig, TrainConfig
-from cps_ray.datasets.prepare.assembly import in_threads
+from cps_ray.datasets.prepare.assembly import one_by_one
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.on_ray import cluster, jobs
 
@@ -42,9 +42,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `prepare` run its jobs in threads: what it reports on bad data does not depend on where jobs run."""
+    """Lets `prepare` run its jobs in this process: what it reports on bad data does not depend on where jobs run."""
     monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
-    monkeypatch.setattr(jobs, "on_cluster", in_threads)
+    monkeypatch.setattr(jobs, "on_cluster", one_by_one)
 
 
 @pytest.fixture(scope="session")

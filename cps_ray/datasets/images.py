@@ -1,22 +1,20 @@
-"""Decoding and encoding of images and masks: what shards may hold, and how anything else becomes that.
+"""Images and masks as shards hold them: how they are decoded, and how a raw image becomes one.
 
-Shards hold JPEG and PNG of 8 bits as they came, and masks as grey PNGs of train ids; any other image is decoded here once,
-and stored as PNG.
+Shards hold upright PNGs of 8 bits and all JPEGs as they came, and masks as grey PNGs of train ids; any other image is read
+here once, and stored as PNG: of one channel if it has one.
 """
 
-import io
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
+from cps_ray.datasets.raster import Raster, UnreadableError, open_raster, turned
 from cps_ray.errors import DataError
 
-_STORED_AS_IS = ("JPEG", "MPO", "PNG")
-"""Formats whose files shards hold as they came. MPO: a JPEG of a phone, with previews behind it."""
+ValueRange = tuple[float, float] | tuple[tuple[float, float], ...]
+"""The two values that become black and white, for all bands or for each."""
 _HASHED_SIDE = 32
 """Side in px to which `perceptual_hash` scales an image."""
 _FREQUENCIES = 8
@@ -32,36 +30,28 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8")
 
 
-def undecodable(data: bytes) -> str:
-    """Returns why bytes are no image; and what to do, after `; `: the end of a sentence that begins with `image` or `mask`."""
-    if data.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not an image; fetch the files with `git lfs pull`"
-    if not data:
-        return "is empty; get the file again"
-    return f"cannot be decoded ({len(data)} bytes, the first are {bytes(data[:8])!r}): damaged or cut short; get the file again"
-
-
-def too_large() -> str:
-    """Returns what is wrong with an image that Pillow takes for an attack; and what to do, after `; `: the end of a sentence."""
-    # Pillow only warns above MAX_IMAGE_PIXELS; it raises above twice that.
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-    return f"must have at most {limit / 1e6:.0f} million px, but has more; cut it into tiles"
+def _undecodable(data: bytes) -> str:
+    return "is empty" if not data else f"cannot be decoded ({len(data)} bytes, the first are {bytes(data[:8])!r})"
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
     """Returns encoded bytes as uint8 (H, W, 3) RGB, turned as the EXIF orientation says. DataError if they are no image."""
     pixels = cv2.imdecode(_buffer(data), cv2.IMREAD_COLOR_RGB) if data else None
     if pixels is None:
-        raise DataError(f"image {undecodable(data)}.")
+        raise DataError(f"image {_undecodable(data)}; prepare the data set again.")
     return np.asarray(pixels, np.uint8)
 
 
-def encode_image(pixels: NDArray[np.uint8], *, compressed: bool = True) -> bytes:
-    """Returns uint8 (H, W, 3) RGB as PNG bytes; not `compressed` they are larger, and decoded several times as fast."""
+def encode_image(pixels: NDArray[np.uint8], *, grey: bool = False, compressed: bool = True) -> bytes:
+    """Returns uint8 (H, W, 3) RGB as PNG bytes; not `compressed` they are larger, and decoded several times as fast.
+
+    `grey`: the three channels are equal, and one is stored.
+    """
     settings = (
         [] if compressed else [cv2.IMWRITE_PNG_COMPRESSION, 0, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
     )
-    success, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), settings)
+    stored = pixels[..., 0] if grey else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    success, data = cv2.imencode(".png", stored, settings)
     assert success
     return bytes(data)
 
@@ -70,7 +60,7 @@ def decode_mask(data: bytes) -> NDArray[np.uint8]:
     """Returns PNG bytes as uint8 (H, W) train ids. DataError if they are no image of one channel of 8 bits."""
     pixels = cv2.imdecode(_buffer(data), cv2.IMREAD_UNCHANGED) if data else None
     if pixels is None:
-        raise DataError(f"mask {undecodable(data)}.")
+        raise DataError(f"mask {_undecodable(data)}; prepare the data set again.")
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
         raise DataError(f"mask must have one channel of uint8, but has shape {pixels.shape} of {pixels.dtype}.")
     return np.asarray(pixels, np.uint8)
@@ -91,65 +81,88 @@ class Picture:
     """JPEG or PNG of 8 bits: the file's own bytes where they are that."""
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB, turned as the EXIF orientation says."""
+    grey: bool
+    """Whether the file has one channel; the three of `pixels` are then equal."""
     orientation: int
     """EXIF orientation, 1..8; 1 is upright."""
     peak: int | None
     """Largest value before the image was brought to 8 bits; None where it had 8."""
+    aside: str = ""
+    """What of the file was left aside, in words; empty for nothing."""
 
 
-def orientation_of(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1..8; 1 without the tag, or if its value is none of these."""
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(1, 9) else 1
+def read_image(
+    data: bytes, value_range: ValueRange | None = None, bands: tuple[int, ...] | None = None, name: str = ""
+) -> Picture:
+    """Reads JPEG, PNG, TIFF, BMP, WebP, GIF and PNM of grey, RGB or `bands`, of 8 or more bits; alpha is left aside.
 
-
-def turned(pixels: NDArray[np.integer[Any]], orientation: int) -> NDArray[np.integer[Any]]:
-    """Returns pixels (H, W) that are stored with an EXIF orientation, 1..8, the right way up."""
-    # Transposing comes first: the mirroring below is that of the rows and columns one sees.
-    if orientation >= 5:
-        pixels = pixels.T
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
-def read_image(data: bytes, value_range: tuple[float, float] | None = None) -> Picture:
-    """Reads JPEG, PNG, TIFF, BMP, WebP and what else OpenCV reads; grey, RGB, RGBA (alpha is dropped), 8 or 16 bit, float.
-
-    `value_range`: the two values that become 0 and 255 in an image of more than 8 bits; None: 0 and 65535. DataError if the
-    bytes are no such image, have several pages or frames, or are no integers and there is no `value_range`.
+    `bands`: the numbers, from 1, of the three bands (or of one) that are red, green and blue. `value_range`: what becomes 0 and
+    255 in an image of more than 8 bits; None: 0 and the largest value that its kind can have. Raises UnreadableError if the
+    bytes are no such image, have more bands and no `bands` say which, or are signed or floats and there is no `value_range`.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as header:
-            kind, pages, orientation = header.format, getattr(header, "n_frames", 1), orientation_of(header)
-    except Image.DecompressionBombError:
-        raise DataError(f"image {too_large()}.") from None
-    except (OSError, SyntaxError, ValueError):
-        kind, pages, orientation = None, 1, 1  # OpenCV has the last word: Pillow knows fewer TIFFs
-    if pages > 1 and kind != "MPO":
-        raise DataError(f"image has {pages} pages or frames, but must have one; save each as a file of its own.")
-    # Without ANYDEPTH, OpenCV would reduce 16 bits to 8 by itself, whatever `value_range` says.
-    raw = cv2.imdecode(_buffer(data), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH) if data else None
-    if raw is None and data:  # OpenCV does not turn one channel of floats into three
-        raw = cv2.imdecode(_buffer(data), cv2.IMREAD_UNCHANGED)
-        raw = None if raw is None or raw.ndim != 2 else cv2.merge([raw] * 3)
-    if raw is None:
-        raise DataError(f"image {undecodable(data)}.")
-    if raw.dtype == np.uint8:
-        pixels = np.asarray(raw, np.uint8)
-        return Picture(data if kind in _STORED_AS_IS else encode_image(pixels), pixels, orientation, None)
-    if raw.dtype != np.uint16 and value_range is None:
-        raise DataError(
-            f"image holds {raw.dtype} values; say in the recipe what is black and white: `value_range: [0, 1]`."
+    raster = open_raster(data, name)
+    values, aside = _chosen_bands(raster, bands)
+    grey = values.shape[2] == 1
+    if values.dtype == np.uint8:
+        pixels, peak = np.asarray(values, np.uint8), None
+        if raster.white != 255:
+            pixels = np.asarray((pixels.astype(np.float32) * (255 / (raster.white or 255))).round(), np.uint8)
+    else:
+        pixels, peak = _to_8_bits(raster, values, value_range)
+    if raster.inverted:
+        pixels = 255 - pixels
+    pixels = turned(np.repeat(pixels, 3, axis=2) if grey else pixels, raster.orientation)
+    # A PNG is stored upright, since decoders differ in whether they turn it; a JPEG would lose by being encoded again.
+    as_it_came = (raster.format == "PNG" and raster.orientation == 1 and peak is None) or (
+        raster.format == "JPEG" and _decoded_as(data, pixels, raster)
+    )
+    stored = data if as_it_came and bands is None else encode_image(pixels, grey=grey)
+    return Picture(stored, pixels, grey, raster.orientation, peak, aside)
+
+
+def _decoded_as(data: bytes, pixels: NDArray[np.uint8], raster: Raster) -> bool:
+    """Returns whether training, which lets OpenCV turn a JPEG as its EXIF says, will see the same pixels."""
+    if raster.orientation == 1 and b"Exif" not in data[:65536]:
+        return True
+    return np.array_equal(decode_image(data), pixels)
+
+
+def _chosen_bands(raster: Raster, bands: tuple[int, ...] | None) -> tuple[NDArray[np.generic], str]:
+    """Returns (H, W, 1 or 3) values, and in words what was left aside."""
+    if raster.palette is not None:
+        return raster.palette[raster.samples[..., 0]], ""
+    values = raster.samples
+    if bands is not None:
+        if raster.alpha is not None:
+            values = np.dstack([values, raster.alpha])  # what a TIFF calls alpha may be infrared
+        if max(bands) > values.shape[2]:
+            found = f"the file should have band {max(bands)}, as `bands` says, but is {raster.words}"
+            raise UnreadableError(found, "choose among the bands that every image has")
+        return values[..., [band - 1 for band in bands]], ""
+    if values.shape[2] not in (1, 3):
+        found = f"the file should be grey or RGB, but is {raster.words}"
+        raise UnreadableError(found, "say in the recipe which are red, green and blue: `bands: [3, 2, 1]`")
+    aside = f"the fourth band of {raster.words}" if raster.alpha is not None and raster.format == "TIFF" else ""
+    return values, aside
+
+
+def _to_8_bits(
+    raster: Raster, values: NDArray[np.generic], value_range: ValueRange | None
+) -> tuple[NDArray[np.uint8], int]:
+    """Returns (H, W, C) values of more than 8 bits as uint8, and the largest of them."""
+    if value_range is None and (raster.white is None or raster.white > 65535):
+        raise UnreadableError(
+            f"the file holds {values.dtype} values", "say in the recipe what is black and white: `value_range: [0, 1]`"
         )
-    low, high = value_range or (0, 65535)
+    pairs = np.array(value_range or (0, raster.white), np.float64).reshape(-1, 2)
+    if len(pairs) not in (1, values.shape[2]):
+        found = f"the file has {values.shape[2]} bands, but `value_range` gives black and white of {len(pairs)}"
+        raise UnreadableError(found, "give one pair for all bands, or one for each")
+    low, high = pairs.T
     # NaN becomes 0, and infinity what is white or black; clipping then brings all into the range.
-    values = np.nan_to_num(raw.astype(np.float64), posinf=high, neginf=low)
-    peak = int(min(values.max(), 2**31))
-    pixels = np.asarray(np.clip((values - low) * (255 / (high - low)), 0, 255).round(), np.uint8)
-    return Picture(encode_image(pixels), pixels, orientation, peak)
+    wide = np.nan_to_num(values.astype(np.float64), posinf=float(pairs.max()), neginf=float(pairs.min()))
+    scaled = (wide - low) * (255 / (high - low))
+    return np.asarray(np.clip(scaled, 0, 255).round(), np.uint8), int(min(wide.max(), 2**31))
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:

@@ -51,6 +51,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("classes", pa.list_(pa.uint8()), nullable=False),
         pa.field("pixels", pa.list_(pa.int64()), nullable=False),
         pa.field("perceptual_hash", pa.uint64(), nullable=False),
+        pa.field("pixels_sha256", pa.binary(32), nullable=False),
+        pa.field("train_ids_sha256", pa.binary(32)),
     ]
 )
 
@@ -88,6 +90,8 @@ class Split(Section):
     """Number of masks that show each class."""
     sha256: str
     """Checksum of the ids and checksums of all rows: two equal values are the same data in the same order."""
+    fingerprint: str
+    """Of ids, pixels and train ids; see `fingerprint`."""
 
 
 class LeftOut(Section):
@@ -100,12 +104,16 @@ class LeftOut(Section):
 class Manifest(Section):
     """Content of `manifest.json`."""
 
-    version: Literal[2]
+    version: Literal[3]
     made_by: MadeBy
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     """(r, g, b) in 0..255 per class."""
     splits: dict[str, Split]
+    bands: tuple[int, ...] | None = None
+    """Numbers, from 1, of the bands of the raw images that became red, green and blue. None: they were grey or RGB."""
+    value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
+    """Values, of all bands or of each, that became black and white in raw images of more than 8 bits. None: all of their range."""
     notes: tuple[str, ...] = ()
     """What was decided, and what was found to be odd, when the raw files were read."""
     left_out: tuple[LeftOut, ...] = ()
@@ -132,9 +140,12 @@ class Encoded:
     mask: bytes | None
 
 
-def sha256(data: bytes) -> bytes:
-    """Returns the SHA-256 checksum of `data`: 32 bytes."""
-    return hashlib.sha256(data).digest()
+def sha256(*parts: bytes | NDArray[np.uint8]) -> bytes:
+    """Returns the SHA-256 checksum of bytes, one part after the other: 32 bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +236,10 @@ class Index:
     """(N, C) number of pixels of each class; zeros without a mask."""
     perceptual_hash: NDArray[np.uint64]
     """(N,) hashes of the images' pixels; see `images.perceptual_hash`."""
+    pixels_sha256: NDArray[np.uint8]
+    """(N, 32) checksums of the decoded images."""
+    train_ids_sha256: NDArray[np.uint8]
+    """(N, 32) checksums of the decoded masks; zeros without one."""
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -299,8 +314,27 @@ def index_of(rows: pa.Table, files: tuple[str, ...], classes: int) -> Index:
         mask_sha256=_checksums(rows["mask_sha256"]),
     )
     return Index(
-        locations, rows["height"].to_numpy(), rows["width"].to_numpy(), pixels, rows["perceptual_hash"].to_numpy()
+        locations,
+        rows["height"].to_numpy(),
+        rows["width"].to_numpy(),
+        pixels,
+        rows["perceptual_hash"].to_numpy(),
+        _checksums(rows["pixels_sha256"]),
+        _checksums(rows["train_ids_sha256"]),
     )
+
+
+def image_hashes(index: Index) -> dict[str, bytes]:
+    """Returns id -> 8 bytes of each image of a split: of its decoded pixels and the train ids of its mask."""
+    rows = zip(index.ids, index.pixels_sha256, index.train_ids_sha256, strict=True)
+    return {image_id: sha256(pixels.tobytes(), train_ids.tobytes())[:8] for image_id, pixels, train_ids in rows}
+
+
+def fingerprint(index: Index) -> str:
+    """Returns `IMAGES-HEX` of a split: equal where ids, decoded images and train ids are, in any order, shards and encoding."""
+    hashes = image_hashes(index)
+    text = (image_id.encode() + b"\0" + hashes[image_id] for image_id in sorted(hashes))
+    return f"{len(hashes)}-{sha256(*text).hex()[:32]}"
 
 
 def open_shards(folder: Path, prepare: str | None = None) -> Shards:

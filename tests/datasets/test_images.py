@@ -16,8 +16,8 @@ from cps_ray.datasets.images import (
     encode_mask,
     perceptual_hash,
     read_image,
-    turned,
 )
+from cps_ray.datasets.raster import turned
 from cps_ray.errors import DataError
 
 PIXELS = scene("a photo", (60, 80))
@@ -107,7 +107,7 @@ def test_a_value_range_says_what_is_black_and_white() -> None:
 
 def test_floats_need_a_value_range_and_lose_nan() -> None:
     data = deep(np.array([[0.0, 0.5, 1.0, np.nan, np.inf]], np.float32))
-    with pytest.raises(DataError, match=r"image holds float32 values; say .* `value_range: \[0, 1\]`"):
+    with pytest.raises(DataError, match=r"the file holds float32 values; say .* `value_range: \[0, 1\]`"):
         read_image(data)
     assert read_image(data, (0.0, 1.0)).pixels[0, :, 0].tolist() == [0, 128, 255, 0, 255]
 
@@ -148,16 +148,14 @@ def test_a_nonsense_orientation_is_upright() -> None:
 def test_a_file_that_was_cut_short_anywhere_is_refused(kind: str) -> None:
     data = encoded(PIXELS, kind)
     for fraction in np.linspace(0, 0.999, 25):
-        with pytest.raises(
-            DataError, match=r"image (is empty|cannot be decoded .* damaged or cut short; get the file)"
-        ):
+        with pytest.raises(DataError, match=r"the file .*(get the file again|is it)"):
             read_image(data[: int(fraction * len(data))])
 
 
 def test_messages_name_pointers_and_files_of_something_else() -> None:
     with pytest.raises(DataError, match=r"is a Git LFS pointer, not an image; fetch the files with `git lfs pull`"):
         read_image(POINTER)
-    with pytest.raises(DataError, match=r"cannot be decoded \(9 bytes, the first are b'<html><b'\)"):
+    with pytest.raises(DataError, match=r"the file is a web page, not an image; the download has failed"):
         read_image(b"<html><b>")
 
 
@@ -190,7 +188,7 @@ def test_masks_survive_and_nothing_else_is_one() -> None:
         decode_mask(encoded(PIXELS, "PNG"))
     with pytest.raises(DataError, match=r"mask must have one channel of uint8, .* of uint16"):
         decode_mask(deep(np.zeros((2, 2), np.uint16), ".png"))
-    with pytest.raises(DataError, match="mask is empty; get the file again"):
+    with pytest.raises(DataError, match="mask is empty; prepare the data set again"):
         decode_mask(b"")
 
 

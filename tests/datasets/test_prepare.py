@@ -143,8 +143,8 @@ def test_bad_files_are_listed_by_problem_and_in_a_file_one_by_one(
     (raw / "more/c.png").write_bytes(b"")
     assert prepared(raw) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if "images/a.png and 1 more: image is a Git LFS pointer" in line]) == 1
-    assert len([line for line in lines if "more/c.png: image is empty; get the file again." in line]) == 1
+    assert len([line for line in lines if "images/a.png and 1 more: the file is a Git LFS pointer" in line]) == 1
+    assert len([line for line in lines if "more/c.png: the file is empty; get the file again." in line]) == 1
     every = raw.parent / "out.findings.txt"
     assert f"Every file is listed in {every}." in lines
     listed = every.read_text().splitlines()
@@ -160,7 +160,7 @@ def test_skip_bad_continues_and_lists_what_it_left_out(raw: Path, capsys: pytest
     assert prepared(raw, "--skip-bad") == 0
     said = capsys.readouterr().out
     assert f"left out, and listed in {raw.parent}/out/manifest.json: 1" in said
-    assert f"  {raw}/images/a.png: image is a Git LFS pointer" in said
+    assert f"  {raw}/images/a.png: the file is a Git LFS pointer" in said
     assert open_shards(raw.parent / "out").index("train").ids == ("b", "c")
 
 

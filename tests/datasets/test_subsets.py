@@ -23,7 +23,7 @@ def index_of(count: int, classes: int = 5, masked: int | None = None, seed: int 
     locations = ImageLocations(
         ("f",), tuple(f"img_{n:04d}" for n in range(count)), zeros, masks, checksums, masks, checksums
     )
-    return Index(locations, zeros, zeros, pixels, np.zeros(count, np.uint64))
+    return Index(locations, zeros, zeros, pixels, np.zeros(count, np.uint64), *[np.zeros((count, 32), np.uint8)] * 2)
 
 
 def data(**settings: object) -> DataConfig:

@@ -1,13 +1,14 @@
 """What is wrong with a data set as a whole: one image in two splits, classes that no mask shows, masks that are empty."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cps_ray.datasets.images import ValueRange
 from cps_ray.datasets.prepare.findings import Finding
-from cps_ray.datasets.prepare.masks import MaskReader
+from cps_ray.datasets.prepare.masks import MaskReader, color_text
 from cps_ray.datasets.shards import Index
 from cps_ray.engine.batch import IGNORE
 from cps_ray.text import first_few
@@ -160,9 +161,46 @@ def check_mask_edges(split: str, example: str, sharp: int, smooth: int) -> list[
     return [Finding("edges are smooth", example, found, remedy, fatal=False)]
 
 
-def check_image_peak(
-    split: str, example: str, peak: int | None, value_range: tuple[float, float] | None
+def check_palettes(
+    split: str, example: str, palettes: Mapping[int, Collection[int]], reader: MaskReader
 ) -> list[Finding]:
+    """Finds palettes that differ from file to file: the same index is then another class in each, or colours mean nothing.
+
+    `palettes`: index -> its packed colours over all masks of the split that show it. The finding is fatal for the whole split.
+    """
+    differing = sorted(index for index, colors in palettes.items() if len(colors) > 1)
+    if not differing or reader.coding != "ids":
+        return []
+    colors = " and ".join(color_text(color) for color in sorted(palettes[differing[0]])[:2])
+    found = f"palettes must agree, but index {differing[0]} is {colors} in masks of split {split}"
+    remedy = "say in the recipe which counts: `mask_coding: colors`, or `mask_coding: indices`"
+    return [Finding("palettes differ", example, found, remedy, whole_split=True)]
+
+
+def check_class_count(shown: Mapping[str, Collection[int]], classes: Sequence[str]) -> list[Finding]:
+    """Finds a data set whose masks all show one class: its masks were misread, or there is nothing to learn.
+
+    `shown`: split with masks -> train ids that any of its masks shows.
+    """
+    seen = sorted(set().union(*shown.values()))
+    if not shown or len(seen) > 1:
+        return []
+    what = f"only {classes[seen[0]]}" if seen else "no class at all"
+    found = f"masks must show two classes or more, but all of them show {what}"
+    remedy = "look at a mask's values: are its ids, its channel, its `threshold` those that the recipe says?"
+    return [Finding("one class", " and ".join(shown), found, remedy, whole_split=True)]
+
+
+def check_left_aside(split: str, aside: Mapping[str, int]) -> list[Finding]:
+    """Says what of the images' files was not read."""
+    remedy = "say in the recipe which bands count: `bands: [1, 2, 3]`"
+    return [
+        Finding("left aside", split, f"{what} was left aside in {count} images", remedy, fatal=False)
+        for what, count in aside.items()
+    ]
+
+
+def check_image_peak(split: str, example: str, peak: int | None, value_range: ValueRange | None) -> list[Finding]:
     """Warns of images with more than 8 bits that use so little of their range that they become nearly black.
 
     `peak` is the largest value in the split, None if every image has 8 bits; `example` is the file that the finding names.

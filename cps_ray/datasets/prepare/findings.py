@@ -22,6 +22,8 @@ class Finding:
     """Whether the item cannot be used; False: a warning."""
     whole_split: bool = False
     """Whether the whole split is spoilt, so that leaving out this file would not help."""
+    split: str = ""
+    """The split that loses an image with it, where it was found before files were read."""
 
     @property
     def line(self) -> str:

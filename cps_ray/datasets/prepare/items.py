@@ -9,10 +9,20 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cps_ray.datasets.images import Picture, encode_image, encode_mask, is_jpeg, perceptual_hash, read_image
+from cps_ray.datasets.images import (
+    Picture,
+    ValueRange,
+    encode_image,
+    encode_mask,
+    is_jpeg,
+    perceptual_hash,
+    read_image,
+)
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.masks import MaskReader, align_mask, count_edges
-from cps_ray.errors import DataError
+from cps_ray.datasets.prepare.masks import MaskReader, RawMask, count_bytes, count_edges
+from cps_ray.datasets.raster import UnreadableError
+from cps_ray.datasets.shards import sha256
+from cps_ray.engine.batch import IGNORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +75,22 @@ class Item:
     """(C,) number of pixels of each class; zeros without a mask."""
     perceptual_hash: int
     """64 bits; see `images.perceptual_hash`."""
+    pixels_sha256: bytes
+    """Checksum of the image's size and decoded pixels, whatever it is encoded as."""
+    train_ids_sha256: bytes | None
+    """Checksum of the mask's train ids; None without a mask."""
     values: Mapping[int, int] = field(default_factory=dict)
     """Number of pixels per raw mask value."""
     edges: tuple[int, int] = (0, 0)
     """Number of (sharp, smooth) edges of the mask; see `masks.count_edges`."""
     peak: int | None = None
     """Largest value of an image with more than 8 bits; None where it has 8."""
+    palette: Mapping[int, int] = field(default_factory=dict)
+    """Packed colour of each index that the mask of a palette image shows."""
+    aside: str = ""
+    """What of the image was left aside, in words."""
+    shown: tuple[int, ...] = ()
+    """Classes that the mask shows before it is shrunk."""
 
 
 class MakeItem(Protocol):
@@ -81,16 +101,32 @@ class MakeItem(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _MaskFacts:
+    """What the raw values of a mask say of the whole data set; see Item."""
+
+    values: Mapping[int, int]
+    palette: Mapping[int, int]
+
+
+_NO_MASK = _MaskFacts({}, {})
+
+
 def build_item(
     key: str, image: bytes, image_pixels: NDArray[np.uint8], mask: NDArray[np.uint8] | None, num_classes: int
 ) -> Item:
     """Builds an item from the encoded image, its pixels uint8 (H, W, 3) and its train ids uint8 (H, W)."""
     height, width = image_pixels.shape[:2]
     image_hash = perceptual_hash(image_pixels)
+    pixels_sha256 = sha256(b"%d %d\n" % (height, width), image_pixels)
     if mask is None:
-        return Item(key, image, None, (height, width), np.zeros(num_classes, np.int64), image_hash)
-    class_pixels = np.bincount(mask.ravel(), minlength=256)[:num_classes].astype(np.int64)
-    return Item(key, image, encode_mask(mask), (height, width), class_pixels, image_hash)
+        pixels = np.zeros(num_classes, np.int64)
+        return Item(key, image, None, (height, width), pixels, image_hash, pixels_sha256, None)
+    class_pixels = count_bytes(mask)[:num_classes]
+    train_ids_sha256 = sha256(mask)
+    return Item(
+        key, image, encode_mask(mask), (height, width), class_pixels, image_hash, pixels_sha256, train_ids_sha256
+    )
 
 
 @dataclass(frozen=True)
@@ -98,44 +134,61 @@ class FromFiles:
     """Makes items from raw files."""
 
     reader: MaskReader
-    value_range: tuple[float, float] | None = None
+    value_range: ValueRange | None = None
     """Values that become black and white in images with more than 8 bits; see `images.read_image`."""
     scale: float = 1.0
     """Fraction of their sides, in (0, 1], that images and masks are shrunk to. Scores then hold for that size."""
     compressed: bool = True
     """False: PNG images are stored without compression. JPEGs stay as they are."""
+    bands: tuple[int, ...] | None = None
+    """Numbers, from 1, of the bands that are red, green and blue; see `images.read_image`."""
 
     def __call__(self, source: Source) -> Item:
         picture = self._read_picture(source)
-        mask, values = self._read_mask(source, picture) if source.mask else (None, {})
+        mask, raw = self._read_mask(source, picture) if source.masks else (None, _NO_MASK)
         image, pixels = picture.data, picture.pixels
         # Counted at full size, because shrinking by nearest neighbour hides edges that interpolation has smoothed.
         edges = (0, 0) if mask is None else count_edges(mask)
+        shown = () if mask is None else np.flatnonzero(count_bytes(mask)[: self.reader.num_classes]).tolist()
         if self.scale < 1.0:
             size = (max(1, round(pixels.shape[1] * self.scale)), max(1, round(pixels.shape[0] * self.scale)))
             pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
-            image = encode_image(pixels, compressed=self.compressed)  # a second JPEG would lose again
+            # A second JPEG would lose again.
+            image = encode_image(pixels, grey=picture.grey, compressed=self.compressed)
             if mask is not None:
                 # INTER_NEAREST would take the first pixel of each block, not the middle one, and shift the mask.
                 mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
         elif not self.compressed and not is_jpeg(image):
-            image = encode_image(pixels, compressed=False)
+            image = encode_image(pixels, grey=picture.grey, compressed=False)
         item = build_item(source.id, image, pixels, mask, self.reader.num_classes)
-        return replace(item, values=values, edges=edges, peak=picture.peak)
+        return replace(
+            item,
+            values=raw.values,
+            edges=edges,
+            peak=picture.peak,
+            palette=raw.palette,
+            aside=picture.aside,
+            shown=tuple(shown),
+        )
 
     def _read_picture(self, source: Source) -> Picture:
         try:
-            return read_image(_read_bytes(source.image), self.value_range)
-        except DataError as error:
-            # `read_image` knows no path; its messages read "FOUND; REMEDY."
-            found, _, remedy = str(error).removesuffix(".").partition("; ")
-            raise BadItemError(Finding("image is unreadable", source.image, found, remedy)) from None
+            return read_image(_read_bytes(source.image), self.value_range, self.bands, source.image)
+        except UnreadableError as error:
+            raise BadItemError(Finding("image is unreadable", source.image, error.found, error.remedy)) from None
 
-    def _read_mask(self, source: Source, picture: Picture) -> tuple[NDArray[np.uint8], Mapping[int, int]]:
-        path = source.mask or ""
-        raw = self.reader.read(path, _read_bytes(path))
-        height, width = picture.pixels.shape[:2]
-        return self.reader.train_ids(path, align_mask(path, raw, (height, width), picture.orientation))
+    def _read_mask(self, source: Source, picture: Picture) -> tuple[NDArray[np.uint8], _MaskFacts]:
+        size = picture.pixels.shape[:2]
+        first = source.masks[0]
+        raw = self._raw_mask(first.path, size, picture.orientation)
+        train_ids, values = self.reader.train_ids(first.path, raw)
+        if source.field_of_view:
+            outside = self._raw_mask(source.field_of_view, size, picture.orientation).values == 0
+            train_ids = np.where(outside, np.uint8(IGNORE), train_ids)
+        return train_ids, _MaskFacts(values, raw.palette)
+
+    def _raw_mask(self, path: str, size: tuple[int, int], orientation: int) -> RawMask:
+        return self.reader.align(path, self.reader.read(path, _read_bytes(path)), size, orientation)
 
 
 def _read_bytes(path: str) -> bytes:

@@ -53,11 +53,11 @@ ANYWHERE: dict[str, tuple[Plant, str]] = {
     "a mask is an LFS pointer": (lambda image, mask: mask.write_bytes(POINTER), "Git LFS pointer"),
     "an image is cut short": (
         lambda image, mask: image.write_bytes(image.read_bytes()[:-60]),
-        "image cannot be decoded",
+        "the file",
     ),
-    "a mask is cut short": (lambda image, mask: mask.write_bytes(mask.read_bytes()[:-30]), "mask cannot be read"),
-    "an image is empty": (lambda image, mask: image.write_bytes(b""), "image is empty"),
-    "an image is a web page": (lambda image, mask: image.write_bytes(b"<html>"), "image cannot be decoded"),
+    "a mask is cut short": (lambda image, mask: mask.write_bytes(mask.read_bytes()[:-30]), "the file"),
+    "an image is empty": (lambda image, mask: image.write_bytes(b""), "the file is empty"),
+    "an image is a web page": (lambda image, mask: image.write_bytes(b"<html>"), "is a web page, not an image"),
     "sizes differ": (
         lambda image, mask: save(image, scene("x", (12, 16))),
         "the image is 16x12 px and the mask 32x24 px",
@@ -68,9 +68,12 @@ ANYWHERE: dict[str, tuple[Plant, str]] = {
     ),
 }
 MASKS: dict[str, tuple[Plant, str]] = {
-    "colours instead of ids": (lambda image, mask: save(mask, scene("x")), "this is a colour image (RGB)"),
+    "colours instead of ids": (lambda image, mask: save(mask, scene("x")), "this is an RGB PNG of 8 bits"),
     "grey levels": (lambda image, mask: save(mask, scene("x")[..., 0]), "so many are grey levels or smoothed edges"),
-    "lossy": (lambda image, mask: mask.write_bytes(encoded(np.zeros(trees.SIZE, np.uint8), "JPEG")), "this is a JPEG"),
+    "lossy": (
+        lambda image, mask: mask.write_bytes(encoded(np.zeros(trees.SIZE, np.uint8), "JPEG")),
+        "this is a grey JPEG of 8 bits",
+    ),
 }
 
 
@@ -101,7 +104,7 @@ VOC_TRAPS: dict[str, tuple[Plant, str]] = {
     "a class too many": (lambda image, mask: save(mask, patches("x", (0, 21))), "also holds 21 ("),
     "the palette read as colours": (
         lambda image, mask: save(mask, np.asarray(Image.open(mask).convert("RGB"))),
-        "this is a colour image (RGB)",
+        "this is an RGB PNG of 8 bits",
     ),
 }
 SBD_TRAPS: dict[str, tuple[Plant, str]] = {
@@ -204,12 +207,14 @@ def masks(raw: Path, values: tuple[int, ...], images: int = 2) -> Path:
 
 def test_white_as_a_class_is_refused_until_the_recipe_says_what_it_is(tmp_path: Path) -> None:
     raw = masks(tmp_path / "raw", (0, 255))
-    (finding,) = (finding for finding in findings(folder_data(raw), tmp_path / "out") if finding.fatal)
+    finding, alone = (finding for finding in findings(folder_data(raw), tmp_path / "out") if finding.fatal)
+    assert "all of them show only" in alone.found
     assert "255 means ignore, but the masks of split train hold only 0 and 255" in finding.found
     assert "give that class `ids: [255]`; if not, list 255 in `ignore_ids`" in finding.remedy
     classes = [{"name": "x"}, {"name": "y", "ids": [255]}]
     assert prepared(folder_data(raw, classes=classes), tmp_path / "class").splits["train"].class_images == (2, 2)
-    assert prepared(folder_data(raw, ignore_ids=[255]), tmp_path / "void").splits["train"].class_images == (2, 0)
+    save(raw / "masks/0.png", np.ones((24, 32), np.uint8))
+    assert prepared(folder_data(raw, ignore_ids=[255]), tmp_path / "void").splits["train"].class_images == (1, 1)
 
 
 @pytest.mark.parametrize(

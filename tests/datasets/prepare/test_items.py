@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from trees import READER, encoded, pair, patches, save, scene
 
-from cps_ray.datasets.images import decode_image, decode_mask, perceptual_hash, turned
+from cps_ray.datasets.images import decode_image, decode_mask, perceptual_hash
 from cps_ray.datasets.prepare.findings import BadItemError
 from cps_ray.datasets.prepare.items import FromFiles, Item, MaskFile, Source
+from cps_ray.datasets.raster import turned
 
 MAKE_ITEM = FromFiles(READER)
 ORIENTATION = 0x0112

@@ -196,7 +196,7 @@ def test_real_camvid() -> None:
     for source in found.splits["train"]:
         assert source.mask is not None
         raw = found.reader.read(source.mask, Path(source.mask).read_bytes())
-        counts += np.bincount(found.reader.train_ids(source.mask, raw.values)[0].ravel(), minlength=256)
+        counts += np.bincount(found.reader.train_ids(source.mask, raw)[0].ravel(), minlength=256)
     percentages = dict(zip([entry.name for entry in CAMVID.classes], 100 * counts / counts.sum(), strict=False))
     assert percentages["Road"] == pytest.approx(31.66, abs=0.01)
     assert percentages["Bicyclist"] == pytest.approx(0.29, abs=0.01)

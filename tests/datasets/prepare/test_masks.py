@@ -11,9 +11,9 @@ from PIL import Image
 from scipy.io import savemat
 from trees import POINTER, encoded
 
-from cps_ray.datasets.images import turned
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.masks import MaskReader, RawMask, align_mask, count_edges, pack_color
+from cps_ray.datasets.prepare.masks import MaskReader, RawMask, count_edges, pack_color
+from cps_ray.datasets.raster import turned
 
 MASK = np.array([[0, 1, 2, 0], [1, 1, 2, 0]], np.uint8)
 
@@ -28,13 +28,13 @@ def colors(*table: tuple[int, int, int]) -> MaskReader:
 
 def train_ids(data: bytes, path: str = "m.png", by: MaskReader | None = None) -> list[list[int]]:
     by = by or reader()
-    return by.train_ids(path, by.read(path, data).values)[0].tolist()
+    return by.train_ids(path, by.read(path, data))[0].tolist()
 
 
 def refused(data: bytes, path: str = "m.png", by: MaskReader | None = None) -> Finding:
     by = by or reader()
     with pytest.raises(BadItemError) as caught:
-        by.train_ids(path, by.read(path, data).values)
+        by.train_ids(path, by.read(path, data))
     assert caught.value.finding.where == path
     assert "\n" not in str(caught.value)
     return caught.value.finding
@@ -118,7 +118,7 @@ def test_16_bit_ids_may_be_anything_the_table_knows() -> None:
 
 def test_the_histogram_counts_every_raw_value() -> None:
     by = MaskReader("ids", {7: 0, 8: 1, 9: 1, 11: 255}, 2)
-    found, histogram = by.train_ids("m.png", np.array([[7, 8, 11, 9], [7, 9, 9, 7]], np.uint8))
+    found, histogram = by.train_ids("m.png", RawMask(np.array([[7, 8, 11, 9], [7, 9, 9, 7]], np.uint8)))
     assert found.tolist() == [[0, 1, 255, 1], [0, 1, 1, 0]]
     assert histogram == {7: 3, 8: 1, 9: 3, 11: 1}
 
@@ -144,7 +144,7 @@ def test_grey_levels_are_colours_too() -> None:
 
 
 def test_a_jpeg_does_not_keep_ids() -> None:
-    assert "must be lossless, but this is a JPEG" in refused(encoded(MASK, "JPEG"), "m.jpg").found
+    assert "must be lossless, but this is a grey JPEG of 8 bits" in refused(encoded(MASK, "JPEG"), "m.jpg").found
     assert "must be lossless" in refused(encoded(MASK, "JPEG"), "m.png").found, "whatever its name says"
 
 
@@ -183,7 +183,7 @@ def test_instance_masks_are_recognised() -> None:
 
 def test_a_colour_image_is_no_mask_of_ids() -> None:
     found = refused(saved(palette_image().convert("RGB")))
-    assert "this is a colour image (RGB)" in found.found
+    assert "this is an RGB PNG of 8 bits" in found.found
     assert "`mask_coding: colors`" in found.remedy
 
 
@@ -220,18 +220,18 @@ def test_probabilities_and_planes_are_no_ids(values: np.ndarray) -> None:
 
 def test_cmyk_has_no_ids() -> None:
     cmyk = Image.fromarray(np.stack([np.zeros_like(MASK)] * 3, axis=-1)).convert("CMYK")
-    assert "must hold (height, width) whole numbers" in refused(saved(cmyk, "TIFF"), "m.tif").found
+    assert "a TIFF of a rare kind (SEPARATED)" in refused(saved(cmyk, "TIFF"), "m.tif").found
 
 
 def test_pages_are_refused() -> None:
     page = Image.fromarray(MASK)
     data = saved(page, "TIFF", save_all=True, append_images=[page])
-    assert "must have one page" in refused(data, "m.tif").found
+    assert "has 2 pages or frames, but must have one" in refused(data, "m.tif").found
 
 
 def test_lfs_pointers_are_recognised() -> None:
     for path in ("m.png", "m.mat", "m.npy"):
-        assert refused(POINTER, path).remedy == "run `git lfs pull`"
+        assert refused(POINTER, path).remedy == "fetch the files with `git lfs pull`"
 
 
 def test_too_large_masks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,10 +242,10 @@ def test_too_large_masks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pickles_and_archives_are_not_opened() -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], object), allow_pickle=True)
-    assert "cannot be read" in refused(buffer.getvalue(), "m.npy").found
+    assert "says (1,) of object, which is not what it holds" in refused(buffer.getvalue(), "m.npy").found
     buffer = io.BytesIO()
     np.savez(buffer, MASK)
-    assert "cannot be read" in refused(buffer.getvalue(), "m.npy").found
+    assert "is a ZIP archive" in refused(buffer.getvalue(), "m.npy").found
 
 
 def test_a_mat_file_must_say_which_matrix_is_the_mask() -> None:
@@ -285,6 +285,10 @@ def test_damage_of_any_kind_is_a_finding(path: str) -> None:
 ORIENTATION = 0x0112
 
 
+def aligned(raw: RawMask, size: tuple[int, int], orientation: int, **more: Any) -> np.ndarray:
+    return reader(**more).align("m.png", raw, size, orientation).values
+
+
 def oriented(orientation: int, kind: str = "PNG") -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -301,27 +305,27 @@ def test_a_mask_lies_as_its_own_exif_says(kind: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_a_mask_without_exif_follows_its_image_where_sizes_decide(orientation: int) -> None:
-    drawn_on_stored = align_mask("m", RawMask(MASK, False), (4, 2), orientation)
+    drawn_on_stored = aligned(RawMask(MASK, False), (4, 2), orientation)
     assert np.array_equal(drawn_on_stored, turned(MASK, orientation))
-    drawn_on_turned = align_mask("m", RawMask(MASK, False), (2, 4), orientation)
+    drawn_on_turned = aligned(RawMask(MASK, False), (2, 4), orientation)
     assert np.array_equal(drawn_on_turned, MASK)
-    both_turned = align_mask("m", RawMask(MASK, True), (2, 4), orientation)
+    both_turned = aligned(RawMask(MASK, True), (2, 4), orientation)
     assert np.array_equal(both_turned, MASK)
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(2, (2, 4)), (3, (2, 4)), (4, (2, 4)), (6, (2, 2))])
 def test_an_ambiguous_orientation_is_refused(orientation: int, size: tuple[int, int]) -> None:
     mask = np.zeros(size, np.uint8)
-    with pytest.raises(BadItemError, match=rf"EXIF orientation {orientation}, and nothing tells .*-auto-orient"):
-        align_mask("m.png", RawMask(mask, False), size, orientation)
-    assert np.array_equal(align_mask("m.png", RawMask(mask, True), size, orientation), mask)
+    with pytest.raises(BadItemError, match=rf"EXIF orientation {orientation}, and nothing tells .*masks_turned"):
+        aligned(RawMask(mask, False), size, orientation)
+    assert np.array_equal(aligned(RawMask(mask, True), size, orientation), mask)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_size_mismatch_names_both_sizes(orientation: int) -> None:
     message = "image is 9x8 px and the mask 4x2 px; export both at one size"
     with pytest.raises(BadItemError, match=message):
-        align_mask("m.png", RawMask(MASK, False), (8, 9), orientation)
+        aligned(RawMask(MASK, False), (8, 9), orientation)
 
 
 # ------------------------------------------------------------------------------------------------- smoothed edges

@@ -18,7 +18,14 @@ from trees import READER, pair, plan, save, scene
 from cps_ray.datasets.prepare import writing
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.prepare.items import FromFiles, Item, MaskFile, Source
-from cps_ray.datasets.prepare.writing import ShardJob, cut_into_jobs, finished_report, write_shard
+from cps_ray.datasets.prepare.writing import (
+    ShardJob,
+    ShardReport,
+    cut_into_jobs,
+    finished_reports,
+    make_job,
+    write_shard,
+)
 
 MAKE_ITEM = FromFiles(READER)
 
@@ -31,7 +38,13 @@ def sources(tmp_path: Path) -> list[Source]:
 @pytest.fixture
 def job(tmp_path: Path, sources: list[Source]) -> ShardJob:
     (tmp_path / "out").mkdir()
-    return ShardJob(str(tmp_path / "out"), "train", 3, tuple(sources), MAKE_ITEM)
+    return make_job(tmp_path / "out", "train", 3, sources, MAKE_ITEM, 1)
+
+
+def finished(job: ShardJob) -> ShardReport | None:
+    """The report that a later call finds for the same sources, as their files are now."""
+    again = make_job(Path(job.folder), job.split, job.number, job.sources, job.make_item, job.threads)
+    return finished_reports(Path(job.folder)).get(again.key)
 
 
 def names(jobs: Sequence[ShardJob]) -> list[list[str]]:
@@ -42,7 +55,7 @@ def test_shards_are_cut_by_count(sources: list[Source], tmp_path: Path, monkeypa
     monkeypatch.setattr(writing, "_SHARD_IMAGES", 2)
     jobs = cut_into_jobs(tmp_path, "val", sources, MAKE_ITEM)
     assert names(jobs) == [["i0", "i1"], ["i2", "i3"], ["i4"]]
-    assert [job.path.name for job in jobs] == [f"val-0000{number}.parquet" for number in range(3)]
+    assert [job.path.name.partition(".")[0] for job in jobs] == [f"val-0000{number}" for number in range(3)]
 
 
 def test_shards_are_cut_by_bytes(sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +72,10 @@ def test_a_report_says_what_was_done(job: ShardJob) -> None:
     assert (report.split, report.number, report.images) == ("train", 3, 5)
     assert [row["id"] for row in report.rows] == [f"i{number}" for number in range(5)]
     assert [row["mask_at"] is None for row in report.rows] == [False, True, False, False, False]
-    assert sum(report.values.values()) == 4 * 24 * 32
+    assert sum(count for row in report.rows for _, count in row["values"]) == 4 * 24 * 32
     assert report.bytes == job.path.stat().st_size
-    assert sorted(path.name for path in job.path.parent.iterdir()) == ["train-00003.json", "train-00003.parquet"]
+    name = f"train-00003.{job.key[:16]}"
+    assert sorted(path.name for path in job.path.parent.iterdir()) == [f"{name}.json", f"{name}.parquet"]
 
 
 def test_the_offsets_in_a_report_are_those_of_the_bytes(job: ShardJob) -> None:
@@ -79,8 +93,8 @@ def test_equal_images_and_masks_are_found_at_their_offsets(tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     mask = save(tmp_path / "raw/m.png", np.zeros((24, 32), np.uint8))
     same = [Source(key, str(mask), (MaskFile(str(mask)),)) for key in "abc"]
-    report = write_shard(ShardJob(str(tmp_path / "out"), "train", 0, tuple(same), MAKE_ITEM))
-    data = (tmp_path / "out/train-00000.parquet").read_bytes()
+    report = write_shard(make_job(tmp_path / "out", "train", 0, same, MAKE_ITEM, 1))
+    data = Path(report.path).read_bytes()
     for row in report.rows:
         assert data[row["image_at"] :][: row["image_bytes"]] == mask.read_bytes()
 
@@ -98,16 +112,17 @@ def test_what_cannot_be_used_is_left_out_and_reported(job: ShardJob) -> None:
 def test_a_job_without_usable_images_writes_no_shard(job: ShardJob) -> None:
     for source in job.sources:
         Path(source.image).write_bytes(b"")
+    job = make_job(Path(job.folder), job.split, job.number, job.sources, job.make_item, 1)
     report = write_shard(job)
     assert (report.rows, report.bytes) == ([], 0)
     assert not job.path.exists()
-    assert finished_report(job) == report
+    assert finished(job) == report
 
 
 def test_a_finished_job_is_recognised(job: ShardJob) -> None:
-    assert finished_report(job) is None
+    assert finished(job) is None
     report = write_shard(job)
-    assert finished_report(job) == report
+    assert finished(job) == report
 
 
 def forget_the_shard(job: ShardJob) -> None:
@@ -143,7 +158,7 @@ def test_what_changed_is_done_again(job: ShardJob, change: object) -> None:
     write_shard(job)
     assert callable(change)
     change(job)
-    assert finished_report(job) is None
+    assert finished(job) is None
 
 
 def test_other_settings_are_another_job(job: ShardJob) -> None:
@@ -155,7 +170,7 @@ def test_other_settings_are_another_job(job: ShardJob) -> None:
         replace(job, sources=job.sources[:4]),
         replace(job, sources=(replace(job.sources[0], id="other"), *job.sources[1:])),
     ]
-    assert [finished_report(other) for other in others] == [None] * 5
+    assert [finished(other) for other in others] == [None] * 5
 
 
 def test_a_job_done_twice_writes_the_same_bytes(job: ShardJob) -> None:
@@ -239,6 +254,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
     assert len(files) == 50 + 4 + 3
-    assert {name: (out / name).stat().st_ino for name in known} == {name: inode for name, (inode, _) in known.items()}
+    final = {f"{name.partition('.')[0]}.parquet": inode for name, (inode, _) in known.items()}
+    assert {name: (out / name).stat().st_ino for name in final} == final
     assert not growing.exists()
     assert json.loads(files["manifest.json"])["splits"]["train"]["images"] == 150

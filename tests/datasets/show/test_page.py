@@ -48,7 +48,7 @@ def manifest_of(classes: int = 3, **more: object) -> Manifest:
     palette = tuple((k, 2 * k % 256, 255 - k) for k in range(classes))
     made_by = MadeBy(cps_ray="9.9", format=f"folder {NASTY}")
     return Manifest.model_validate(
-        {"version": 2, "made_by": made_by, "classes": names, "palette": palette, "splits": {}, **more}
+        {"version": 3, "made_by": made_by, "classes": names, "palette": palette, "splits": {}, **more}
     )
 
 

@@ -27,6 +27,11 @@ PALETTE: tuple[PaletteColor, ...] = ((200, 0, 0), (0, 0, 200), (10, 90, 10))
 MANY: tuple[PaletteColor, ...] = tuple((7 + k, 250 - k, (37 * k) % 256) for k in range(150))
 
 
+def unknown(count: int) -> list[np.ndarray]:
+    """Checksums of pixels and train ids that nothing here looks at."""
+    return [np.zeros((count, 32), np.uint8)] * 2
+
+
 def index_of(pixels: NDArray[np.int64], masked: NDArray[np.bool_] | None = None) -> Index:
     """Returns an index of images of 100x100 px with these pixels (N, C) per class; there is no file to read."""
     count = len(pixels)
@@ -37,7 +42,7 @@ def index_of(pixels: NDArray[np.int64], masked: NDArray[np.bool_] | None = None)
     ids = tuple(f"{k:04d}" for k in range(count))
     side = zeros + 100
     locations = ImageLocations(("f",), ids, zeros, image, checksum, mask, checksum)
-    return Index(locations, side, side, pixels * masked[:, None], np.zeros(count, np.uint64))
+    return Index(locations, side, side, pixels * masked[:, None], np.zeros(count, np.uint64), *unknown(count))
 
 
 def stored(tmp_path: Path, images: list[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]) -> Index:
@@ -57,7 +62,8 @@ def stored(tmp_path: Path, images: list[tuple[NDArray[np.uint8], NDArray[np.uint
     ids = tuple(f"image {k}" for k in range(len(images)))
     locations = ImageLocations((str(tmp_path / "f"),), ids, zeros, image_at, image_sha256, mask_at, mask_sha256)
     height, width = (np.array([image.shape[axis] for image, _ in images], np.int32) for axis in (0, 1))
-    return Index(locations, height, width, np.zeros((len(images), 3), np.int64), np.zeros(len(images), np.uint64))
+    pixels, hashes = np.zeros((len(images), 3), np.int64), np.zeros(len(images), np.uint64)
+    return Index(locations, height, width, pixels, hashes, *unknown(len(images)))
 
 
 def test_masks_are_painted_in_the_palette_and_ignored_pixels_are_hatched() -> None:
