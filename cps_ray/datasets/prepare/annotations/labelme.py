@@ -64,7 +64,8 @@ def labelme_shapes(
 
 
 def _shape(where: str, entry: Mapping[str, Any], size: Size, train_ids: Mapping[str, int]) -> Shape:
-    label, kind = entry.get("label"), entry.get("shape_type") or "polygon"
+    label, kind = entry.get("label"), entry.get("shape_type")
+    kind = "polygon" if kind is None else kind
     if not is_name(label):
         raise refused("shape has no label", where, f"`label` must be a name, but is {shown(label)}", "give it a label")
     train_id = train_id_of(where, str(label), train_ids)
@@ -74,14 +75,14 @@ def _shape(where: str, entry: Mapping[str, Any], size: Size, train_ids: Mapping[
         raise refused(
             "shape is unknown", where, f"`shape_type` must be one of {known}, but is {shown(kind)}", _DRAW_AGAIN
         )
+    if kind in ("polygon", "oriented_rectangle"):
+        check_polygon(where, points)
     wanted = _NUM_POINTS.get(kind)
-    if len(points) != wanted if wanted else len(points) < 2:
+    if (len(points) != wanted) if wanted else (len(points) < 2):
         found = f"a {kind} must have {wanted or 'at least 2'} points, but this has {len(points)}"
         raise refused("points are wrong", where, found, _DRAW_AGAIN)
     if kind == "mask":
         return Shape(train_id, partial(_draw_mask, where, points, entry.get("mask"), size))
-    if kind in ("polygon", "oriented_rectangle"):
-        check_polygon(where, points)
     return Shape(train_id, partial(_draw_shape, kind, points, size))
 
 

@@ -17,7 +17,8 @@ from cps_ray.datasets.prepare.annotations.shapes import (
     shown,
 )
 
-_MAX_FIELDS = 2_000_001
+_MAX_FIELDS = 2_000_002
+"""A line is split at most so often; then it has too many points for `read_points`."""
 _TOLERANCE = 0.01
 """How far beyond 0..1 a point may lie. Tools round; what lies farther out was not divided by the sides."""
 _MAX_YAML_BYTES = 2**20
@@ -68,7 +69,7 @@ def yolo_shapes(
             raise refused(_BAD_LINE, where, found, f"{_AGAIN}, without confidences")
         train_id = train_id_of(where, names[int(fields[0])], train_ids)
         fractions = read_points(where, fields[1:])
-        if fractions.min() < -_TOLERANCE or fractions.max() > 1 + _TOLERANCE:
+        if fractions.min(initial=0) < -_TOLERANCE or fractions.max(initial=0) > 1 + _TOLERANCE:
             found = f"points must be fractions, 0..1, of the sides, but are {fractions.min():g}..{fractions.max():g}"
             raise refused("points are wrong", where, found, "divide x by the width and y by the height")
         points = fractions * size[::-1]

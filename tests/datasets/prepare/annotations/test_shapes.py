@@ -109,7 +109,7 @@ def test_runs_go_down_the_columns(runs: list[int], expected: list[list[int]]) ->
 
 @pytest.mark.parametrize("text", [b"", b"P", b"\x00", b"a\xff", b"oooooooo1", b"1 2"])
 def test_damaged_runs_are_refused(text: bytes) -> None:
-    with pytest.raises(ValueError, match="damaged|longer"):
+    with pytest.raises(ValueError, match=r"damaged|longer"):
         decode_runs(text)
 
 
