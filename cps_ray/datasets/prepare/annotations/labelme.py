@@ -23,7 +23,6 @@ _POINT_RADIUS = 5
 """Radius in px with which labelme paints points."""
 _NUM_POINTS = {"rectangle": 2, "circle": 2, "line": 2, "point": 1, "mask": 2, "oriented_rectangle": 4}
 """Kind of shape -> how many points it has; polygons and strips of lines have any number."""
-_PNG = b"\x89PNG\r\n\x1a\n"
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -133,7 +132,7 @@ def _draw_mask(where: str, points: NDArray[np.float64], text: Any, size: Size) -
     try:
         data = base64.b64decode(text)
         # Width and height stand in the first chunk; looked at first, so that a small file cannot become a large image.
-        if data[:8] != _PNG or struct.unpack(">2I", data[16:24]) != shape[::-1]:
+        if struct.unpack(">2I", data[16:24]) != shape[::-1]:
             raise ValueError("it is no PNG of the size of its box")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             mask = np.asarray(image) != 0

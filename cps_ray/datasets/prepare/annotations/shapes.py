@@ -160,8 +160,9 @@ def draw_runs(runs: NDArray[np.int64], size: Size) -> Area:
     inside = np.flatnonzero(stops > starts)
     if not len(inside):
         return Area(0, 0, np.zeros((0, 0), np.bool_))
-    # Only the columns that the area touches.
+    # Only the columns and rows that the area touches: most are small, and there may be many.
     left, right = int(starts[inside[0]]) // height, -(-int(stops[inside[-1]]) // height)
     lengths = np.diff(np.clip(ends, left * height, right * height), prepend=left * height)
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, lengths.astype(np.int64))
-    return Area(0, left, flat.reshape(right - left, height).T)
+    columns = np.repeat(np.arange(len(runs)) % 2 == 1, lengths.astype(np.int64)).reshape(right - left, height)
+    rows = np.flatnonzero(columns.any(axis=0))
+    return Area(int(rows[0]), left, columns[:, rows[0] : rows[-1] + 1].T)
