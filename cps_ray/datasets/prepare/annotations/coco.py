@@ -156,7 +156,8 @@ def _draw_coco_runs(where: str, segmentation: Mapping[str, Any], size: Size) -> 
         raise refused(_BAD_RUNS, where, found, f"{_AGAIN} from the same photos")
     counts = segmentation.get("counts")
     runs = _run_lengths(where, counts, height * width)
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+    # Each is looked at first: a sum of very large ones may overflow to the right number.
+    if ((runs < 0) | (runs > height * width)).any() or runs.sum() != height * width:
         found = f"runs must be lengths, 0 or more, that add up to {height * width} px, but add up to {runs.sum()}"
         raise refused(_BAD_RUNS, where, found, _AGAIN)
     return draw_runs(runs, size)

@@ -132,7 +132,7 @@ def draw_polygons(parts: Sequence[NDArray[np.float64]], size: Size) -> Area:
 def decode_runs(text: bytes) -> NDArray[np.int64]:
     """Returns the lengths of runs from COCO's compressed text. ValueError if it is none.
 
-    pycocotools has a reader too, but believes what it reads: damaged text makes it write beyond its buffers.
+    pycocotools has a reader too, but where runs are too few it leaves the rest of a mask as the memory happened to be.
     """
     # 6 bits a byte, from 48: 5 of the number, the lowest first, and one that says that more follow.
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48

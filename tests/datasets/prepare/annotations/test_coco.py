@@ -313,6 +313,13 @@ def test_damaged_files_are_refused_or_read(tmp_path: Path) -> None:
     fuzz(data.encode(), lambda changed: masks_of(read_coco(written(tmp_path, changed))))
 
 
+def test_runs_whose_sum_overflows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Text that gives such runs has some 65000 of them.
+    monkeypatch.setattr(coco, "decode_runs", lambda text: np.array([*[2**62] * 4, HEIGHT * WIDTH]))
+    entry = annotation({"size": list(SIZE), "counts": "1"})
+    assert "runs must be lengths" in refused(tmp_path, document(entry)).found
+
+
 def test_damaged_runs_are_refused_or_read(tmp_path: Path) -> None:
     blob = np.asfortranarray(np.random.default_rng(0).integers(0, 2, SIZE, np.uint8))
     ids, text = {7: 1}, coco_mask.encode(blob)["counts"]
