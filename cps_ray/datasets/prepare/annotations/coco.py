@@ -114,8 +114,9 @@ def coco_train_ids(coco: CocoFile, train_ids: Mapping[str, int]) -> dict[int, in
 def coco_shapes(path: str, annotation: str, size: Size, train_ids: Mapping[int, int], crowd: Crowd) -> list[Shape]:
     """Returns the shapes of an image, from its text in `read_coco(path)`; pixels are those that pycocotools gives.
 
-    `size`: (height, width) of the photo in px. `train_ids`: category id -> train id. `crowd`: what `iscrowd` means; CVAT sets it
-    for whatever was drawn with the brush, so there it must be "class". BadItemError if an annotation has no usable outline.
+    `size`: (height, width) of the photo in px. `train_ids`: category id -> train id. `crowd`: what `iscrowd` means, its class or
+    IGNORE; tools may set it for whatever they write as runs, because COCO itself has runs for crowds alone. BadItemError if an
+    annotation has no usable outline.
     """
     try:
         document = json.loads(annotation)
