@@ -19,6 +19,7 @@ from cps_ray.datasets.prepare.findings import summary_lines
 from cps_ray.datasets.prepare.items import FromFiles
 from cps_ray.datasets.prepare.layouts import RawData
 from cps_ray.datasets.prepare.recipe import load_recipe
+from cps_ray.datasets.prepare.splits import list_folder
 from cps_ray.datasets.shards import Manifest, open_shards
 from cps_ray.errors import DataError
 
@@ -121,7 +122,7 @@ def _raw_data(args: argparse.Namespace) -> tuple[RawData, str]:
         return layouts.cityscapes(args.raw, published=args.published, unlabeled=args.unlabeled), f"cityscapes{options}"
     if args.format == "voc":
         return layouts.voc(args.raw, sbd=args.sbd, published=args.published), "voc" + ", published" * args.published
-    return layouts.folder(args.raw, load_recipe(args.recipe)), f"folder, {args.recipe.name}"
+    return layouts.folder(args.raw, load_recipe(args.recipe), list_folder(args.recipe)), f"folder, {args.recipe.name}"
 
 
 def _write(args: argparse.Namespace) -> None:

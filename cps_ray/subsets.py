@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cps_ray.command import checked, command_parser, entry, run_command
-from cps_ray.datasets.lists import matcher, read_list, write_list
+from cps_ray.datasets.lists import listed_ids, write_list
 from cps_ray.datasets.prepare.checks import absent_classes
 from cps_ray.datasets.shards import Index, Shards, open_shards
 from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST, labeled_rows, subset_folder
@@ -107,25 +107,19 @@ def _read_lists(path: Path, name: str, index: Index, other_splits: dict[str, str
     `other_splits`: id -> split of every image outside train. Raises DataError if an entry is in no split, or a labelled image
     has no mask in train.
     """
-    in_train, in_others = matcher(index.ids), matcher(other_splits)
+    train_ids, foreign = set(index.ids), "Are the lists of another data set?"
     with_mask = {key for key, has_mask in zip(index.ids, index.labeled, strict=True) if has_mask}
     notes: list[str] = []
 
     def ids(file: Path) -> list[str]:
         """Returns the ids in train that a list names, and notes those that are in other splits."""
-        entries = read_list(file)
-        unknown = [entry for entry in entries if in_train(entry) is None and in_others(entry) is None]
-        if unknown:
-            raise DataError(
-                f"{file}: every entry must be an image of these shards, whose ids look like {index.ids[0]!r}, but "
-                f"{len(unknown)} of {len(entries)} are not ({first_few(unknown)}); are the lists of another data set?"
-            )
-        train_ids = [key for entry in entries if (key := in_train(entry)) is not None]
-        if len(train_ids) < len(entries):
-            others = sorted({other_splits[key] for entry in entries if (key := in_others(entry)) is not None})
-            num_left_out = len(entries) - len(train_ids)
-            notes.append(f"{num_left_out} of {len(entries)} are in {', '.join(others)} here, and left out")
-        return train_ids
+        listed = listed_ids(file, [*index.ids, *other_splits], "these shards", remedy=foreign)
+        in_train = [key for key in listed if key in train_ids]
+        if len(in_train) < len(listed):
+            others = sorted({other_splits[key] for key in listed if key not in train_ids})
+            num_left_out = len(listed) - len(in_train)
+            notes.append(f"{num_left_out} of {len(listed)} are in {', '.join(others)} here, and left out")
+        return in_train
 
     labeled = ids(path)
     without_mask = [key for key in labeled if key not in with_mask]

@@ -3,14 +3,17 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trees
 from support import changed
 
 from cps_ray.__main__ import main as cps_ray
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import train_data
+from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.subsets import labeled_subset
 from cps_ray.errors import DataError
@@ -49,6 +52,34 @@ def test_a_draw_written_out_is_the_draw_that_a_config_asks_for(own_shards: Path,
     assert len(lines(own_shards, "quarter", "unlabeled")) == 18
 
 
+def test_a_draw_of_odd_names_is_read_back_exactly(tmp_path: Path, tiny: TrainConfig) -> None:
+    names = [
+        "photo 1",
+        "photo",
+        " a",
+        "a",
+        "tab\there",
+        "# 1",
+        "drive_a/0",
+        "drive_b/0",
+        "0",
+        "m\u00fcnchen",
+        "v1.2",
+        "v1",
+    ]
+    sources = {
+        split: [replace(trees.pair(tmp_path, f"{split}{number}"), id=name) for number, name in enumerate(ids)]
+        for split, ids in {"train": names, "val": ["val"], "test": ["test"]}.items()
+    }
+    write_shards(tmp_path / "shards", trees.plan(sources))
+    assert main(["draw", str(tmp_path / "shards"), "--labeled", "6", "--name", "odd"]) == 0
+    opened = open_shards(tmp_path / "shards")
+    config = changed(tiny, data__shards=str(tmp_path / "shards"), data__labeled=6)
+    drawn = train_data(opened, config).subset
+    named = train_data(opened, changed(config, data__labeled="odd")).subset
+    assert (named.labeled.tolist(), named.unlabeled.tolist()) == (drawn.labeled.tolist(), drawn.unlabeled.tolist())
+
+
 def test_published_lists_come_in_under_their_own_names(
     own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,7 +116,7 @@ def test_published_lists_come_in_under_their_own_names(
         (["import", "empty", "shards"], "error: empty: must hold lists named labeled.txt"),
         (
             ["import", "foreign", "shards"],
-            "labeled.txt: every entry must be an image of these shards, whose ids look like",
+            "labeled.txt:1: 'aachen_000000_000019' is no image of these shards, whose ids look like 'train_00000'. Are the lists of",
         ),
         (["import", "mixed", "shards"], "labelled images must be in train, with masks"),
         (["draw", "nothing", "--labeled", "6"], "no shards here"),

@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cps_ray.config.train import DataConfig
-from cps_ray.datasets.lists import matcher, read_list
+from cps_ray.datasets.lists import listed_ids
 from cps_ray.datasets.shards import Index
+from cps_ray.datasets.stratified import next_pick
 from cps_ray.errors import DataError
 
 SUBSETS_FOLDER = "subsets"
 _FORMER_FOLDER = "splits"
 """Name that SUBSETS_FOLDER had in earlier versions."""
-_CANDIDATES = 16
-"""Random images of which `stratified_order` takes the best as its next."""
 LABELED_LIST = "labeled.txt"
 UNLABELED_LIST = "unlabeled.txt"
 
@@ -103,50 +102,28 @@ def _refuse_without_masks(path: Path, rows: NDArray[np.int64], index: Index) -> 
 
 
 def stratified_order(index: Index, seed: int, count: int) -> NDArray[np.int64]:
-    """Draws `count` of the rows that have masks, so that classes appear about as often as in all of them: int64 (count,).
+    """Draws `count` of the rows that have masks: int64 (count,). See `next_pick`: rare classes come first, then all in proportion.
 
-    Nested: the first k rows of a longer draw are the draw of k rows. Each pick is the one of 16 random candidates that
-    brings the fraction of images per class nearest to the whole set's; rare classes weigh as much as common ones.
+    Nested: the first k rows of a longer draw are the draw of k rows. While there are classes that no row shows, each row adds
+    one at least.
     """
     rows = np.flatnonzero(index.labeled)
     rows = np.random.default_rng((seed, 0x5917)).permutation(rows)
     presence = index.presence[rows].astype(np.float64)
-    fraction_C = presence.mean(axis=0)  # noqa: N806
-    weight_C = np.divide(1.0, fraction_C, out=np.zeros_like(fraction_C), where=fraction_C > 0)  # noqa: N806
+    sizes, fraction = np.ones(len(rows)), presence.mean(axis=0)
     remaining = list(range(len(rows)))
-    picked_C = np.zeros_like(fraction_C)  # noqa: N806
+    shown = np.zeros_like(fraction)
     picked: list[int] = []
     while len(picked) < count:
-        # The order is random already, so the head of the list is a random sample; those not picked stay for the next draw.
-        # No pick depends on `count`, hence nested.
-        candidates = remaining[:_CANDIDATES]
-        # Images that would show each class, minus those expected. Squared over the expected number and summed, this is
-        # the chi-squared statistic, up to a factor that is the same for all candidates.
-        gap = picked_C + presence[candidates] - (len(picked) + 1) * fraction_C
-        best = int(np.argmin((weight_C * gap**2).sum(axis=1)))
+        # What is not picked stays for the next draw. No pick depends on `count`, hence nested.
+        best = next_pick(remaining, presence, sizes, shown, len(picked), fraction)
         picked.append(remaining.pop(best))
-        picked_C += presence[picked[-1]]  # noqa: N806
+        shown += presence[picked[-1]]
     return rows[picked].astype(np.int64)
 
 
 def read_ids(path: Path, index: Index) -> NDArray[np.int64]:
-    """Returns the rows of the images that a list file names, int64, in its order.
-
-    DataError if the file cannot be read or is empty, or if an entry is no training image or names one for the second time.
-    """
-    entries = read_list(path, "Paths are relative to the config file.")
+    """Returns the rows of the images that a list file names, int64, in its order; DataError as `listed_ids` raises it."""
     row_of = {image_id: row for row, image_id in enumerate(index.ids)}
-    match = matcher(index.ids)
-    line_of: dict[int, int] = {}
-    for entry, line in entries.items():
-        image_id = match(entry)
-        if image_id is None:
-            raise DataError(
-                f"{path}:{line}: {entry!r} is no image of the training split, whose ids look like {index.ids[0]!r}."
-            )
-        row = row_of[image_id]
-        # Two entries that differ may mean one image: an id, and its path.
-        if row in line_of:
-            raise DataError(f"{path}:{line}: {entry!r} is listed twice, first in line {line_of[row]}.")
-        line_of[row] = line
-    return np.array(list(line_of), dtype=np.int64)
+    ids = listed_ids(path, index.ids, "the training split", hint="Paths are relative to the config file.")
+    return np.array([row_of[image_id] for image_id in ids], dtype=np.int64)

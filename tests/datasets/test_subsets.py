@@ -1,5 +1,6 @@
 """Labelled subsets: how many images, which, and what is said of lists that do not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,35 @@ def test_class_frequencies_are_nearer_to_those_of_all_images_than_by_chance() ->
     stratified = [distance(stratified_order(index, seed, 25)) for seed in range(10)]
     by_chance = [distance(np.random.default_rng(seed).choice(400, 25, replace=False)) for seed in range(10)]
     assert np.mean(stratified) < 0.5 * np.mean(by_chance)
+
+
+def long_tailed(seed: int, images: int = 300, classes: int = 20) -> Index:
+    """Returns an index of images with classes of which the rarest is in one image or two."""
+    index = index_of(images, 1)
+    presence = np.random.default_rng(seed).random((images, classes)) < 0.9 * 0.72 ** np.arange(classes)
+    presence[seed % images, -1] = True
+    return dataclasses.replace(index, pixels=presence.astype(np.int64))
+
+
+def test_a_draw_covers_every_class_as_early_as_it_can() -> None:
+    drawn, chance = [], []
+    for seed in range(50):
+        index = long_tailed(seed)
+        order, by_chance = stratified_order(index, seed, 300), np.random.default_rng(seed).permutation(300)
+        seen = [np.logical_or.accumulate(index.presence[rows]).sum(axis=1)[:20] for rows in (order, by_chance)]
+        # Each image adds a class at least, until none is missing.
+        there = int(index.presence.any(axis=0).sum())
+        assert (seen[0] >= np.minimum(np.arange(1, 21), there)).all()
+        drawn.append(seen[0])
+        chance.append(seen[1])
+        assert sorted(order) == list(range(300))
+    more = np.mean(drawn, axis=0) - np.mean(chance, axis=0)
+    assert (more[2:] > 3).all(), "classes shown by three images or more, beyond those that chance shows"
+
+
+def test_seeds_draw_other_images_also_of_those_that_cover_classes() -> None:
+    index = index_of(400)
+    assert len({int(stratified_order(index, seed, 1)[0]) for seed in range(20)}) > 5
 
 
 def test_lists_of_ids_and_paths(tmp_path: Path) -> None:

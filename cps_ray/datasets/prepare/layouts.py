@@ -1,24 +1,23 @@
 """Layouts of raw data sets on disk: finds the files of every split and pairs images with their masks."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cps_ray.datasets.lists import matcher, read_list
+from cps_ray.datasets.lists import read_list
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
 from cps_ray.datasets.prepare.items import MaskFile, Source
 from cps_ray.datasets.prepare.masks import MaskReader
-from cps_ray.datasets.prepare.recipe import ID, ClassRecipe, Recipe, RecipeColor, SplitRecipe, id_in, voc_color
+from cps_ray.datasets.prepare.pairing import split_sources
+from cps_ray.datasets.prepare.patterns import Pattern
+from cps_ray.datasets.prepare.recipe import REST, ClassRecipe, Recipe, RecipeColor, SplitRecipe, voc_color
+from cps_ray.datasets.prepare.splits import draw_splits
 from cps_ray.engine.batch import IGNORE
 from cps_ray.errors import DataError
-from cps_ray.text import first_few
-
-_JUNK_FILES = frozenset({"Thumbs.db", "desktop.ini"})
-"""Files that Windows puts into folders of images."""
 
 
 @dataclass(frozen=True)
@@ -42,113 +41,47 @@ class RawData:
 # ------------------------------------------------------------------------------------------------------ any folder
 
 
-def _find_files(raw: Path, patterns: Iterable[str], setting: str) -> list[tuple[str, Path]]:
-    """Finds (id, file) of all patterns, sorted by path. Raises DataError, naming the `setting`, if a pattern finds none."""
-    ids: dict[Path, str] = {}
-    for pattern in patterns:
-        files = [
-            path
-            for path in raw.glob(pattern.replace(ID, "*"))
-            if not path.name.startswith(".") and path.name not in _JUNK_FILES
-        ]
-        # Not `is_file`: a link that leads nowhere counts, because it is an image that was not fetched.
-        keys = {path: id_in(pattern, path.relative_to(raw).as_posix()) for path in files if not path.is_dir()}
-        if not any(keys.values()):
-            raise DataError(
-                f"{raw}: {setting} {pattern!r} must match files, but matches none; is the raw data complete?"
-            )
-        ids |= {path: key for path, key in keys.items() if key}
-    return [(ids[path], path) for path in sorted(ids)]
-
-
-def _files_by_id(
-    raw: Path, name: str, kind: str, split: SplitRecipe, listed: frozenset[str] | None, findings: list[Finding]
-) -> dict[str, Path]:
-    """Returns the split's files of one kind (images, masks, unlabeled) by id; a second file of one id is a finding."""
-    by_id: dict[str, Path] = {}
-    for key, path in _find_files(raw, getattr(split, kind), f"splits.{name}.{kind}"):
-        if listed is not None and key not in listed:
-            continue
-        included = any(fnmatchcase(key, pattern) for pattern in split.include)
-        if not included or any(fnmatchcase(key, pattern) for pattern in split.exclude):
-            continue
-        if key in by_id:
-            found = f"file names must be unique in split {name}, but {by_id[key]} is {key!r} too"
-            findings.append(Finding("ids repeat", str(path), found, "rename one, or put `{id}` in the pattern"))
-        else:
-            by_id[key] = path
-    return by_id
-
-
-def _listed_ids(raw: Path, name: str, split: SplitRecipe) -> frozenset[str] | None:
-    """Returns the ids in the split's list file, None without one. Raises DataError if an entry has no file."""
-    if split.list is None:
-        return None
-    path = raw / split.list
-    entries = read_list(path)
-    kinds = ("images", "unlabeled")
-    match = matcher(key for kind in kinds for key, _ in _find_files(raw, getattr(split, kind), f"splits.{name}.{kind}"))
-    ids = {entry: match(entry) for entry in entries}
-    missing = [f"{entry} (line {entries[entry]})" for entry, key in ids.items() if key is None]
-    if missing:
-        raise DataError(f"{path}: every entry must have an image in split {name}, but {first_few(missing)} have none.")
-    # `read_list` refuses equal entries; an id and a path may still mean one image.
-    counts = Counter(ids.values())
-    repeated = [f"{entry} (line {entries[entry]})" for entry, key in ids.items() if counts[key] > 1]
-    if repeated:
-        raise DataError(f"{path}: an image must be listed once, but {first_few(repeated)} mean one.")
-    return frozenset(key for key in ids.values() if key)
-
-
-def _unpaired_findings(name: str, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[Finding]:
-    without_mask, without_image = sorted(images.keys() - masks.keys()), sorted(masks.keys() - images.keys())
-    rule = f"in split {name} every image must have one mask of its id"
-    no_mask, no_image = f"(of {len(without_mask)} such)", f"(of {len(without_image)} such)"
-    add_mask = "add the mask, fix the patterns, or list images without masks under `unlabeled`"
-    add_image = "add the image, or fix the patterns"
-    return [
-        Finding("no mask", str(images[key]), f"{rule}, but {key!r} has none {no_mask}", add_mask)
-        for key in without_mask
-    ] + [
-        Finding("no image", str(masks[key]), f"{rule}, but the mask {key!r} has no image {no_image}", add_image)
-        for key in without_image
-    ]
-
-
-def _split_sources(raw: Path, name: str, recipe: Recipe, findings: list[Finding]) -> tuple[Source, ...]:
-    """Returns the sources of a split, sorted by id; files that cannot be paired are appended to `findings`."""
-    split = recipe.splits[name]
-    listed = _listed_ids(raw, name, split)
-    images, masks, unlabeled = (
-        _files_by_id(raw, name, kind, split, listed, findings) for kind in ("images", "masks", "unlabeled")
-    )
-    findings += _unpaired_findings(name, images, masks)
-    both = sorted(images.keys() & unlabeled.keys())
-    if both:
-        raise DataError(f"{raw}: in split {name} images are labelled or unlabelled, but both list {first_few(both)}.")
-    pairs = [(key, path, masks[key]) for key, path in images.items() if key in masks]
-    sources = [Source(split.prefix + key, str(image), (MaskFile(str(mask)),)) for key, image, mask in pairs]
-    sources += [Source(split.prefix + key, str(path)) for key, path in unlabeled.items()]
-    if not sources and not findings:
-        raise DataError(f"{raw}: split {name} must have images, but `list`, `include` and `exclude` leave none.")
-    return tuple(sorted(sources, key=lambda source: source.id))
-
-
-def folder(raw: Path, recipe: Recipe) -> RawData:
+def folder(raw: Path, recipe: Recipe, lists: Path | None = None) -> RawData:
     """Finds the files of a raw folder that the recipe describes; what is unpaired is among the findings.
 
-    Raises DataError if the folder is missing, or if a pattern or an entry of a list has no file.
+    `lists` is the folder where it is kept which images were drawn for the splits that are a fraction; None: they are drawn anew.
+    Raises DataError if the folder is missing, if a setting matches nothing, or if there are too few images to draw from.
     """
     if not raw.is_dir():
         patterns = ", ".join(
-            pattern for split in recipe.splits.values() for pattern in (*split.images, *split.masks, *split.unlabeled)
+            pattern
+            for split in recipe.files.values()
+            for globs in (split.images, *split.class_masks.values(), split.unlabeled, split.ignore_masks)
+            for pattern in globs
+            if pattern != REST
         )
         raise DataError(f"{raw}: no such folder; it must be the folder that holds {patterns}.")
     raw = raw.absolute()  # other processes, in other working folders, read the files
     findings: list[Finding] = []
-    splits = {name: _split_sources(raw, name, recipe, findings) for name in recipe.splits}
+    notes: list[str] = []
+    splits = {name: split_sources(raw, name, recipe, findings, notes) for name in recipe.files}
+    reader = recipe.reader()
+    if recipe.fractions:
+        splits, drawn = draw_splits(splits, recipe, lists, partial(classes_shown, reader))
+        notes += drawn
     names = tuple(entry.name for entry in recipe.classes)
-    return RawData(splits, recipe.reader(), names, recipe.palette(), recipe.value_range, tuple(findings))
+    return RawData(splits, reader, names, recipe.palette(), recipe.value_range, tuple(findings), tuple(notes))
+
+
+def classes_shown(reader: MaskReader, source: Source) -> NDArray[np.bool_] | None:
+    """Returns which classes the masks of a source show, bool (C,); None if one of them cannot be used."""
+    shown = np.zeros(reader.num_classes, np.bool_)
+    try:
+        for mask in source.masks:
+            raw = reader.read(mask.path, Path(mask.path).read_bytes())
+            if mask.train_id is not None:
+                shown[mask.train_id] |= bool(np.any(raw.values))
+            else:
+                train_ids, _ = reader.train_ids(mask.path, raw.values)
+                shown |= np.bincount(train_ids.ravel(), minlength=IGNORE + 1)[: reader.num_classes] > 0
+    except (BadItemError, OSError):
+        return None  # reported when all are read
+    return shown
 
 
 def _parse_classes(rows: str) -> tuple[ClassRecipe, ...]:
@@ -229,7 +162,7 @@ def _cityscapes_split(official_split: str, kind: str, **settings: tuple[str, ...
 def _mask_kind(raw: Path) -> str:
     """Returns which of the two kinds of mask files the tree holds; labelIds, which ship, where it holds both."""
     for kind in ("labelIds", "labelTrainIds"):
-        if next(raw.glob(f"gtFine/train/*/*_gtFine_{kind}.png"), None):
+        if raw.is_dir() and Pattern(f"gtFine/train/*/*_gtFine_{kind}.png").find(raw):
             return kind
     raise DataError(
         f"{raw}: must hold gtFine/train/CITY/*_gtFine_labelIds.png (or labelTrainIds) and leftImg8bit/train/CITY/*.png, "
@@ -237,28 +170,37 @@ def _mask_kind(raw: Path) -> str:
     )
 
 
-def _holds_train_ids(masks: Sequence[str], reader: MaskReader, kind: str) -> bool:
-    """Returns whether masks hold labelTrainIds (0..18 and 255) rather than labelIds (up to 33), as a sample of them shows.
-
-    Where the values do not decide (0..18, no 255), `kind` does, which the names of the files say.
-    """
-    values: set[int] = set()
+def _check_kind(raw: Path, masks: Sequence[str], reader: MaskReader, kind: str) -> None:
+    """Raises DataError if the values of a sample of the masks are not of the kind that the names of the files say."""
+    values: dict[int, str] = {}
     # A sample over all cities: one mask may show low ids alone.
     for path in masks[:: max(1, len(masks) // _SAMPLED_MASKS)]:
         try:
-            values |= set(np.unique(reader.read(path, Path(path).read_bytes()).values).tolist())
+            present = np.unique(reader.read(path, Path(path).read_bytes()).values).tolist()
         except (BadItemError, OSError):
             continue  # reported when all are read
-    only_train_ids = max((value for value in values if value != IGNORE), default=0) < len(CITYSCAPES)
-    return only_train_ids and (IGNORE in values or kind == "labelTrainIds")
+        values |= dict.fromkeys(present, path)
+    highest = max((value for value in values if value != IGNORE), default=0)
+    # labelIds have ids of their own for what is ignored, hence no 255, and nearly always go above 18.
+    if kind == "labelIds" and IGNORE in values and highest < len(CITYSCAPES):
+        where, found, other = values[IGNORE], "0..18 and 255", "labelTrainIds"
+    elif kind == "labelTrainIds" and highest >= len(CITYSCAPES):
+        where, found, other = values[highest], f"{highest}", "labelIds"
+    else:
+        return
+    raise DataError(
+        f"{where}: files named {kind} must hold {kind}, but a sample of them holds {found}, as {other} do; rename the files "
+        f"to *_gtFine_{other}.png, or get {kind} again."
+    )
 
 
 def cityscapes(raw: Path, *, published: bool = False, unlabeled: Sequence[str] = ()) -> RawData:
-    """Finds the files of Cityscapes as it ships: 19 classes from labelIds or labelTrainIds, distinguished by their values.
+    """Finds the files of Cityscapes as it ships: 19 classes from labelIds or labelTrainIds, as names and values of the files say.
 
     The labels of the official test set are withheld. So `test` is the official val set, and `val` three cities held out of
     train; with `published`, `train` and `val` are the official ones, and there is no test split. `unlabeled` names official
-    splits, `train_extra` and `test`, whose images join `train` without masks. Raises DataError if files are missing.
+    splits, `train_extra` and `test`, whose images join `train` without masks. Raises DataError if files are missing, or if names
+    and values of the masks contradict each other.
     """
     kind = _mask_kind(raw)
     held_out = tuple(f"{city}_*" for city in HELD_OUT_CITIES)
@@ -276,14 +218,14 @@ def cityscapes(raw: Path, *, published: bool = False, unlabeled: Sequence[str] =
         }
     raw_data = folder(raw, Recipe(classes=CITYSCAPES, ignore_ids=_CITYSCAPES_IGNORED, splits=splits))
     masks = [source.mask for sources in raw_data.splits.values() for source in sources if source.mask]
-    if _holds_train_ids(masks, raw_data.reader, kind):
+    _check_kind(raw, masks, raw_data.reader, kind)
+    if kind == "labelTrainIds":
         meanings = {train_id: train_id for train_id in range(len(CITYSCAPES))} | {IGNORE: IGNORE}
         reader = MaskReader("ids", meanings, len(CITYSCAPES), official="labelTrainIds of Cityscapes, as the others are")
     else:
         official = "labelIds of Cityscapes"
         reader = replace(raw_data.reader, void_by_default=False, cityscapes_label_ids=True, official=official)
-    note = f"masks hold {'labelIds' if reader.cityscapes_label_ids else 'labelTrainIds'}"
-    return replace(raw_data, reader=reader, notes=(note,))
+    return replace(raw_data, reader=reader, notes=(*raw_data.notes, f"masks hold {kind}"))
 
 
 # ------------------------------------------------------------------------------------------------------ PASCAL VOC
@@ -334,13 +276,17 @@ def _sbd_root(sbd: Path) -> Path:
     )
 
 
+def _voc_list(path: Path) -> dict[str, int]:
+    return {line.split()[0]: number for line, number in read_list(path).items()}
+
+
 def _voc_masks(root: Path, sbd: Path | None) -> dict[str, str]:
     """Returns id -> mask of every image to train on: VOC's own train set, and SBD's images that are in neither VOC set."""
-    train, val = (read_list(root / f"ImageSets/Segmentation/{name}.txt") for name in ("train", "val"))
+    train, val = (_voc_list(root / f"ImageSets/Segmentation/{name}.txt") for name in ("train", "val"))
     own = {key: str(root / f"SegmentationClass/{key}.png") for key in train}
     if sbd is not None:
         extra = {
-            key: str(sbd / f"cls/{key}.mat") for name in ("train", "val") for key in read_list(sbd / f"{name}.txt")
+            key: str(sbd / f"cls/{key}.mat") for name in ("train", "val") for key in _voc_list(sbd / f"{name}.txt")
         }
     else:  # SBD as others pack it, in single-channel PNGs
         extra = {path.stem: str(path) for path in (root / "SegmentationClassAug").glob("*.png")}
@@ -358,7 +304,7 @@ def voc(raw: Path, *, sbd: Path | None = None, published: bool = False) -> RawDa
     """
     root, sbd = _voc_root(raw), None if sbd is None else _sbd_root(sbd)
     masks = _voc_masks(root, sbd)
-    lists = {name: list(read_list(root / f"ImageSets/Segmentation/{name}.txt")) for name in ("train", "val")}
+    lists = {name: list(_voc_list(root / f"ImageSets/Segmentation/{name}.txt")) for name in ("train", "val")}
     official = {key: str(root / f"SegmentationClass/{key}.png") for key in lists["val"]}
     if published:
         masks_by_split = {"train": masks, "val": official}

@@ -10,11 +10,15 @@ from cps_ray.config import yaml_reader
 from cps_ray.config.reader import parse, shipped
 from cps_ray.config.section import Section
 from cps_ray.datasets.prepare.masks import Coding, MaskReader, pack_color
+from cps_ray.datasets.prepare.patterns import Pattern
 from cps_ray.engine.batch import IGNORE
 from cps_ray.errors import ConfigError
-from cps_ray.text import display_path
+from cps_ray.text import did_you_mean, display_path
 
-ID = "{id}"
+REST = "rest"
+"""Word in place of a pattern of unlabelled images: those that `images` finds and that have no mask."""
+DRAWN_FROM = "train"
+"""Split whose images are drawn for the splits that are a fraction."""
 Byte = Annotated[int, Field(ge=0, le=255, strict=True)]
 RawId = Annotated[int, Field(ge=-(2**31), lt=2**31, strict=True)]
 RecipeColor = tuple[Byte, Byte, Byte]
@@ -28,37 +32,30 @@ def _as_tuple(value: Any) -> Any:
 
 def _check_pattern(pattern: str) -> str:
     path = PurePosixPath(pattern)
-    if path.is_absolute() or ".." in path.parts or any("**" in part and part != "**" for part in path.parts):
+    nowhere = not path.parts or path.is_absolute() or ".." in path.parts
+    if nowhere or any("**" in part and part != "**" for part in path.parts):
         raise ValueError(f"a pattern is relative to the raw folder, such as images/train/*.png, but got {pattern!r}.")
+    try:
+        _ = Pattern(pattern).regex
+    except re.error as error:
+        raise ValueError(f"a pattern is written as in a shell, but {pattern!r} is not: {error}.") from None
     return pattern
 
 
+def _check_regex(regex: str) -> str:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, but got {regex!r}: {error}.") from None
+    return regex
+
+
 Globs = Annotated[tuple[Annotated[str, AfterValidator(_check_pattern)], ...], BeforeValidator(_as_tuple)]
-"""One pattern or several, relative to the raw folder. `**` is any depth of folders. `{id}` is the part of the path that is
-the image's id; without it, the id is the file's name without extension."""
+"""One pattern or several, relative to the raw folder; see `patterns.Pattern`. `**` is any depth of folders. `{id}` is the part of
+the path that is the image's id; without it, the id is the file's name without suffix, or the path where names repeat."""
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One pattern or several that ids are matched with."""
-
-
-def id_in(pattern: str, path: str) -> str:
-    """Returns the id of a file that `pattern` found, from its path relative to the raw folder; empty if it has none."""
-    if ID not in pattern:
-        return PurePosixPath(path).stem
-    head, *tails = pattern.split(ID)
-    # Where `{id}` stands more than once, all must be the same text.
-    repeats = "".join("(?P=id)" + _glob_to_regex(tail) for tail in tails[1:])
-    match = re.fullmatch(f"{_glob_to_regex(head)}(?P<id>[^/]+){_glob_to_regex(tails[0])}{repeats}", path)
-    return match["id"] if match else ""
-
-
-def _glob_to_regex(glob: str) -> str:
-    # Not fnmatch.translate: its `*` also crosses folders.
-    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob)
-    meanings = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(
-        meanings.get(token) or (token.replace("[!", "[^") if token.startswith("[") else re.escape(token))
-        for token in tokens
-    )
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ClassRecipe(Section):
@@ -78,12 +75,14 @@ class SplitRecipe(Section):
 
     images: Globs = ()
     """Images that have a mask."""
-    masks: Globs = ()
-    """Their masks, paired one to one by id."""
+    masks: Globs | dict[str, Globs] = ()
+    """Their masks, one for each id. Or, per class, the files in which all that is not 0 is this class; those of an image unite."""
     unlabeled: Globs = ()
-    """Images that have no mask."""
+    """Images that have no mask. `rest`: those of `images` that have none."""
+    ignore_masks: Globs = ()
+    """A mask for each labelled image, such as the field of view of a microscope: pixels that are 0 there count nowhere."""
     list: str | None = None
-    """Text file, relative to the raw folder, of the images to use: a line's first column is an id or path. None: all images."""
+    """Text file, relative to the raw folder, of the images to use: an id or path in each line. None: all images."""
     include: Patterns = ("*",)
     """Patterns of ids; an image is used only if its id matches one of them."""
     exclude: Patterns = ()
@@ -97,7 +96,18 @@ class SplitRecipe(Section):
             raise ValueError("`images` and `masks` belong together; images that have no mask go under `unlabeled`.")
         if not self.images and not self.unlabeled:
             raise ValueError("a split needs `images` and `masks`, or `unlabeled`.")
+        if REST in self.unlabeled and not self.images:
+            raise ValueError("`unlabeled: rest` means images of `images` that have no mask, so it needs `images`.")
+        if self.ignore_masks and not self.masks:
+            raise ValueError("`ignore_masks` are for images with a mask, so they need `images` and `masks`.")
         return self
+
+    @property
+    def class_masks(self) -> dict[str, Globs]:
+        """Patterns of mask files per class that all their pixels but 0 are of; "" is the key of masks that hold all classes."""
+        if isinstance(self.masks, dict):
+            return self.masks
+        return {"": self.masks} if self.masks else {}
 
 
 class Recipe(Section):
@@ -112,8 +122,57 @@ class Recipe(Section):
     """Mask colours that count in no loss and no metric, with `mask_coding: colors`."""
     value_range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits. None: 0 and 65535."""
-    splits: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], SplitRecipe], Field(min_length=1)]
-    """Name of a split -> its files."""
+    splits: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], SplitRecipe | Fraction], Field(min_length=1)
+    ]
+    """Name of a split -> its files, or the fraction of the labelled images of `train` that are drawn for it."""
+    draw_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Another seed draws other images for the splits that are a fraction."""
+    group_by: Annotated[str, AfterValidator(_check_regex)] | None = None
+    """Regular expression that finds, in an id, what images that belong together share: the video of a frame, the patient. Its first
+    group counts or, without one, all that it matches. Such images are drawn for one split. None: every image is on its own."""
+
+    @property
+    def files(self) -> dict[str, SplitRecipe]:
+        """The splits that are described by their files."""
+        return {name: split for name, split in self.splits.items() if isinstance(split, SplitRecipe)}
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The splits that are drawn from `train`, with the fraction that each takes."""
+        return {name: split for name, split in self.splits.items() if not isinstance(split, SplitRecipe)}
+
+    @model_validator(mode="after")
+    def _masks_are_of_classes(self) -> Self:
+        names = [entry.name for entry in self.classes]
+        for split, files in self.files.items():
+            for name in files.class_masks.keys() - {"", *names}:
+                raise ValueError(
+                    f"`splits.{split}.masks` must name classes, but {name!r} is none.{did_you_mean(name, names)}"
+                )
+            if "" in files.class_masks and isinstance(files.masks, dict):
+                raise ValueError(f"`splits.{split}.masks` must name classes, but one name is empty.")
+        return self
+
+    @model_validator(mode="after")
+    def _fractions_can_be_drawn(self) -> Self:
+        fractions = self.fractions
+        if not fractions:
+            unused = [name for name in ("group_by", "draw_seed") if name in self.model_fields_set]
+            if unused:
+                raise ValueError(f"`{unused[0]}` is for splits that are drawn, such as `val: 0.2`, but there is none.")
+            return self
+        train = self.files.get(DRAWN_FROM)
+        if train is None or not train.images:
+            raise ValueError(
+                "`splits` that are a fraction are drawn from the labelled images of `train`, which needs `images` and `masks`."
+            )
+        if sum(fractions.values()) >= 1:
+            raise ValueError(
+                f"`splits` that are a fraction must leave images to `train`, but {', '.join(fractions)} add up to "
+                f"{sum(fractions.values()):g}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _range_is_a_range(self) -> Self:

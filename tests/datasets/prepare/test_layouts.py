@@ -111,10 +111,10 @@ def test_a_list_picks_the_images_of_a_split(raw: Path) -> None:
 def test_lists_must_fit_the_files(raw: Path) -> None:
     listed = recipe({"train": {**PAIR, "list": "train.txt"}})
     (raw / "train.txt").write_text("a\nc\nd\n")
-    with pytest.raises(DataError, match=r"train.txt: every entry must .*, but c \(line 2\), d \(line 3\) have none"):
+    with pytest.raises(DataError, match=r"train.txt:2: 'c' is no image of split train, .* nor are 1 more of 3"):
         layouts.folder(raw, listed)
     (raw / "train.txt").write_text("a\nimages/a.jpg\n")
-    with pytest.raises(DataError, match=r"listed once, but a \(line 1\), images/a.jpg \(line 2\) mean one"):
+    with pytest.raises(DataError, match=r"train.txt:2: 'images/a.jpg' is listed twice, first in line 1"):
         layouts.folder(raw, listed)
 
 
@@ -133,13 +133,6 @@ def test_what_has_no_partner_is_found_file_by_file(raw: Path) -> None:
     assert ids(found, "train") == ["a", "b"]
 
 
-def test_two_files_of_one_name_are_found(raw: Path) -> None:
-    save(raw / "images/a.png", scene("a"))
-    (finding,) = layouts.folder(raw, recipe()).findings
-    assert "file names must be unique in split train, but" in finding.found
-    assert "rename one" in finding.remedy
-
-
 def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(raw: Path) -> None:
     """git-annex leaves such links; dropping these images without a word would make the data set smaller."""
     (raw / "more").mkdir()
@@ -154,7 +147,13 @@ def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(raw: Path) ->
     ("split", "message"),
     [
         ({"masks": "labels/*"}, r"splits.train.masks 'labels/\*' must match files, but matches none"),
-        ({"include": ["z*"]}, "split train must have images, but `list`, `include` and `exclude` leave none"),
+        (
+            {"masks": "masks"},
+            r"'masks' must match files, but matches none; for all files of this folder, write masks/\*\.",
+        ),
+        ({"include": ["z*"]}, r"splits.train.include 'z\*' must match ids, but matches none; they look like 'a'"),
+        ({"exclude": ["a", "B"]}, "splits.train.exclude 'B' must match ids"),
+        ({"exclude": ["?"]}, "split train must have images, but `list`, `include` and `exclude` leave none"),
         ({"unlabeled": "images/*"}, "labelled or unlabelled, but both list a, b"),
     ],
 )
@@ -243,15 +242,24 @@ def test_cityscapes_labels_of_both_kinds_mean_the_same(tmp_path: Path, kinds: tu
         assert mask_of(found, source) == wanted.tolist()
 
 
-def test_cityscapes_kinds_are_distinguished_by_values_not_by_names(tmp_path: Path) -> None:
-    raw = trees.cityscapes(tmp_path)
-    for path in raw.glob("gtFine/*/*/*_labelIds.png"):
-        save(path, trees.train_ids(trees.patches(path.name, trees.CITY_IDS)))
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_names_and_values_of_cityscapes_must_not_contradict(tmp_path: Path, kind: str) -> None:
+    raw = trees.cityscapes(tmp_path, kinds=(kind,))
+    other = "labelTrainIds" if kind == "labelIds" else "labelIds"
+    for path in raw.glob(f"gtFine/*/*/*_{kind}.png"):
+        ids = trees.patches(path.name, trees.CITY_IDS)
+        save(path, trees.train_ids(ids) if kind == "labelIds" else ids)
+    message = rf"files named {kind} must hold {kind}, but a sample .* as {other} do; rename .* to \*_gtFine_{other}.png"
+    with pytest.raises(DataError, match=message):
+        layouts.cityscapes(raw)
+
+    for path in raw.glob(f"gtFine/*/*/*_{kind}.png"):
+        path.rename(path.with_name(path.name.replace(kind, other)))
     found = layouts.cityscapes(raw)
-    assert found.notes == ("masks hold labelTrainIds",)
+    assert found.notes == (f"masks hold {other}",)
     source = found.splits["train"][0]
     assert source.mask is not None
-    wanted = trees.train_ids(trees.patches(Path(source.mask).name, trees.CITY_IDS))
+    wanted = trees.train_ids(trees.patches(Path(source.mask).name.replace(other, kind), trees.CITY_IDS))
     assert mask_of(found, source) == wanted.tolist()
 
 

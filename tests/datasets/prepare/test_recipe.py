@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cps_ray.datasets.prepare.masks import pack_color
-from cps_ray.datasets.prepare.recipe import Recipe, SplitRecipe, id_in, load_recipe, voc_color
+from cps_ray.datasets.prepare.recipe import Recipe, SplitRecipe, load_recipe, voc_color
 from cps_ray.errors import ConfigError
 
 RECIPE = """\
@@ -77,7 +77,20 @@ splits: {train: {images: images/*, masks: masks/*}}
 def test_a_split_is_one_pattern_or_several(tmp_path: Path) -> None:
     text = RECIPE.replace("images: images/*", "images: [a/*, 'b/**/*.png'], unlabeled: more/*, list: t.txt")
     split = loaded(tmp_path, text).splits["train"]
+    assert isinstance(split, SplitRecipe)
     assert (split.images, split.unlabeled, split.list) == (("a/*", "b/**/*.png"), ("more/*",), "t.txt")
+
+
+def test_masks_are_one_pattern_for_all_classes_or_one_per_class(tmp_path: Path) -> None:
+    split = loaded(tmp_path, RECIPE.replace("masks: masks/*", "masks: {crop: [c/*, d/*], soil: s/*}")).files["train"]
+    assert split.class_masks == {"crop": ("c/*", "d/*"), "soil": ("s/*",)}
+    assert loaded(tmp_path, RECIPE).files["train"].class_masks == {"": ("masks/*",)}
+
+
+def test_a_split_may_be_a_fraction_of_the_labelled_images(tmp_path: Path) -> None:
+    found = loaded(tmp_path, RECIPE + "  val: 0.2\n  test: 0.25\ngroup_by: '^a'\ndraw_seed: 3\n")
+    assert (list(found.splits), list(found.files)) == (["train", "val", "test"], ["train"])
+    assert (found.fractions, found.group_by, found.draw_seed) == ({"val": 0.2, "test": 0.25}, "^a", 3)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,57 @@ def test_a_split_is_one_pattern_or_several(tmp_path: Path) -> None:
         ("images/*", "../images/*", "recipe.yaml:6:.*a pattern is relative to the raw folder"),
         ("images/*", "/images/*", "recipe.yaml:6:.*a pattern is relative to the raw folder"),
         ("images/*", "images/**.png", "recipe.yaml:6:.*a pattern is relative to the raw folder"),
+        ("images/*", "''", "recipe.yaml:6:.*a pattern is relative to the raw folder"),
+        ("images/*", "'images/[z-a]*'", r"recipe.yaml:6:.*written as in a shell, but 'images/\[z-a\]\*' is not"),
+        (
+            "masks: masks/*",
+            "masks: {corp: m/*}",
+            "recipe.yaml:6:.*must name classes, but 'corp' is none. Did you mean crop?",
+        ),
+        ("masks: masks/*", "masks: {'': m/*}", "recipe.yaml:6:.*must name classes, but one name is empty"),
+        (
+            "masks: masks/*",
+            "masks: {crop: ../m/*}",
+            "recipe.yaml:6: splits.train.masks.crop.*relative to the raw folder",
+        ),
+        (
+            "images: images/*, masks: masks/*",
+            "unlabeled: rest",
+            "recipe.yaml:6:.*`splits.train.unlabeled: rest` means images of .*, so it needs `splits.train.images`",
+        ),
+        (
+            "images: images/*, masks: masks/*",
+            "unlabeled: u/*, ignore_masks: m/*",
+            "recipe.yaml:6:.*`splits.train.ignore_masks` are for images with a mask",
+        ),
+        (
+            "train: {images: images/*, masks: masks/*}",
+            "val: 0.2",
+            "recipe.yaml:5:.*drawn from the labelled images of `train`",
+        ),
+        (
+            "train: {images: images/*, masks: masks/*}",
+            "{train: {unlabeled: u/*}, val: 0.2}",
+            "recipe.yaml:5:.*drawn from the labelled images of `train`",
+        ),
+        (
+            "masks: masks/*}",
+            "masks: masks/*}\n  val: 0.6\n  test: 0.4",
+            "must leave images to `train`, but val, test add up to 1",
+        ),
+        ("masks: masks/*}", "masks: masks/*}\n  val: 1", "recipe.yaml:7: splits.val: must be .*less than 1, but got 1"),
+        (
+            "masks: masks/*}",
+            "masks: masks/*}\n  val: 0",
+            "recipe.yaml:7: splits.val: must be .*greater than 0, but got 0",
+        ),
+        (
+            "ignore_ids: [9]",
+            "group_by: a",
+            "recipe.yaml:4: `group_by` is for splits that are drawn, such as `val: 0.2`",
+        ),
+        ("ignore_ids: [9]", "draw_seed: 1", "recipe.yaml:4: `draw_seed` is for splits that are drawn"),
+        ("ignore_ids: [9]", "group_by: '('", r"recipe.yaml:4: group_by: must be a regular expression, but got '\('"),
         ("train:", "tr ain:", "recipe.yaml:6:"),
         ("ignore_ids: [9]", "value_range: [5, 5]", r"recipe.yaml:.*low < high, but got \[5"),
         ("ignore_ids: [9]", "mask_coding: colors", "recipe.yaml:.*`ids` and `ignore_ids` are for"),
@@ -124,27 +188,6 @@ def test_classes_of_colours_need_them(tmp_path: Path) -> None:
 
 def recipe(**settings: Any) -> Recipe:
     return Recipe.model_validate({"splits": {"train": {"images": "i/*", "masks": "m/*"}}} | settings)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "path", "found"),
-    [
-        ("images/*", "images/a.b.png", "a.b"),
-        ("images/**/*.png", "images/x/y/a.png", "a"),
-        ("images/{id}_rgb.*", "images/a_1_rgb.tif", "a_1"),
-        ("images/{id}_rgb.*", "images/a_1.tif", ""),
-        ("**/{id}_leftImg8bit.png", "train/bonn/b_0_leftImg8bit.png", "b_0"),
-        ("{id}/image.png", "scene 7/image.png", "scene 7"),
-        ("{id}/{id}_mask.png", "a/a_mask.png", "a"),
-        ("{id}/{id}_mask.png", "a/b_mask.png", ""),
-        ("*/{id}.png", "x/a.png", "a"),
-        ("s[0-3]/{id}_?.png", "s2/a_7.png", "a"),
-        ("s[!0-3]/{id}.png", "s2/a.png", ""),
-        ("a(b)+/{id}.png", "a(b)+/c.png", "c"),
-    ],
-)
-def test_the_id_in_a_path(pattern: str, path: str, found: str) -> None:
-    assert id_in(pattern, path) == found
 
 
 def test_vocs_palette() -> None:

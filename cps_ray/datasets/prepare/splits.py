@@ -1,0 +1,377 @@
+"""Splits that are drawn from the labelled images of one folder, and stay as they were drawn; lists of folds."""
+
+import hashlib
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cps_ray.datasets.lists import listed_ids, write_list
+from cps_ray.datasets.prepare.items import Source
+from cps_ray.datasets.prepare.recipe import DRAWN_FROM, Recipe
+from cps_ray.datasets.stratified import next_pick
+from cps_ray.errors import DataError
+from cps_ray.files import read_json, write_json
+
+ClassesOf = Callable[[Source], NDArray[np.bool_] | None]
+"""Returns which classes the masks of a source show, bool (C,); None where they cannot be used."""
+_DRAWN = "drawn.json"
+"""File beside the lists that says what they were drawn with."""
+_ATTEMPTS = 10
+"""Draws of which the one that covers most classes counts; the first, if it covers all that can be."""
+
+
+def list_folder(recipe: Path) -> Path:
+    """Returns the folder, beside a recipe file, where it is kept which images were drawn for which split."""
+    return recipe.with_name(f"{recipe.stem}.splits")
+
+
+def draw_splits(
+    splits: Mapping[str, Sequence[Source]], recipe: Recipe, lists: Path | None, classes_of: ClassesOf
+) -> tuple[dict[str, tuple[Source, ...]], list[str]]:
+    """Draws the splits that are a fraction from the labelled images of `train`; returns all splits, and what to note.
+
+    Groups stay whole, and every class is shown in each drawn split and in train where that can be. What the lists in the folder
+    `lists` name stays where it is; images that are new are drawn among themselves, and the lists grow. Raises DataError if there
+    are too few images, or if the lists do not fit the images.
+    """
+    sources = splits[DRAWN_FROM]
+    prefix = recipe.files[DRAWN_FROM].prefix
+    group_of = _groups(sources, recipe.group_by, prefix)
+    shows = _classes(sources, classes_of)
+    # A mask that cannot be used is reported later. Once it is right, its image is new.
+    usable = [source.id for source in sources if source.id in shows]
+    names = [DRAWN_FROM, *recipe.fractions]
+    listed = {} if lists is None else _read_lists(lists, names, [source.id for source in sources if source.masks])
+    pool = _Pool.of(usable, group_of, shows, listed, names)
+    if not listed:
+        _refuse_tiny(recipe, len(usable))
+    pool.draw(list(recipe.fractions.values()), recipe.draw_seed)
+    _refuse_empty(pool, recipe)
+    split_of = listed | pool.split_of()
+    notes = _notes(recipe, lists, listed, pool)
+    if lists is not None and split_of.keys() - listed.keys():
+        _write_lists(lists, names, split_of, recipe, is_first=not listed)
+
+    held_out_groups = {group_of[key] for key, name in split_of.items() if name != DRAWN_FROM and key in group_of}
+    left_out = [source for source in sources if not source.masks and group_of[source.id] in held_out_groups]
+    if left_out:
+        notes.append(
+            f"{len(left_out)} unlabelled images are left out of train, as images of their group, or copies of them, are in "
+            f"{' or '.join(recipe.fractions)}: {left_out[0].id}"
+        )
+    gone = {source.id for source in left_out}
+    drawn: dict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        if source.id not in gone:
+            drawn[split_of.get(source.id, DRAWN_FROM)].append(source)
+    return {name: tuple(drawn[name]) if name in names else tuple(splits[name]) for name in recipe.splits}, notes
+
+
+# ------------------------------------------------------------------------------------------------------------ groups
+
+
+def _groups(sources: Sequence[Source], group_by: str | None, prefix: str) -> dict[str, str]:
+    """Returns the group of each image, under the id of one of its images: of those that `group_by` or equal bytes put together.
+
+    Raises DataError if `group_by` matches no id.
+    """
+    parent = {source.id: source.id for source in sources}
+
+    def root(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    def join(keys: Sequence[str]) -> None:
+        for key in keys[1:]:
+            parent[root(key)] = root(keys[0])
+
+    if group_by is not None:
+        named: dict[str, list[str]] = defaultdict(list)
+        for source in sources:
+            match = re.search(group_by, source.id.removeprefix(prefix))
+            if match:
+                named[(match[1] if match.re.groups and match[1] is not None else match[0])].append(source.id)
+        if not named:
+            raise DataError(
+                f"group_by {group_by!r} must match ids, but matches none; they look like {sources[0].id.removeprefix(prefix)!r}."
+            )
+        for keys in named.values():
+            join(keys)
+    for keys in _copies(sources):
+        join(keys)
+    return {key: root(key) for key in parent}
+
+
+def _copies(sources: Iterable[Source]) -> list[list[str]]:
+    """Returns the ids of images whose files are equal, byte for byte, together."""
+    by_size: dict[int, list[Source]] = defaultdict(list)
+    for source in sources:
+        try:
+            by_size[os.stat(source.image).st_size].append(source)
+        except OSError:
+            continue  # reported when all are read
+
+    def digest(source: Source) -> str:
+        try:
+            with open(source.image, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return source.id
+
+    by_content: dict[tuple[int, str], list[str]] = defaultdict(list)
+    # Few files have the size of another one, so few are read.
+    alike = [(size, source) for size, same in by_size.items() if len(same) > 1 for source in same]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        digests = threads.map(digest, [source for _, source in alike])
+        for (size, source), content in zip(alike, digests, strict=True):
+            by_content[size, content].append(source.id)
+    return [keys for keys in by_content.values() if len(keys) > 1]
+
+
+def _classes(sources: Iterable[Source], classes_of: ClassesOf) -> dict[str, NDArray[np.bool_]]:
+    """Returns which classes the masks of each labelled image show; those whose masks cannot be used are left out."""
+    labeled = [source for source in sources if source.masks]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        shown = zip(labeled, threads.map(classes_of, labeled), strict=True)
+        return {source.id: classes for source, classes in shown if classes is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+
+
+@dataclass
+class _Pool:
+    """Groups of labelled images, and the split of each: 0 is train, -1 not yet drawn."""
+
+    names: Sequence[str]
+    groups: list[list[str]]
+    counts: NDArray[np.float64]
+    """(G, C) images of each group that show each class."""
+    sizes: NDArray[np.float64]
+    """(G,) images of each group."""
+    split: NDArray[np.int64]
+    """(G,) position in `names`."""
+    torn: int = 0
+    """Number of groups that the lists hold in more than one split."""
+
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[str],
+        group_of: Mapping[str, str],
+        shows: Mapping[str, NDArray[np.bool_]],
+        listed: Mapping[str, str],
+        names: Sequence[str],
+    ) -> "_Pool":
+        """Gathers labelled images into groups; a group with an image that is listed is in the split of that one."""
+        members: dict[tuple[str, str], list[str]] = {}
+        splits_of: dict[str, set[str]] = defaultdict(set)
+        for key, name in listed.items():
+            splits_of[group_of[key]].add(name)
+        for key in keys:
+            # Held out goes before train, so that an image that joins is not trained on beside its like in test.
+            joined = max(splits_of[group_of[key]], key=names.index, default="")
+            members.setdefault((group_of[key], listed.get(key, joined)), []).append(key)
+        groups = list(members.values())
+        counts = np.array([np.sum([shows[key] for key in group], axis=0) for group in groups], np.float64)
+        split = np.array([names.index(name) if name else -1 for _, name in members], np.int64)
+        sizes = np.array([len(group) for group in groups], np.float64)
+        return cls(names, groups, counts, sizes, split, sum(len(found) > 1 for found in splits_of.values()))
+
+    def split_of(self) -> dict[str, str]:
+        """Returns the split of each image."""
+        return {key: self.names[at] for group, at in zip(self.groups, self.split, strict=True) for key in group}
+
+    def images(self) -> dict[str, int]:
+        """Returns the number of images per split."""
+        return {name: int(self.sizes[self.split == at].sum()) for at, name in enumerate(self.names)}
+
+    def draw(self, fractions: Sequence[float], seed: int) -> None:
+        """Draws the groups that are in no split yet, so that each split but train gets nearer to its fraction of all images."""
+        best: tuple[int, float] | None = None
+        reachable = int(np.minimum((self.counts > 0).sum(axis=0), len(self.names)).sum()) if len(self.groups) else 0
+        before = self.split
+        for attempt in range(_ATTEMPTS):
+            split = self._attempt(before, np.rint(np.array(fractions) * self.sizes.sum()), seed, attempt)
+            covered = sum(int((self.counts[split == at] > 0).any(axis=0).sum()) for at in range(len(self.names)))
+            off = sum(abs(self.sizes[split == at + 1].sum() / self.sizes.sum() - f) for at, f in enumerate(fractions))
+            if best is None or (covered, -off) > best:
+                best, self.split = (covered, -off), split
+            if covered == reachable or not (before < 0).any():
+                return
+
+    def _attempt(
+        self, before: NDArray[np.int64], wanted: NDArray[np.float64], seed: int, attempt: int
+    ) -> NDArray[np.int64]:
+        """Returns the split of each group after one draw, in which the drawn splits get near to `wanted` (splits - 1,) images."""
+        split, shows = before.copy(), self.counts > 0
+        order = np.random.default_rng((seed, attempt)).permutation(np.flatnonzero(before < 0))
+        fraction = self.counts.sum(axis=0) / self.sizes.sum()
+        for at, target in enumerate(wanted, start=1):
+            while True:
+                free = order[split[order] < 0]
+                if len(free) < 2 and not (split == 0).any():  # train keeps a group
+                    break
+                shown, size = self.counts[split == at].sum(axis=0), self.sizes[split == at].sum()
+                fits = free[np.abs(size + self.sizes[free] - target) < abs(size - target)]
+                if not len(fits) and not size and len(free):  # groups are larger than the split should be
+                    fits = free[self.sizes[free] == self.sizes[free].min()]
+                # A class that this split shows already is left to later ones that lack it; one group is left to train.
+                lack = np.sum([~shows[split == other].any(axis=0) for other in range(at, len(self.names))], axis=0)
+                left = shows[split <= 0].sum(axis=0) - shows[fits].astype(np.int64)
+                spare = [((left >= least) | ~shows[fits]).all(axis=1) for least in (1 + lack * (shown > 0), 1)]
+                # Rather a smaller split than a class that is never learnt, but no empty split.
+                allowed = next((fits[spared] for spared in spare if spared.any()), fits[: 0 if size else None])
+                if not len(allowed):
+                    break
+                split[allowed[next_pick(allowed.tolist(), self.counts, self.sizes, shown, size, fraction)]] = at
+        return np.where(split < 0, 0, split)
+
+
+def _refuse_tiny(recipe: Recipe, count: int) -> None:
+    """Raises DataError if a fraction of `count` images is none."""
+    for name, fraction in recipe.fractions.items():
+        if round(fraction * count) < 1:
+            remedy = (
+                f"write at least {math.ceil(100 / count) / 100:g}, or label more images"
+                if count > 2
+                else "label more images"
+            )
+            raise DataError(f"splits.{name}: {fraction:g} of {count} labelled images is none; {remedy}.")
+
+
+def _refuse_empty(pool: _Pool, recipe: Recipe) -> None:
+    """Raises DataError if a split has no image, because there are too few to draw from."""
+    empty = [name for name, count in pool.images().items() if not count]
+    if not empty:
+        return
+    count = int(pool.sizes.sum())
+    grouped = f" in {len(pool.groups)} groups" if len(pool.groups) < count else ""
+    raise DataError(
+        f"splits.{empty[0]}: {count} labelled images{grouped} are too few for {', '.join(pool.names)}, which leave none for "
+        f"{empty[0]}; label more images{', or group fewer together' if grouped else ''}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- lists
+
+
+def _read_lists(lists: Path, names: Sequence[str], labeled: Sequence[str]) -> dict[str, str]:
+    """Returns the split of each image that is listed; empty if there are no lists yet. DataError if they do not fit."""
+    split_of: dict[str, str] = {}
+    for path in sorted(lists.glob("*.txt")):
+        if path.stem not in names:
+            raise DataError(
+                f"{path}: these images were drawn for a split that the recipe does not draw; bring back `{path.stem}: FRACTION`, "
+                f"or delete {lists} to draw all splits anew."
+            )
+        remedy = "Bring back the image or its mask, or take its line out of the list."
+        for key, line in listed_ids(path, labeled, f"the labelled images of {DRAWN_FROM}", remedy=remedy).items():
+            if key in split_of:
+                raise DataError(f"{path}:{line}: {key!r} is in {lists / split_of[key]}.txt, too; take it out of one.")
+            split_of[key] = path.stem
+    return split_of
+
+
+def _drawn_with(recipe: Recipe) -> dict[str, Any]:
+    return {"draw_seed": recipe.draw_seed, "group_by": recipe.group_by, **recipe.fractions}
+
+
+def _write_lists(
+    lists: Path, names: Sequence[str], split_of: Mapping[str, str], recipe: Recipe, is_first: bool
+) -> None:
+    try:
+        lists.mkdir(parents=True, exist_ok=True)
+        if is_first:
+            write_json(lists / _DRAWN, _drawn_with(recipe))
+        # Train comes last: were this stopped in between, what is held out would stay held out.
+        for name in reversed(names):
+            write_list(lists / f"{name}.txt", sorted(key for key, split in split_of.items() if split == name))
+    except OSError as error:
+        raise DataError(
+            f"{lists}: the lists of what was drawn cannot be written ({error.strerror}); move the recipe to a folder that can be "
+            "written to."
+        ) from None
+
+
+def _notes(recipe: Recipe, lists: Path | None, listed: Mapping[str, str], pool: _Pool) -> list[str]:
+    counts = ", ".join(f"{name} {count}" for name, count in pool.images().items())
+    new = sum(key not in listed for group in pool.groups for key in group)
+    kept = f", as {lists.name} lists" if lists is not None else ""
+    notes = [
+        f"labelled images were drawn for splits{kept}: {counts}"
+        + (f"; {new} of them are new" if listed and new else "")
+    ]
+    before = read_json(lists / _DRAWN) if lists is not None and listed else None
+    if before is not None and before != _drawn_with(recipe):
+        was = ", ".join(f"{name}: {value}" for name, value in before.items() if value is not None)
+        notes.append(
+            f"the splits were drawn with {was}; what is listed stays, and what the recipe says now holds for new images alone. "
+            f"To draw all anew, delete {lists}"
+        )
+    if pool.torn:
+        notes.append(
+            f"{pool.torn} groups are in several splits, as they were drawn before `group_by` or copies put them together"
+        )
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------------------- folds
+
+
+def write_folds(
+    folder: Path,
+    sources: Sequence[Source],
+    classes_of: ClassesOf,
+    *,
+    count: int = 5,
+    seed: int = 0,
+    group_by: str | None = None,
+) -> None:
+    """Writes FOLDER/1/train.txt and held_out.txt, and so on: each labelled image is held out in one of `count` folds.
+
+    Groups stay whole, and classes are about as frequent in each fold. Raises DataError if there are fewer groups than folds.
+    """
+    labeled = [source for source in sources if source.masks]
+    shows = _classes(labeled, classes_of)
+    names = [str(number) for number in range(count)]
+    pool = _Pool.of(list(shows), _groups(labeled, group_by, ""), shows, {}, names)
+    if len(pool.groups) < count:
+        raise DataError(
+            f"{folder}: {count} folds need {count} groups of labelled images, but there are {len(pool.groups)}."
+        )
+    for at in _even_folds(pool, count, seed):
+        held_out = sorted(
+            key for group, split in zip(pool.groups, pool.split, strict=True) if split == at for key in group
+        )
+        write_list(folder / str(at + 1) / "held_out.txt", held_out)
+        write_list(folder / str(at + 1) / "train.txt", sorted(shows.keys() - {*held_out}))
+
+
+def _even_folds(pool: _Pool, count: int, seed: int) -> range:
+    """Puts every group of the pool into a fold: rare classes first, each where it is rarest so far and there is most room."""
+    rng = np.random.default_rng((seed, count))
+    total = pool.counts.sum(axis=0)
+    shows = pool.counts > 0
+    # Images of the rarest class that a group shows; a group that shows none comes last.
+    rarity = np.where(shows, total, np.inf).min(axis=1)
+    order = sorted(rng.permutation(len(pool.groups)).tolist(), key=lambda group: (rarity[group], -pool.sizes[group]))
+    shown, sizes, room = np.zeros((count, len(total))), np.zeros(count), np.ceil(pool.sizes.sum() / count)
+    for group in order:
+        rarest = np.where(shows[group], total, np.inf).argmin()
+        full = sizes + pool.sizes[group] > max(room, sizes.min() + pool.sizes[group])
+        at = int(np.lexsort((sizes, shown[:, rarest] * shows[group, rarest], full))[0])
+        pool.split[group] = at
+        shown[at] += pool.counts[group]
+        sizes[at] += pool.sizes[group]
+    return range(count)
