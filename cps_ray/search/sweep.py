@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
@@ -39,7 +40,7 @@ from cps_ray.search.study import COLLAPSED, FAILED, RUNNING, SweepStudy
 from cps_ray.search.sweep_folder import RESUME, SWEEP_FILE, final_training_configs, locked
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare, verdict_lines
-from cps_ray.text import display_path
+from cps_ray.text import display_path, printable
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -279,4 +280,4 @@ class Sweep:
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
