@@ -20,6 +20,14 @@ from cps_ray.datasets.shards import open_shards
 from cps_ray.errors import ConfigError, at
 from cps_ray.files import write_json
 
+
+@pytest.fixture(autouse=True)
+def _logs_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path_factory.mktemp("tmp"))
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    monkeypatch.setenv("TMPDIR", folder)
+
+
 ODD = [
     "[unlabeled]",
     "lane [/left]",
@@ -149,13 +157,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(command: str) -> None:
 
 
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    script = "import sys; from cps_ray.command import reported; sys.exit(reported(lambda: print('x') or 0))"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "cps_ray", "train", "--help"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output: No space left on device. ")
