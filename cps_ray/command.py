@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from cps_ray import __version__
-from cps_ray.errors import CpsRayError, at, place
+from cps_ray.errors import CpsRayError, place
 from cps_ray.text import in_words, printable
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def reported(work: Callable[[], int]) -> int:
             return work()
         finally:
             if sys.stdout is not None:
-                with at("standard output"):
-                    sys.stdout.flush()  # here: the interpreter would flush only after all of us
+                sys.stdout.flush()  # here: the interpreter would flush only after all of us
     except SystemExit:
         raise
     except BaseException as err:

@@ -190,7 +190,9 @@ def _resume(args: argparse.Namespace) -> int:
     overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
     config, where = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
     root = args.folder.absolute()
-    begun = len(SweepStudy(config, root).trials)
+    study = SweepStudy(config, root)
+    study.check_space(where)
+    begun = len(study.trials)
     if args.trials is not None and args.trials < begun:
         raise ConfigError(
             f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "

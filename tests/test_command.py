@@ -163,7 +163,7 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
             [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: standard output: No space left on device. ")
+    assert done.stderr.startswith("error: No space left on device. ")
     assert done.stderr.count("\n") == 1
 
 
