@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--trials", type=int, help="another budget of trials, those so far included")
-    resume.add_argument("--time", help="a larger budget of wall time, over all sessions, such as 10h")
+    resume.add_argument(
+        "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
+    )
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
     status = verbs.add_parser("status", help="show the trials so far; only reads files")
@@ -92,20 +94,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(**flags: object) -> dict[str, object]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _seconds_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _draws(text: str) -> int:
     return checked(int, text, lambda count: count >= 0, "a whole number of at least 0")
 
 
-def _load(
-    path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None
-) -> tuple[SweepConfig, Where]:
-    options = [f"name={name}"] if name else []
-    options += [f"output={output.absolute()}"] if output else []
-    return read_sweep(path, [*overrides, *options])
-
-
 def _run(args: argparse.Namespace) -> int:
-    config, where = _load(args.file, args.set, args.name, args.output)
+    config, where = read_sweep(args.file, args.set, _given(name=args.name, output=args.output and str(args.output)))
     if args.dry_run is not None:
         return _dry_run(config, where, args.dry_run)
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
@@ -187,8 +192,8 @@ def _resume(args: argparse.Namespace) -> int:
     from cps_ray.search.study import SweepStudy
 
     _need_sweep_folder(args.folder)
-    overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
-    config, where = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
+    changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+    config, where = read_sweep(args.folder / sweep_folder.SWEEP_FILE, flags=changes)
     root = args.folder.absolute()
     study = SweepStudy(config, root)
     study.check_space(where)
@@ -198,7 +203,7 @@ def _resume(args: argparse.Namespace) -> int:
             f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
             "It is the number in all, not of further ones."
         )
-    if overrides:  # stored, so that a later `resume` keeps the larger budget
+    if changes:  # stored, so that a later `resume` keeps the larger budget
         sweep_folder.write_resolved(root, config)
     return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config, where))
 
@@ -214,7 +219,7 @@ def _status(args: argparse.Namespace) -> int:
     from cps_ray.search.verdict import verdict_lines
 
     _need_sweep_folder(args.folder)
-    config, _ = _load(args.folder / sweep_folder.SWEEP_FILE, [])
+    config, _ = read_sweep(args.folder / sweep_folder.SWEEP_FILE)
     study = SweepStudy(config, args.folder.absolute())
     summary = read_json(args.folder / records.SUMMARY_FILE) or {}
     console = Console()

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -77,3 +78,8 @@ def display_path(path: Path) -> str:
     """Returns a path for people: relative to the working directory, if that is shorter."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)
+
+
+def shell_path(path: Path) -> str:
+    """Returns a path as it can be pasted into a command: as `display_path` does, quoted where the shell would take it for more than a name."""
+    return shlex.quote(display_path(path))

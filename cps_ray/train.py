@@ -12,6 +12,7 @@ Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be schedul
 
 import argparse
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
-    config, where = read_train(args.file, [*args.set, *workers])
+    workers = {} if args.workers is None else {"resources.workers": args.workers}
+    config, where = read_train(args.file, args.set, workers)
     folder = (args.output or _default_folder(args.file)).absolute()
     _check_folder(folder, config, args.resume)
     if args.dry_run:
@@ -207,7 +208,8 @@ def _steps_and_batches(config: TrainConfig, subset: "LabeledSubset | None") -> I
 
 
 def _resume_command(folder: Path) -> str:
-    return f"python -m cps_ray.train {folder}/config.yaml --output {folder} --resume"
+    config, output = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder))
+    return f"python -m cps_ray.train {config} --output {output} --resume"
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:

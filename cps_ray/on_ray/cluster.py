@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ WORKER_ENV = {
     # The display is ours; with the new output Tune prints boxes even when asked to be quiet.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_ReportHead")
+"""Longest name, in bytes, of a folder in which Ray can put its sockets: the kernel takes 107."""
 _DATA_CPUS = 1.0
 """Ray Data hangs without a word unless one whole CPU is free of reservations."""
 
@@ -78,7 +80,25 @@ def connected(address: str | None) -> Iterator[Cluster]:
         options["runtime_env"] = {"env_vars": WORKER_ENV | api}
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
+        options["_temp_dir"] = str(_ray_folder())
         yield from _joined(None, options)
+
+
+def _ray_folder() -> Path:
+    """Returns the folder for Ray's logs and sockets: `ray` in RAY_TMPDIR or TMPDIR as Ray itself takes it, unless that is too long for a
+    socket or cannot be written; then in /tmp or another short one. Raises ResourceError if there is none."""
+    wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    for folder in dict.fromkeys((wanted, "/tmp", "/var/tmp", "/dev/shm")):
+        if len(os.fsencode(os.path.abspath(folder))) > _LONGEST_FOLDER:
+            continue
+        with suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return Path(folder).absolute() / "ray"
+    raise ResourceError(
+        f"TMPDIR: Ray needs a folder that can be written and whose name has at most {_LONGEST_FOLDER} bytes, for its sockets, and "
+        f"neither {wanted} nor /tmp is one. Set it for this command: RAY_TMPDIR=FOLDER cps-ray ..."
+    )
 
 
 def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:

@@ -40,7 +40,7 @@ from cps_ray.search.study import COLLAPSED, FAILED, RUNNING, SweepStudy
 from cps_ray.search.sweep_folder import RESUME, SWEEP_FILE, final_training_configs, locked
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare, verdict_lines
-from cps_ray.text import display_path, printable
+from cps_ray.text import display_path, printable, shell_path
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -211,7 +211,7 @@ class Sweep:
         if waiting:
             self._session(phase, self._finals_at_once)
         write_tables(self._root, self._study, self._config)
-        resume = f"{RESUME} {display_path(self._root)}"
+        resume = f"{RESUME} {shell_path(self._root)}"
         if phase.failed:
             name, failure = next(iter(phase.failed.items()))
             raise FinalRunError(
@@ -276,7 +276,7 @@ class Sweep:
         best = summary["best"]
         so_far = f", best {self._config.objective.metric} {best['value']:.4f} (trial {best['trial']})" if best else ""
         self._say(f"interrupted: {self._num_ended()} of {self._config.budget.trials} trials done{so_far}.")
-        self._say(f"Resume: {RESUME} {display_path(self._root)}")
+        self._say(f"Resume: {RESUME} {shell_path(self._root)}")
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 
     def _say(self, text: str) -> None:
