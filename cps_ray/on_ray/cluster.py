@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ WORKER_ENV = {
 }
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_ReportHead")
 """Longest name, in bytes, of a folder in which Ray can put its sockets: the kernel takes 107."""
+_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 _DATA_CPUS = 1.0
 """Ray Data hangs without a word unless one whole CPU is free of reservations."""
 
@@ -51,7 +53,9 @@ class Cluster:
         lines = [f"Ray dashboard: {self.dashboard_url}"]
         if self.local:
             ray = os.path.relpath(Path(sys.executable).with_name("ray"))
-            lines.append(f"  It asks for a token once: `{ray} get-auth-token` prints it.")
+            path = os.environ.get(_TOKEN_PATH)
+            where = f"{_TOKEN_PATH}={path} " if path else ""
+            lines.append(f"  It asks for a token once: `{where}{ray} get-auth-token` prints it.")
         return lines
 
 
@@ -80,25 +84,46 @@ def connected(address: str | None) -> Iterator[Cluster]:
         options["runtime_env"] = {"env_vars": WORKER_ENV | api}
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
-        options["_temp_dir"] = str(_ray_folder())
+        _make_room()
         yield from _joined(None, options)
 
 
-def _ray_folder() -> Path:
-    """Returns the folder for Ray's logs and sockets: `ray` in RAY_TMPDIR or TMPDIR as Ray itself takes it, unless that is too long for a
-    socket or cannot be written; then in /tmp or another short one. Raises ResourceError if there is none."""
-    wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    for folder in dict.fromkeys((wanted, "/tmp", "/var/tmp", "/dev/shm")):
-        if len(os.fsencode(os.path.abspath(folder))) > _LONGEST_FOLDER:
+def _make_room() -> None:
+    """Lets Ray and its processes write where they can: no longer in a TMPDIR that is too long for sockets or cannot be written, nor a
+    token in such a home. Raises ResourceError if there is no other temporary folder."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        wanted = os.environ.get(name)
+        if wanted is None or _takes_sockets(wanted):
             continue
-        with suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return Path(folder).absolute() / "ray"
-    raise ResourceError(
-        f"TMPDIR: Ray needs a folder that can be written and whose name has at most {_LONGEST_FOLDER} bytes, for its sockets, and "
-        f"neither {wanted} nor /tmp is one. Set it for this command: RAY_TMPDIR=FOLDER cps-ray ..."
-    )
+        short = next((folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if _takes_sockets(folder)), None)
+        if short is None:
+            raise ResourceError(
+                f"{name}={wanted}: must be a folder that can be written and has at most {_LONGEST_FOLDER} bytes in its name, since Ray "
+                f"puts sockets there. Set another one: {name}=FOLDER cps-ray ..."
+            )
+        os.environ[name] = short
+    home = Path.home() / ".ray"
+    if (
+        not {"RAY_AUTH_TOKEN", _TOKEN_PATH} & set(os.environ)
+        and not (home / "auth_token").is_file()
+        and not _is_writable(home)
+    ):
+        handle, path = tempfile.mkstemp(prefix="cps-ray-token-")
+        with open(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+        os.environ[_TOKEN_PATH] = path
+
+
+def _takes_sockets(folder: str) -> bool:
+    return len(os.fsencode(os.path.abspath(folder))) <= _LONGEST_FOLDER and _is_writable(Path(folder))
+
+
+def _is_writable(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    return False
 
 
 def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:

@@ -22,7 +22,7 @@ from cps_ray.config.schema import Where
 from cps_ray.config.space import apply, draw
 from cps_ray.config.sweep import ChoiceParam, EarlyStoppingConfig, Param, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.errors import ConfigError
+from cps_ray.errors import ConfigError, at
 
 STUDY_FILE = "study.db"
 WORST = 0.0
@@ -111,9 +111,9 @@ class SweepStudy:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
         connect = partial(sqlite3.connect, folder / STUDY_FILE, check_same_thread=False)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), at(folder / STUDY_FILE):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
             self.study = optuna.create_study(
                 storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
             )

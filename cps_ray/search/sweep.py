@@ -16,7 +16,7 @@ from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
-from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError
+from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
 from cps_ray.files import read_json
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.gauges import SweepGauges
@@ -84,7 +84,7 @@ class Sweep:
 
         Raises ResourceError, FailureLimitError, NoTrialError; what is finished is on disk then.
         """
-        with locked(self._root), self._signals.watched():
+        with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
             self._events = Events(self._root)
             summary = read_json(self._root / SUMMARY_FILE) or {}
