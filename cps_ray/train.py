@@ -25,6 +25,7 @@ from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
+from cps_ray.text import printable
 
 if TYPE_CHECKING:
     from cps_ray.datasets.subsets import LabeledSubset
@@ -87,10 +88,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with connected(args.address) as cluster:
             trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
-            print(*cluster.banner(), f"Run folder: {folder}", sep="\n", flush=True)
+            print(*map(printable, (*cluster.banner(), f"Run folder: {folder}")), sep="\n", flush=True)
             _fit(config, folder)
     except KeyboardInterrupt:
-        print(f"interrupted. Resume: {_resume_command(folder)}")
+        print(printable(f"interrupted. Resume: {_resume_command(folder)}"))
         return 128 + signals[0]
     return 0
 
@@ -136,7 +137,7 @@ def _print_plan(config: TrainConfig, where: Where, folder: Path) -> None:
         ("speed", "images per second are known once it runs"),
     ]
     for name, text in rows:
-        print(f"{name:<12}{text}")
+        print(f"{name:<12}{printable(text)}")
 
 
 def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
@@ -241,7 +242,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     best = best_checkpoint(folder, DEFAULT_METRIC)
     if best is not None:
         checkpoint, meta = best
-        print(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}")
+        print(printable(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}"))
     print(*(each.sentence() for each in weights_of_networks(config)), sep="\n")
 
 
