@@ -8,7 +8,7 @@
 
 If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
 
-Exit codes: 0 done; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
+Exit codes: 0 done; 1 a bug, a full disk and the like; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
 130/143 interrupted, resumable.
 """
 

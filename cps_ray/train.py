@@ -7,7 +7,7 @@
 
 If there is no such file, FILE is the name of a preset (docs/presets.md); its paths are relative to the working directory.
 
-Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
+Exit codes: 0 done; 1 the training failed, or a bug, a full disk and the like; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
 
 import argparse
