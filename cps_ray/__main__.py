@@ -39,6 +39,12 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: plug-ins lie in the working directory
+    from cps_ray.command import reported
+
+    return reported(_run_command)
+
+
+def _run_command() -> int:
     name = sys.argv.pop(1)  # the command parses what is left of sys.argv
     module = "cps_ray.bench.__main__" if name == "bench" else f"cps_ray.{name}"
     command = importlib.import_module(module)

@@ -1,17 +1,28 @@
-"""What all commands have in common: their parser, errors as one line and an exit code, and a progress bar."""
+"""What all commands have in common: their parser, errors as one line and an exit code, and a progress bar.
+
+Imports little, and rich only where a bar is drawn: an import that fails is reported in one line, too.
+"""
 
 import argparse
 import contextlib
 import os
+import platform
+import select
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from cps_ray import __version__
+from cps_ray.errors import CpsRayError, place
+from cps_ray.text import in_words, printable
 
-from cps_ray.errors import CpsRayError
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 N = TypeVar("N", int, float)
 
@@ -33,21 +44,86 @@ def command_parser(name: str, description: str | None, examples: str | None = No
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
-    """Parses `argv` (None: the process's own arguments) and returns the exit code of `run`.
-
-    A CpsRayError is printed as one line on stderr, and its `exit_code` returned.
-    """
-    args = parser.parse_args(argv)
+    """Parses `argv` (None: the process's own arguments) and returns the exit code of `run`, or that of the error it printed."""
     # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU. Ray reads the
     # variable when it is imported, which commands do only inside `run`.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
+    return reported(lambda: run(parser.parse_args(argv)))
+
+
+def reported(work: Callable[[], int]) -> int:
+    """Returns the exit code of `work`, or, whatever it raises, prints one line on stderr and returns the exit code for that."""
+    # Names of files and classes may hold what the terminal's encoding has not.
+    with contextlib.suppress(AttributeError):  # None where it is closed, or a stand-in
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return run(args)
-    except CpsRayError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
+        try:
+            return work()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here: the interpreter would flush only after all of us
+    except SystemExit:
+        raise
+    except BaseException as err:
+        return _report(err)
+
+
+def _report(err: BaseException) -> int:
+    if isinstance(err, KeyboardInterrupt):
         return 130
+    is_reader_gone = isinstance(err, BrokenPipeError) and _nobody_reads()
+    if isinstance(err, OSError):
+        _flush_for_the_last_time()
+    if is_reader_gone:
+        return 1  # `| head` has seen enough
+    if isinstance(err, CpsRayError):
+        lines, code = str(err), err.exit_code
+    else:
+        where = place(err)
+        lines, code = f"{f'{where}: ' if where else ''}{in_words(err)}. {_kept(err)}", 1
+    with contextlib.suppress(OSError):
+        print("error:", "\n".join(map(printable, lines.split("\n"))), file=sys.stderr)
+    return code
+
+
+def _flush_for_the_last_time() -> None:
+    """Gives up an output that takes nothing any more: the interpreter would flush it at its end, and complain again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe that has been closed at its other end."""
+    watch = select.poll()
+    for stream in (1, 2):
+        watch.register(stream, 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def _kept(err: BaseException) -> str:
+    """Writes the traceback to a file and says where that is."""
+    trace = "".join(traceback.format_exception(err))
+    text = f"{shlex.join(sys.argv)}\ncps_ray {__version__}, Python {platform.python_version()}\n\n{trace}"
+    for folder in (None, os.curdir):  # None: the temporary folder, the first of several that can be written
+        with contextlib.suppress(OSError):
+            handle, path = tempfile.mkstemp(prefix="cps-ray-error-", suffix=".txt", dir=folder)
+            with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+            return f"The traceback is in {path}"
+    return "The traceback is lost: neither the temporary folder nor this one can be written"
+
+
+def _report_uncaught(kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
+    _report(err)
+
+
+# `python -m cps_ray.NAME` imports all of NAME before any of its code could catch an error. Other processes stay as they are.
+_main = getattr(sys.modules["__main__"], "__spec__", None)
+if _main is not None and _main.name.startswith("cps_ray."):
+    sys.excepthook = _report_uncaught
 
 
 def checked(number: Callable[[str], N], text: str, holds: Callable[[N], bool], must_be: str) -> N:
@@ -64,14 +140,33 @@ def entry(main: Callable[[Sequence[str] | None], int]) -> None:
     sys.exit(main(None))
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+def say(console: "Console", *lines: str) -> None:
+    """Prints lines as they are: no name in them is markup, steers the terminal or is broken at its width."""
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
-def image_bar(description: str) -> Progress:
+def image_bar(description: str) -> "Progress":
     """Returns a bar on stderr that counts images, with rate and time left; it shows nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+
     console = Console(stderr=True)
     console.quiet = not console.is_terminal  # rich before 14.3 ends even a disabled bar with an empty line
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -6,13 +6,13 @@ Without a pattern it lists families to begin with. Nothing is fetched, and no ne
 import argparse
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import command_parser, entry, run_command, say
 from cps_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXAMPLES = """\
 examples:
@@ -60,16 +60,24 @@ def _size_px(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _print_families(console: Console) -> None:
+def _print_families(console: "Console") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table("pattern", "what it finds", "licence of the weights")
     for family in _FAMILIES:
-        table.add_row(*map(escape, family))
+        table.add_row(*map(Text, family))
     console.print(table)
-    console.print("all of them: cps-ray encoders PATTERN, such as 'tu-*dinov3*' or 'tu-swin*'", markup=False)
+    say(console, "all of them: cps-ray encoders PATTERN, such as 'tu-*dinov3*' or 'tu-swin*'")
 
 
-def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | None, architecture: str | None) -> None:
+def _print_encoders(
+    console: "Console", pattern: str, size_px: tuple[int, int] | None, architecture: str | None
+) -> None:
     # Imported only now, because torch and timm take seconds, and --help needs neither.
+    from rich.table import Column, Table
+    from rich.text import Text
+
     from cps_ray.config.train import NetworkConfig
     from cps_ray.engine.encoders import matching, size_of, unusual_normalisation
     from cps_ray.engine.names import check_names
@@ -104,15 +112,17 @@ def _print_encoders(console: Console, pattern: str, size_px: tuple[int, int] | N
             form = architecture or (size.architecture if size else None) or "deeplabv3plus"
             refused = refusal(NetworkConfig(architecture=form, encoder=weights.encoder), size_px)
             row.append(f"no: {refused}" if refused else f"runs in {form}")
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     console.print(table)
     if len(found) > _MAX_ROWS:
-        console.print(f"and {len(found) - _MAX_ROWS} more, narrow the pattern", markup=False)
+        say(console, f"and {len(found) - _MAX_ROWS} more, narrow the pattern")
     if any(unusual_normalisation(weights) for weights in found[:_MAX_ROWS]):
-        console.print("mean; std: where they are not ImageNet's; ? = they come with the weights", markup=False)
+        say(console, "mean; std: where they are not ImageNet's; ? = they come with the weights")
 
 
 def _run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
     size_px = _size_px(args.crop) if args.crop else None
     console = Console()
     if args.pattern is None:

@@ -1,8 +1,13 @@
-"""The exception tree. Imports nothing; every layer may raise these, only the commands catch them.
+"""The exception tree. Imports the standard library only; every layer may raise these, only the commands catch them.
 
 A message names where (file:line or path), what must hold, what was found and how to fix it. A command prints it on stderr
-and exits with `exit_code`.
+and exits with `exit_code`. Of any other exception it prints one line, too, with the place that `at` has noted.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_AT = "at "
 
 
 class CpsRayError(Exception):
@@ -53,3 +58,19 @@ class ResourceError(CpsRayError):
 
 class DivergedError(CpsRayError):
     """Continuing a training is of no use (exit 1; in a sweep its trial has collapsed): its loss is not finite, or its networks have collapsed. The message names the step."""
+
+
+@contextmanager
+def at(where: object) -> Iterator[None]:
+    """Notes on an exception that leaves the block which file or thing it was at."""
+    try:
+        yield
+    except Exception as err:
+        err.add_note(f"{_AT}{where}")
+        raise
+
+
+def place(err: BaseException) -> str:
+    """Returns what `at` has noted, of several blocks the innermost one's; "" if nothing."""
+    notes = getattr(err, "__notes__", ())
+    return next((note.removeprefix(_AT) for note in notes if note.startswith(_AT)), "")

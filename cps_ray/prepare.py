@@ -2,26 +2,22 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from cps_ray.command import command_parser, entry, image_bar, run_command
-from cps_ray.config.reader import parse
+from cps_ray.command import command_parser, entry, image_bar, run_command, say
 from cps_ray.config.train import SyntheticConfig
-from cps_ray.datasets import synthetic
-from cps_ray.datasets.prepare import layouts
-from cps_ray.datasets.prepare.assembly import BadDataError, DataSetPlan, OnProgress, write_shards
-from cps_ray.datasets.prepare.findings import summary_lines
-from cps_ray.datasets.prepare.items import FromFiles
-from cps_ray.datasets.prepare.layouts import RawData
-from cps_ray.datasets.prepare.recipe import load_recipe
-from cps_ray.datasets.prepare.splits import list_folder
-from cps_ray.datasets.shards import Manifest, open_shards
 from cps_ray.errors import DataError
+from cps_ray.text import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cps_ray.datasets.prepare.assembly import BadDataError, OnProgress
+    from cps_ray.datasets.prepare.layouts import RawData
+    from cps_ray.datasets.shards import Manifest
 
 SYNTHETIC_OPTIONS = {
     "train": "train",
@@ -93,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _progress_bar(total: int) -> Iterator[OnProgress]:
+def _progress_bar(total: int) -> "Iterator[OnProgress]":
     """Shows a bar while images are prepared, and counts apart those that an earlier run has prepared."""
     with image_bar("preparing") as progress:
         task = progress.add_task("", total=total)
@@ -113,8 +109,12 @@ def _progress_bar(total: int) -> Iterator[OnProgress]:
         print(f"{done_before} of {total} images were done before.", file=sys.stderr)
 
 
-def _raw_data(args: argparse.Namespace) -> tuple[RawData, str]:
+def _raw_data(args: argparse.Namespace) -> "tuple[RawData, str]":
     """Returns the raw data set and, in words, its format and options."""
+    from cps_ray.datasets.prepare import layouts
+    from cps_ray.datasets.prepare.recipe import load_recipe
+    from cps_ray.datasets.prepare.splits import list_folder
+
     if args.format == "camvid":
         return layouts.camvid(args.raw), "camvid"
     if args.format == "cityscapes":
@@ -126,6 +126,9 @@ def _raw_data(args: argparse.Namespace) -> tuple[RawData, str]:
 
 
 def _write(args: argparse.Namespace) -> None:
+    from cps_ray.datasets.prepare.assembly import DataSetPlan, write_shards
+    from cps_ray.datasets.prepare.items import FromFiles
+
     if not 0.0 < args.scale <= 1.0:
         raise DataError(f"--scale must be in (0, 1], but is {args.scale:g}.")
     raw, made_by = _raw_data(args)
@@ -145,6 +148,11 @@ def _write(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    # Imported only here and below, because --help needs none of it.
+    from cps_ray.config.reader import parse
+    from cps_ray.datasets import synthetic
+    from cps_ray.datasets.prepare.assembly import BadDataError
+
     if args.format == "synthetic":
         settings = {setting: getattr(args, setting) for setting in SYNTHETIC_OPTIONS.values()}
         synthetic.write_synthetic(args.out, parse(SyntheticConfig, settings))
@@ -159,33 +167,40 @@ def _prepare(args: argparse.Namespace) -> None:
         raise
 
 
-def _list_findings(out: Path, bad: BadDataError) -> None:
+def _list_findings(out: Path, bad: "BadDataError") -> None:
     """Prints one line per kind of finding. If some findings are not printed, writes a file with all of them."""
+    from cps_ray.datasets.prepare.findings import summary_lines
+
     lines = summary_lines(bad.findings)
-    print(*lines[:_MAX_LINES], sep="\n", file=sys.stderr)
+    print(*map(printable, lines[:_MAX_LINES]), sep="\n", file=sys.stderr)
     if len(bad.findings) > len(lines) or len(lines) > _MAX_LINES:
         path = out.with_name(f"{out.name}.findings.txt")
         path.write_text("".join(f"{finding.line}\n" for finding in bad.findings), encoding="utf-8")
-        print(f"Every file is listed in {path}.", file=sys.stderr)
+        print(f"Every file is listed in {printable(str(path))}.", file=sys.stderr)
 
 
 def _percent(part: int, total: int) -> str:
     return f"{100 * part / total:.2f}" if part else "-"
 
 
-def summary(manifest: Manifest) -> Table:
+def summary(manifest: "Manifest") -> "Table":
     """Returns a table of images and masks per split, and of each class's percentage of pixels and number of images."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(caption="per class: % of the counted pixels (images that show it)")
     table.add_column("")
-    rows: Mapping[str, list[str]] = {name: [] for name in ("images", "masks", *manifest.classes)}
-    for name, split in manifest.splits.items():
+    for name in manifest.splits:
         table.add_column(name, justify="right")
-        rows["images"].append(str(split.images))
-        rows["masks"].append(str(split.masks))
-        for label, pixels, images in zip(manifest.classes, split.class_pixels, split.class_images, strict=True):
-            rows[label].append(f"{_percent(pixels, sum(split.class_pixels))} ({images})")
-    for number, (label, cells) in enumerate(rows.items()):
-        table.add_row(label, *cells, end_section=number == 1)
+    splits = manifest.splits.values()
+    table.add_row("images", *(str(split.images) for split in splits))
+    table.add_row("masks", *(str(split.masks) for split in splits), end_section=True)
+    for label, name in enumerate(manifest.classes):
+        cells = (
+            f"{_percent(split.class_pixels[label], sum(split.class_pixels))} ({split.class_images[label]})"
+            for split in splits
+        )
+        table.add_row(Text(printable(name)), *cells)
     return table
 
 
@@ -195,17 +210,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cps_ray.datasets.shards import open_shards
+
     _prepare(args)
     manifest = open_shards(args.out).manifest
     console = Console()
-    console.print(f"{args.out}: {manifest.made_by.format}", summary(manifest), highlight=False, soft_wrap=True)
-    for note in manifest.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    lines = [f"note: {note}" for note in manifest.notes]
     if manifest.left_out:
-        headline = f"left out, and listed in {args.out}/manifest.json: {len(manifest.left_out)}"
-        console.print(headline, highlight=False, soft_wrap=True, markup=False)
-        for item in manifest.left_out[:_MAX_LINES]:
-            console.print(f"  {item.file}: {item.why}", highlight=False, soft_wrap=True, markup=False)
+        lines.append(f"left out, and listed in {args.out}/manifest.json: {len(manifest.left_out)}")
+        lines += [f"  {item.file}: {item.why}" for item in manifest.left_out[:_MAX_LINES]]
+    say(console, f"{args.out}: {manifest.made_by.format}")
+    console.print(summary(manifest), highlight=False, soft_wrap=True)
+    say(console, *lines)
     return 0
 
 

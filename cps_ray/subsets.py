@@ -8,17 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from cps_ray.command import checked, command_parser, entry, run_command
-from cps_ray.datasets.lists import listed_ids, write_list
-from cps_ray.datasets.prepare.checks import absent_classes
-from cps_ray.datasets.shards import Index, Shards, open_shards
-from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST, labeled_rows, subset_folder
+from cps_ray.command import checked, command_parser, entry, run_command, say
 from cps_ray.errors import DataError
-from cps_ray.text import first_few
+from cps_ray.text import first_few, printable
+
+if TYPE_CHECKING:
+    from cps_ray.datasets.shards import Index, Shards
 
 EXAMPLES = """\
 examples:
@@ -70,7 +67,9 @@ def _count_or_fraction(text: str) -> int | float:
     )
 
 
-def _draw(args: argparse.Namespace, shards: Shards, index: Index) -> list[SubsetLists]:
+def _draw(args: argparse.Namespace, shards: "Shards", index: "Index") -> list[SubsetLists]:
+    from cps_ray.datasets.subsets import labeled_rows
+
     rows = labeled_rows(shards.folder, index, args.labeled, args.seed)
     labeled = set(rows.tolist())
     unlabeled = tuple(key for row, key in enumerate(index.ids) if row not in labeled)
@@ -87,7 +86,7 @@ def _subset_name(path: Path, root: Path) -> str:
     return "_".join(words).replace("-", "_") or path.parent.name
 
 
-def _import(root: Path, shards: Shards, index: Index) -> list[SubsetLists]:
+def _import(root: Path, shards: "Shards", index: "Index") -> list[SubsetLists]:
     """Reads all lists below `root`. Raises DataError if there are none, or if they do not fit the shards."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; it must hold the lists, such as UniMatch/splits/pascal.")
@@ -101,12 +100,14 @@ def _import(root: Path, shards: Shards, index: Index) -> list[SubsetLists]:
     return [_read_lists(path, _subset_name(path, root), index, other_splits) for path in files]
 
 
-def _read_lists(path: Path, name: str, index: Index, other_splits: dict[str, str]) -> SubsetLists:
+def _read_lists(path: Path, name: str, index: "Index", other_splits: dict[str, str]) -> SubsetLists:
     """Reads the list of labelled images at `path`, and that of unlabelled images beside it if there is one.
 
     `other_splits`: id -> split of every image outside train. Raises DataError if an entry is in no split, or a labelled image
     has no mask in train.
     """
+    from cps_ray.datasets.lists import listed_ids
+
     train_ids, foreign = set(index.ids), "Are the lists of another data set?"
     with_mask = {key for key, has_mask in zip(index.ids, index.labeled, strict=True) if has_mask}
     notes: list[str] = []
@@ -137,8 +138,16 @@ def _read_lists(path: Path, name: str, index: Index, other_splits: dict[str, str
     return SubsetLists(name, tuple(labeled), tuple(unlabeled), tuple(notes))
 
 
-def _write(shards: Shards, index: Index, subsets: Sequence[SubsetLists]) -> None:
+def _write(shards: "Shards", index: "Index", subsets: Sequence[SubsetLists]) -> None:
     """Writes the list files and prints a table of them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cps_ray.datasets.lists import write_list
+    from cps_ray.datasets.prepare.checks import absent_classes
+    from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST, subset_folder
+
     table = Table("name", "labelled", "unlabelled", "remarks")
     rows = {key: row for row, key in enumerate(index.ids)}
     for subset in subsets:
@@ -147,17 +156,19 @@ def _write(shards: Shards, index: Index, subsets: Sequence[SubsetLists]) -> None
         write_list(folder / UNLABELED_LIST, subset.unlabeled)
         missing = absent_classes(index.pixels[[rows[key] for key in subset.labeled]], shards.classes)
         notes = [*subset.notes, *([f"no labelled mask shows {first_few(missing)}"] if missing else [])]
-        table.add_row(subset.name, str(len(subset.labeled)), str(len(subset.unlabeled)), "; ".join(notes))
+        cells = (subset.name, str(len(subset.labeled)), str(len(subset.unlabeled)), "; ".join(notes))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console()
     console.print(table)
-    console.print(
-        f"written to {subset_folder(shards.folder, '')}; in a config: data: {{labeled: NAME}}", soft_wrap=True
-    )
+    say(console, f"written to {subset_folder(shards.folder, '')}; in a config: data: {{labeled: NAME}}")
     if any(subset.name.isdigit() for subset in subsets):
-        console.print('a name that is a number goes in quotes: data: {labeled: "92"}; without, 92 images are drawn')
+        say(console, 'a name that is a number goes in quotes: data: {labeled: "92"}; without, 92 images are drawn')
 
 
 def _run(args: argparse.Namespace) -> int:
+    # Imported only here and above, because --help needs none of it.
+    from cps_ray.datasets.shards import open_shards
+
     shards = open_shards(args.shards)
     index = shards.index("train")
     subsets = _draw(args, shards, index) if args.command == "draw" else _import(args.lists, shards, index)

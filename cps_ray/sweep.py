@@ -8,7 +8,7 @@
 
 If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
 
-Exit codes: 0 done; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
+Exit codes: 0 done; 1 a bug, a full disk and the like; 2 wrong input; 3 no trial completed; 4 stopped by the `failures` limits; 5 can never be scheduled;
 130/143 interrupted, resumable.
 """
 
@@ -18,16 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from cps_ray.command import checked, command_parser, entry, run_command
+from cps_ray.command import checked, command_parser, entry, reported, run_command, say
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.errors import ConfigError, DataError
-from cps_ray.text import did_you_mean, nearest
+from cps_ray.text import did_you_mean, nearest, printable
 
 if TYPE_CHECKING:
     from cps_ray.datasets.shards import Shards
@@ -40,8 +37,8 @@ _WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trial
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; a file without a verb means `run`. Returns the exit code."""
-    words = _verb_first(list(sys.argv[1:] if argv is None else argv))
-    return run_command(_parser(), lambda args: int(args.run(args)), words)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return reported(lambda: run_command(_parser(), lambda args: int(args.run(args)), _verb_first(words)))
 
 
 def _verb_first(words: list[str]) -> list[str]:
@@ -83,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--trials", type=int, help="another budget of trials, those so far included")
-    resume.add_argument("--time", help="a larger budget of wall time, over all sessions, such as 10h")
+    resume.add_argument(
+        "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
+    )
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
     status = verbs.add_parser("status", help="show the trials so far; only reads files")
@@ -95,23 +94,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(**flags: object) -> dict[str, object]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _seconds_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _draws(text: str) -> int:
     return checked(int, text, lambda count: count >= 0, "a whole number of at least 0")
 
 
-def _load(
-    path: Path, overrides: Sequence[str], name: str | None = None, output: Path | None = None
-) -> tuple[SweepConfig, Where]:
-    options = [f"name={name}"] if name else []
-    options += [f"output={output.absolute()}"] if output else []
-    return read_sweep(path, [*overrides, *options])
-
-
 def _run(args: argparse.Namespace) -> int:
-    config, where = _load(args.file, args.set, args.name, args.output)
+    config, where = read_sweep(args.file, args.set, _given(name=args.name, output=args.output and str(args.output)))
     if args.dry_run is not None:
         return _dry_run(config, where, args.dry_run)
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
+    from rich.console import Console
+
     from cps_ray.search import sweep, sweep_folder
 
     shards = sweep_folder.check(config, where)
@@ -121,6 +125,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _dry_run(config: SweepConfig, where: Where, draws: int) -> int:
     """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from cps_ray.engine.preflight import check_sweep, searched_networks
 
     shards, data = _data(config)
@@ -130,20 +138,21 @@ def _dry_run(config: SweepConfig, where: Where, draws: int) -> int:
         title=f"{config.name}: {draws} random draws of {config.budget.trials} trials", title_justify="left", box=None
     )
     for name in config.search_space:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for changes in preview(config.search_space, draws, config.sampler.seed):
         cells = [changes.get(name, "-") for name in config.search_space]
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(*(Text(_cell(value)) for value in cells))
     console.print(table)
     steps, finals = config.train.schedule.steps, len(config.final.seeds) * (1 + len(config.baselines))
     finals = 0 if config.final.retrain == "none" else finals
-    console.print(
-        f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs. Every draw is a valid training."
-    )
+    plan = f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
-    for line in (*normalised, data):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    say(console, f"{plan} Every draw is a valid training.", *normalised, *data.split("\n"))
     return 0
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
@@ -177,42 +186,48 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
 
 def _resume(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from cps_ray.search import sweep, sweep_folder
     from cps_ray.search.study import SweepStudy
 
     _need_sweep_folder(args.folder)
-    overrides = [f"budget.{name}={value}" for name in ("trials", "time") if (value := getattr(args, name)) is not None]
-    config, where = _load(args.folder / sweep_folder.SWEEP_FILE, overrides)
+    changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+    config, where = read_sweep(args.folder / sweep_folder.SWEEP_FILE, flags=changes)
     root = args.folder.absolute()
-    begun = len(SweepStudy(config, root).trials)
+    study = SweepStudy(config, root)
+    study.check_space(where)
+    begun = len(study.trials)
     if args.trials is not None and args.trials < begun:
         raise ConfigError(
             f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
             "It is the number in all, not of further ones."
         )
-    if overrides:  # stored, so that a later `resume` keeps the larger budget
+    if changes:  # stored, so that a later `resume` keeps the larger budget
         sweep_folder.write_resolved(root, config)
     return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config, where))
 
 
 def _status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from cps_ray.files import read_json
     from cps_ray.search import records, sweep_folder
     from cps_ray.search.study import SweepStudy
     from cps_ray.search.verdict import verdict_lines
 
     _need_sweep_folder(args.folder)
-    config, _ = _load(args.folder / sweep_folder.SWEEP_FILE, [])
+    config, _ = read_sweep(args.folder / sweep_folder.SWEEP_FILE)
     study = SweepStudy(config, args.folder.absolute())
     summary = read_json(args.folder / records.SUMMARY_FILE) or {}
     console = Console()
     counts = "  ".join(f"{count} {state}" for state, count in study.counts().items())
-    console.print(
-        f"{config.name}: {summary.get('status', 'begun')}, {counts}, of {config.budget.trials} trials", highlight=False
-    )
+    say(console, f"{config.name}: {summary.get('status', 'begun')}, {counts}, of {config.budget.trials} trials")
     table = Table(box=None)
     for name in ("number", "state", "steps", "score_best", "seconds", *config.search_space):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for row in records.trial_rows(study, config):
         keys = (
             "number",
@@ -222,12 +237,10 @@ def _status(args: argparse.Namespace) -> int:
             "seconds",
             *(f"params.{name}" for name in config.search_space),
         )
-        cells = ["-" if row[key] is None else row[key] for key in keys]
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(*(Text("-" if row[key] is None else _cell(row[key])) for key in keys))
     console.print(table)
     if summary.get("best"):
-        for line in verdict_lines(args.folder, summary):
-            console.print(line, highlight=False, soft_wrap=True)
+        say(console, *verdict_lines(args.folder, summary))
     return 0
 
 

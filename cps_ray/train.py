@@ -7,11 +7,12 @@
 
 If there is no such file, FILE is the name of a preset (docs/presets.md); its paths are relative to the working directory.
 
-Exit codes: 0 done; 1 the training failed; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
+Exit codes: 0 done; 1 the training failed, or a bug, a full disk and the like; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
 
 import argparse
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
+from cps_ray.text import printable
 
 if TYPE_CHECKING:
     from cps_ray.datasets.subsets import LabeledSubset
@@ -55,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
-    config, where = read_train(args.file, [*args.set, *workers])
+    workers = {} if args.workers is None else {"resources.workers": args.workers}
+    config, where = read_train(args.file, args.set, workers)
     folder = (args.output or _default_folder(args.file)).absolute()
     _check_folder(folder, config, args.resume)
     if args.dry_run:
@@ -86,10 +88,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with connected(args.address) as cluster:
             trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
-            print(*cluster.banner(), f"Run folder: {folder}", sep="\n", flush=True)
+            print(*map(printable, (*cluster.banner(), f"Run folder: {folder}")), sep="\n", flush=True)
             _fit(config, folder)
     except KeyboardInterrupt:
-        print(f"interrupted. Resume: {_resume_command(folder)}")
+        print(printable(f"interrupted. Resume: {_resume_command(folder)}"))
         return 128 + signals[0]
     return 0
 
@@ -135,7 +137,7 @@ def _print_plan(config: TrainConfig, where: Where, folder: Path) -> None:
         ("speed", "images per second are known once it runs"),
     ]
     for name, text in rows:
-        print(f"{name:<12}{text}")
+        print(f"{name:<12}{printable(text)}")
 
 
 def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
@@ -207,7 +209,8 @@ def _steps_and_batches(config: TrainConfig, subset: "LabeledSubset | None") -> I
 
 
 def _resume_command(folder: Path) -> str:
-    return f"python -m cps_ray.train {folder}/config.yaml --output {folder} --resume"
+    config, output = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder))
+    return f"python -m cps_ray.train {config} --output {output} --resume"
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
@@ -239,7 +242,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     best = best_checkpoint(folder, DEFAULT_METRIC)
     if best is not None:
         checkpoint, meta = best
-        print(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}")
+        print(printable(f"best val/miou {meta['metrics']['val/miou']:.4f} at step {meta['step']}: {checkpoint}"))
     print(*(each.sentence() for each in weights_of_networks(config)), sep="\n")
 
 

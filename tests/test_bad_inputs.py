@@ -63,7 +63,8 @@ def _refused_before_any_cluster(request: pytest.FixtureRequest, monkeypatch: pyt
     """Makes a sweep that should be refused fail at once where it is not: it would start a cluster, and train."""
 
     def connect(address: str | None) -> object:
-        assert address is not None, "a cluster is started"
+        if address is None:
+            raise SystemExit("a cluster is started")  # the one exception that no command turns into a line
         return connected(address)
 
     if request.node.get_closest_marker("ray") is None:
@@ -239,8 +240,50 @@ def test_nothing_to_do_starts_nothing(finished: Path, capsys: pytest.CaptureFixt
     assert "Nothing to do" in out
     assert "Best trial 0: val/miou 0.5000" in out
     assert not events.exists()
-    with pytest.raises(AssertionError, match="a cluster is started"):
+    with pytest.raises(SystemExit, match="a cluster is started"):
         sweep.main(["resume", str(finished), "--trials", "3"])
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (
+            ("mix", "values: [none, cutmix, classmix]"),
+            "a choice of ['none', 'cutmix'],|but is a choice of ['none', 'cutmix', 'classmix']",
+        ),
+        (("mix", "values: [cutmix]"), "must stay a choice of ['none', 'cutmix'],|but is a choice of ['cutmix']"),
+        (("weight", "log: true"), "must stay float, as|but is float, log"),
+        (("boxes", "log: true"), "must stay int, as|but is int, log"),
+    ],
+)
+def test_a_resume_in_a_space_that_optuna_cannot_go_on_in(
+    write: Write, capsys: pytest.CaptureFixture[str], change: tuple[str, str], parts: str
+) -> None:
+    space = (
+        "  cps.mix: {type: choice, values: [none, cutmix]}\n"
+        "  cps.cutmix_boxes: {type: int, low: 1, high: 4, log: false}\n"
+        "final: {retrain: none}"
+    )
+    path = Path(write(("final: {retrain: none}", space)))
+    config = load_sweep(path)
+    root = sweep_folder.begin(config, path, fresh=False)
+    study = SweepStudy(config, root)
+    study.ask()
+    resolved = (root / "sweep.yaml").read_text()
+    name, new = change
+    section = next(part for part in resolved.split("\n  cps.") if part.startswith((name, f"cutmix_{name}")))
+    key = new.partition(":")[0]
+    (old,) = (line for line in section.splitlines() if line.strip().startswith(f"{key}:"))
+    (root / "sweep.yaml").write_text(resolved.replace(section, section.replace(old, f"    {new}")))
+    assert sweep.main(["resume", str(root)]) == 2
+    line = one_line(capsys)
+    for part in parts.split("|"):
+        assert part in line
+    assert line.startswith(f"error: {root}/sweep.yaml:")
+    assert len(SweepStudy(config, root).trials) == 1
+    # The way out that the message names, tried.
+    assert sweep.main([str(root / "sweep.yaml"), "--name", "other", "--dry-run", "2"]) == 0
+    assert sweep.main(["status", str(root)]) == 0
 
 
 @pytest.mark.parametrize("name", ["best", "best.yaml", "study.db"])
@@ -253,7 +296,7 @@ def test_what_is_missing_or_has_changed_is_made_again(finished: Path, name: str)
         (finished / name).rmdir()
     else:
         (finished / name).unlink()
-    with pytest.raises(AssertionError, match="a cluster is started"):
+    with pytest.raises(SystemExit, match="a cluster is started"):
         sweep.main(["resume", str(finished)])
 
 

@@ -49,13 +49,17 @@ final: {retrain: best, seeds: [1, 2]}
 
 @pytest.fixture
 def sweep_file(tmp_path: Path, shards: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
+    # A folder whose name is a URL, a glob, markup and a comment to whoever does not take it as a name.
+    folder = tmp_path / "we ird%2F[v2]?#é"
+    folder.mkdir()
+    path = folder / "tiny.yaml"
     path.write_text(SWEEP.replace("SHARDS", str(shards)))
     return path
 
 
 def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["TMPDIR"] = str(cwd / ("too-long-for-a-socket-" * 5))
     command = [sys.executable, "-u", "-m", f"cps_ray.{words[0]}", *words[1:]]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

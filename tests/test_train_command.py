@@ -1,6 +1,7 @@
 """`python -m cps_ray.train`: the plan of a dry run, and presets by their names."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -163,3 +164,15 @@ def test_an_unknown_name_lists_the_presets(capsys: pytest.CaptureFixture[str]) -
         "reference/cityscapes, reference/cityscapes-cutmix, reference/voc, reference/voc-cutmix, unimatch/voc." in text
     )
     assert text.count("\n") == 1
+
+
+def test_a_command_that_a_message_names_can_be_pasted(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"preset: reference/voc-cutmix\ndata: {{shards: {shards}}}\n")
+    folder = tmp_path / "we ird%2F[v2]?#é 'x'"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    assert train.main(["mine.yaml", *small(), "--output", str(folder)]) == 2
+    command = capsys.readouterr().err.partition("Continue it: ")[2].partition(". Start again")[0]
+    assert shlex.split(command)[3:] == [f"{folder}/config.yaml", "--output", str(folder), "--resume"]

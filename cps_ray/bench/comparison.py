@@ -6,7 +6,8 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from cps_ray.config.space import apply
 from cps_ray.config.train import DataConfig, TrainConfig
@@ -145,15 +146,15 @@ def table(comparison: Comparison, runs: Mapping[str, Figures], title: str) -> Ta
         over = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
         holds = "Intervals are over seeds, and hold for this draw of labelled images only."
     score, *others = _COLUMNS
-    differences = [f"to {comparison.control}", "better in"]
+    differences: list[Column | str] = [Column(Text(f"to {comparison.control}")), "better in"]
     shown = Table(
         "",
         score,
         *differences,
         *others,
         "runs",
-        title=f"{title}, evaluated on {comparison.split}: mean and sd over {over}",
-        caption=f"to {comparison.control}: paired difference in points, with a 95 % t-interval. {holds}",
+        title=Text(f"{title}, evaluated on {comparison.split}: mean and sd over {over}"),
+        caption=Text(f"to {comparison.control}: paired difference in points, with a 95 % t-interval. {holds}"),
     )
     figures = comparison.figures(runs)
     for name in comparison.trainings:
@@ -162,7 +163,7 @@ def table(comparison: Comparison, runs: Mapping[str, Figures], title: str) -> Ta
             _cell(row.get(metric.format(split=comparison.split)), scale) for metric, scale in _COLUMNS.values()
         )
         failed = f", {row['failed']} failed" if row["failed"] else ""
-        shown.add_row(name, first, *_difference_cells(row["difference"]), *rest, f"{row['runs']}{failed}")
+        shown.add_row(Text(name), first, *_difference_cells(row["difference"]), *rest, f"{row['runs']}{failed}")
     return shown
 
 

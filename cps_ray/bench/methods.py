@@ -18,11 +18,10 @@ import torch
 from cps_ray.bench import wide
 from cps_ray.bench.comparison import Comparison, Figures, is_drawn, table
 from cps_ray.bench.labels import ShuffledLabels, TrueMasks, with_true_masks
-from cps_ray.config.reader import load_sweep, load_train, parse_train, sweeps
-from cps_ray.config.schema import absolute, locate
+from cps_ray.config.reader import load_sweep, load_train, parse_train, sweeps, value_at
+from cps_ray.config.schema import locate
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
-from cps_ray.config.yaml_reader import scalar
 from cps_ray.datasets.loader import check_data, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
@@ -196,7 +195,7 @@ def _changes(texts: list[str], where: str) -> Changes:
             raise ConfigError(f"{where} {text}: must be KEY=VALUE, such as optim.lr=0.01.")
         # Absolute, so that a record says which file was meant, whatever the working directory is next time.
         at = locate(TrainConfig, {}, name)
-        changes[name] = absolute(TrainConfig, at, scalar(value, f"{where} {text}"), Path.cwd())
+        changes[name] = value_at(TrainConfig, at, value, f"{where} {text}")
     return changes
 
 

@@ -2,22 +2,28 @@
 
     load_sweep(Path("sweeps/quickstart.yaml"), ["budget.trials=2"]).train.optim.lr
 
-Overrides are `NAME=VALUE` as in `--set`: a dotted name from the root of the file, and a YAML value. A relative path in
-the file is relative to the file; a relative path in an override is relative to the working directory.
+Overrides are `NAME=VALUE` as in `--set`: a dotted name from the root of the file, and a YAML value. Flags of their own, such as
+`--name`, come as `{"name": "1_16"}`: what was typed is the value, and no YAML. A relative path in the file is relative to the file;
+one in an override or a flag is relative to the working directory.
 
 A training, or `train:` in a sweep, may begin from a shipped one, `preset: reference/voc`; settings beside it change that one.
 Shipped sweeps go by their names, too: `load_sweep(Path("quickstart"))`.
 """
 
+import json
 import operator
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_origin
+
+from pydantic import BaseModel
 
 from cps_ray.config import yaml_reader
 from cps_ray.config.checks import describe, faults
-from cps_ray.config.schema import M, Where, absolute, as_yaml, dotted, first_sentences, locate, parse, put
+from cps_ray.config.schema import M, Where, absolute, as_yaml, dotted, first_sentences, locate, parse, put, types_at
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Document, Loc
@@ -35,6 +41,7 @@ __all__ = [
     "shipped",
     "sweep_file",
     "sweeps",
+    "value_at",
 ]
 
 _PRESET = "preset"
@@ -75,15 +82,17 @@ def load_train(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return read_train(path, overrides)[0]
 
 
-def read_train(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, Where]:
+def read_train(
+    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> tuple[TrainConfig, Where]:
     """Returns what `load_train` does, and a function from a setting to where it was written, for checks that come later."""
     if path.exists():
-        return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides)
+        return _load(TrainConfig, yaml_reader.load(path), path.parent, overrides, flags or {})
     name = path.as_posix()
     if name in sweeps():
         _refuse_other_kind(TrainConfig, yaml_reader.load(sweep_file(path)).data, path)
     preset = _preset(name, f"{path}: no such file, and")
-    return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides)
+    return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides, flags or {})
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -95,11 +104,13 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     return read_sweep(path, overrides)[0]
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Where]:
+def read_sweep(
+    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> tuple[SweepConfig, Where]:
     """Returns what `load_sweep` does, and a function from a setting to where it was written, for checks that come later."""
     file = sweep_file(path)
     base = path.parent if file == path else Path(_SWEEPS)
-    sweep, where = _load(SweepConfig, replace(yaml_reader.load(file), path=path), base, overrides)
+    sweep, where = _load(SweepConfig, replace(yaml_reader.load(file), path=path), base, overrides, flags or {})
     sweep = _with_absolute_changes(sweep, base)
     sweep_faults = faults(sweep)
     if sweep_faults:
@@ -121,21 +132,27 @@ def sweep_file(path: Path) -> Path:
     return shipped(_SWEEPS) / f"{name}.yaml"
 
 
-def _load(model: type[M], document: Document, base: Path, overrides: Sequence[str]) -> tuple[M, Where]:
-    """Returns the config, and a function from a setting to where it was written: `FILE:LINE` or `--set NAME=VALUE`."""
+def _load(
+    model: type[M], document: Document, base: Path, overrides: Sequence[str], flags: Mapping[str, Any]
+) -> tuple[M, Where]:
+    """Returns the config, and a function from a setting to where it was written: `FILE:LINE`, `--set NAME=VALUE` or `--name VALUE`."""
     _refuse_other_kind(model, document.data, document.path)
     raw = _on_preset(document, ("train",) if model is SweepConfig else ())
-    override_at: dict[Loc, str] = {}
+    given_at: dict[Loc, str] = {}
     for text in overrides:
         loc, value = _override(model, raw, text)
         raw = put(model, raw, loc, value, where=f"--set {text}")
-        override_at[loc] = text
+        given_at[loc] = f"--set {text}"
+    for name, value in flags.items():
+        loc = tuple(name.split("."))
+        raw = put(model, raw, loc, absolute(model, loc, value, Path.cwd()))
+        given_at[loc] = f"--{loc[-1]} {value}"
 
     def where(loc: Loc) -> str:
         # A fault of a whole section is blamed on the override inside it: the file alone was probably right.
         # `map` ends with the shorter of the two, so either may lie inside the other.
-        causes = [text for at, text in override_at.items() if loc and all(map(operator.eq, at, loc))]
-        return f"--set {causes[-1]}" if causes else document.where(loc)
+        causes = [text for at, text in given_at.items() if loc and all(map(operator.eq, at, loc))]
+        return causes[-1] if causes else document.where(loc)
 
     return parse(model, raw, base=base, where=where), where
 
@@ -174,9 +191,13 @@ def _refuse_other_kind(model: type[M], raw: dict[str, Any], path: Path) -> None:
     """Raises ConfigError for a sweep given as a training, or the reverse: the schema would only list wrong keys."""
     is_sweep = "train" in raw and "search_space" in raw
     if model is TrainConfig and is_sweep:
-        raise ConfigError(f"{path}: this is a sweep, not a training. Run it: python -m cps_ray.sweep {path}")
+        raise ConfigError(
+            f"{path}: this is a sweep, not a training. Run it: python -m cps_ray.sweep {shlex.quote(str(path))}"
+        )
     if model is SweepConfig and not is_sweep and (_PRESET in raw or {"data", "model", "optim"} <= set(raw)):
-        raise ConfigError(f"{path}: this is a training, not a sweep. Run it: python -m cps_ray.train {path}")
+        raise ConfigError(
+            f"{path}: this is a training, not a sweep. Run it: python -m cps_ray.train {shlex.quote(str(path))}"
+        )
 
 
 def _override(model: type[M], raw: Any, text: str) -> tuple[Loc, Any]:
@@ -188,7 +209,33 @@ def _override(model: type[M], raw: Any, text: str) -> tuple[Loc, Any]:
     if loc in ((_PRESET,), ("train", _PRESET)):
         # A file may hold only what differs from its preset: with another preset it would be another training.
         raise ConfigError(f"--set {text}: a preset is named in the file, as `preset: {value}`, and not by --set.")
-    return loc, absolute(model, loc, yaml_reader.scalar(value, f"--set {text}"), Path.cwd())
+    return loc, value_at(model, loc, value, f"--set {text}")
+
+
+def value_at(model: type[BaseModel], loc: Loc, text: str, where: str) -> Any:
+    """Returns what VALUE in NAME=VALUE means for the setting at `loc`; paths are relative to the working directory.
+
+    Raises ConfigError, beginning with `where`, if it is not YAML, or is text that YAML takes for something else: `[v2]`, `a #1`, `12`.
+    """
+    types = types_at(model, loc)
+    quoted = shlex.quote(f"{dotted(loc)}={json.dumps(text, ensure_ascii=False)}")
+    hint = f" If it is text, quote it for YAML and for the shell: {quoted}" if {str, Path} & set(types) else ""
+    try:
+        value = yaml_reader.scalar(text, where)
+    except ConfigError as err:
+        raise ConfigError(f"{err}{hint}") from err
+    plain = text.strip()
+    if isinstance(value, str):
+        is_other = plain != value and not plain.startswith(("'", '"', "!!"))
+    elif value is None:
+        is_other = plain.lower() not in ("", "~", "null")
+    elif isinstance(value, list | dict):
+        is_other = not any(get_origin(option) or hasattr(option, "model_fields") for option in types)
+    else:
+        is_other = set(types) <= {str, Path, NoneType}
+    if hint and is_other:
+        raise ConfigError(f"{where}: YAML reads this as {as_yaml(value)}.{hint}")
+    return absolute(model, loc, value, Path.cwd())
 
 
 def _with_absolute_changes(sweep: SweepConfig, base: Path) -> SweepConfig:

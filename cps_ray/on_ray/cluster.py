@@ -3,13 +3,14 @@
 import fcntl
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ WORKER_ENV = {
     # The display is ours; with the new output Tune prints boxes even when asked to be quiet.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_ReportHead")
+"""Longest name, in bytes, of a folder in which Ray can put its sockets: the kernel takes 107."""
+_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 _DATA_CPUS = 1.0
 """Ray Data hangs without a word unless one whole CPU is free of reservations."""
 
@@ -49,7 +53,9 @@ class Cluster:
         lines = [f"Ray dashboard: {self.dashboard_url}"]
         if self.local:
             ray = os.path.relpath(Path(sys.executable).with_name("ray"))
-            lines.append(f"  It asks for a token once: `{ray} get-auth-token` prints it.")
+            path = os.environ.get(_TOKEN_PATH)
+            where = f"{_TOKEN_PATH}={path} " if path else ""
+            lines.append(f"  It asks for a token once: `{where}{ray} get-auth-token` prints it.")
         return lines
 
 
@@ -78,7 +84,46 @@ def connected(address: str | None) -> Iterator[Cluster]:
         options["runtime_env"] = {"env_vars": WORKER_ENV | api}
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
+        _make_room()
         yield from _joined(None, options)
+
+
+def _make_room() -> None:
+    """Lets Ray and its processes write where they can: no longer in a TMPDIR that is too long for sockets or cannot be written, nor a
+    token in such a home. Raises ResourceError if there is no other temporary folder."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        wanted = os.environ.get(name)
+        if wanted is None or _takes_sockets(wanted):
+            continue
+        short = next((folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if _takes_sockets(folder)), None)
+        if short is None:
+            raise ResourceError(
+                f"{name}={wanted}: must be a folder that can be written and has at most {_LONGEST_FOLDER} bytes in its name, since Ray "
+                f"puts sockets there. Set another one: {name}=FOLDER cps-ray ..."
+            )
+        os.environ[name] = short
+    home = Path.home() / ".ray"
+    if (
+        not {"RAY_AUTH_TOKEN", _TOKEN_PATH} & set(os.environ)
+        and not (home / "auth_token").is_file()
+        and not _is_writable(home)
+    ):
+        handle, path = tempfile.mkstemp(prefix="cps-ray-token-")
+        with open(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+        os.environ[_TOKEN_PATH] = path
+
+
+def _takes_sockets(folder: str) -> bool:
+    return len(os.fsencode(os.path.abspath(folder))) <= _LONGEST_FOLDER and _is_writable(Path(folder))
+
+
+def _is_writable(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    return False
 
 
 def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:

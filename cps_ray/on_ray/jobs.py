@@ -39,7 +39,7 @@ def on_cluster(run: Callable[[J], R], jobs: Sequence[J]) -> Iterator[R]:
                 try:
                     yield ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None  # the job's own exception, without Ray's wrapper around it
+                    raise error.cause from error  # the job's own exception; Ray's wrapper has where it was raised
                 except ray.exceptions.RayError as error:
                     raise ResourceError(
                         f"a task was lost ({first_line(error)}); what was done is kept, run the same again."

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cps_ray.search.records import Event
+from cps_ray.text import printable
 
 _FINISHED_SHOWN = 8
 _STYLES = {"finished": "green", "pruned": "yellow", "collapsed": "magenta", "failed": "red", "running": "cyan"}
@@ -65,8 +66,8 @@ class Lines:
         text = _sentence(event)
         if text:
             clock = _clock(time.monotonic() - self._start)
-            # No markup: a failure's text may hold square brackets. Soft wrap: a log's line is never broken.
-            self._console.print(f"{clock}  {text}", highlight=False, markup=False, soft_wrap=True)
+            # Text: a failure may hold square brackets. Soft wrap: a log's line is never broken.
+            self._console.print(Text(printable(f"{clock}  {text}")), soft_wrap=True)
 
 
 def _sentence(event: Event) -> str:
@@ -168,7 +169,7 @@ class LiveTable:
             # Why it failed is worth more than what it tried; that stands in trials.csv.
             about = row.get("failure") or show_params(row["params"])
             step = f"{row.get('step', 0)}/{row['steps']}"
-            # Text, not a string: rich would take square brackets in a failure for markup, and drop them.
-            cells = (name, row["state"], step, last, best, _clock(seconds), Text(about))
-            table.add_row(*cells, style=_STYLES.get(row["state"], "dim"))
+            cells = (name, row["state"], step, last, best, _clock(seconds), about)
+            # Text, not a string: rich would take square brackets for markup, and drop them.
+            table.add_row(*(Text(printable(cell)) for cell in cells), style=_STYLES.get(row["state"], "dim"))
         return table

@@ -15,7 +15,7 @@ from cps_ray.search.export import write_best
 from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
 from cps_ray.search.study import COLLAPSED, COMPLETE, FAILED, SweepStudy
 from cps_ray.search.tune_session import TrainingJob
-from cps_ray.text import display_path
+from cps_ray.text import shell_path
 
 
 @dataclass(slots=True)
@@ -133,5 +133,5 @@ def best_header(root: Path, study: SweepStudy, config: SweepConfig) -> str:
     return (
         f"Best of sweep {config.name}: trial {best.number}, {config.objective.metric} {best.value:.4f} at step {step}.\n"
         f"{show_params(best.params)}\n"
-        f"Train it again: python -m cps_ray.train {display_path(root / 'best.yaml')}"
+        f"Train it again: python -m cps_ray.train {shell_path(root / 'best.yaml')}"
     )

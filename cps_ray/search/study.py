@@ -7,18 +7,22 @@ samplers learn nothing from FAIL, and would try the same region again.
 """
 
 import math
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cps_ray.config.schema import Where
 from cps_ray.config.space import apply, draw
-from cps_ray.config.sweep import EarlyStoppingConfig, SamplerConfig, SweepConfig
+from cps_ray.config.sweep import ChoiceParam, EarlyStoppingConfig, Param, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
+from cps_ray.errors import ConfigError, at
 
 STUDY_FILE = "study.db"
 WORST = 0.0
@@ -58,6 +62,20 @@ def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
     assert_never(config.type)
 
 
+def _kind(param: Param) -> str:
+    """What trials of one study must have in common of a parameter: Optuna takes other bounds, but neither other choices nor another scale."""
+    if isinstance(param, ChoiceParam):
+        return f"a choice of {list(param.values)}"
+    return f"{param.type}, log" if param.log else param.type
+
+
+def _kind_drawn(distribution: optuna.distributions.BaseDistribution) -> str:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return f"a choice of {list(distribution.choices)}"
+    name = "int" if isinstance(distribution, optuna.distributions.IntDistribution) else "float"
+    return f"{name}, log" if distribution.log else name
+
+
 class _WithoutCollapsed(optuna.pruners.BasePruner):  # type: ignore[misc]
     """Shows a pruner no collapsed trials: one that was good until it diverged would set a bar that trials which end well may miss."""
 
@@ -91,9 +109,11 @@ class SweepStudy:
     def __init__(self, config: SweepConfig, folder: Path) -> None:
         """Opens the study in `folder`, or begins it with the enqueued points."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = f"sqlite:///{folder / STUDY_FILE}"
-        with warnings.catch_warnings():
+        # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
+        connect = partial(sqlite3.connect, folder / STUDY_FILE, check_same_thread=False)
+        with warnings.catch_warnings(), at(folder / STUDY_FILE):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
             self.study = optuna.create_study(
                 storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
             )
@@ -110,6 +130,16 @@ class SweepStudy:
         self._curves: dict[int, dict[int, float]] = {}
         self._repeats: set[int] = set()
         """Trials whose last report the study had already."""
+
+    def check_space(self, where: Where) -> None:
+        """Raises ConfigError, with where the sweep says so, if the study's trials were drawn from a space that this one cannot go on from."""
+        for name, param in self._config.search_space.items():
+            drawn = {_kind_drawn(t.distributions[name]) for t in self.study.trials if name in t.distributions}
+            if drawn - {_kind(param)}:
+                raise ConfigError(
+                    f"{where(('search_space', name))}: search_space.{name}: must stay {' or '.join(sorted(drawn))}, as the trials "
+                    f"of this sweep were drawn, but is {_kind(param)}. Put it back, or begin another sweep from this file with --name."
+                )
 
     @property
     def live(self) -> list[int]:
@@ -156,11 +186,17 @@ class SweepStudy:
             trial = self.study.ask()
         else:
             return None
-        changes = draw(self._config.search_space, trial)
+        try:
+            changes = draw(self._config.search_space, trial)
+            config = apply(self._config.train, changes, f"trial {trial.number}")
+        except Exception:
+            if unfinished is None:  # it never ran, and nothing is left to continue
+                self.study.tell(trial, state=TrialState.FAIL)
+            raise
         if unfinished is None:
             trial.set_user_attr("started", time.time())
         self._live[trial.number] = trial
-        return trial.number, apply(self._config.train, changes, f"trial {trial.number}")
+        return trial.number, config
 
     def report(self, number: int, step: int, value: float) -> None:
         """Takes one evaluation of a trial. A resumed trial may repeat steps that the study has: they change nothing."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
-from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError
+from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
 from cps_ray.files import read_json
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.gauges import SweepGauges
@@ -39,7 +40,7 @@ from cps_ray.search.study import COLLAPSED, FAILED, RUNNING, SweepStudy
 from cps_ray.search.sweep_folder import RESUME, SWEEP_FILE, final_training_configs, locked
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare, verdict_lines
-from cps_ray.text import display_path
+from cps_ray.text import display_path, printable, shell_path
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -83,7 +84,7 @@ class Sweep:
 
         Raises ResourceError, FailureLimitError, NoTrialError; what is finished is on disk then.
         """
-        with locked(self._root), self._signals.watched():
+        with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
             self._events = Events(self._root)
             summary = read_json(self._root / SUMMARY_FILE) or {}
@@ -210,7 +211,7 @@ class Sweep:
         if waiting:
             self._session(phase, self._finals_at_once)
         write_tables(self._root, self._study, self._config)
-        resume = f"{RESUME} {display_path(self._root)}"
+        resume = f"{RESUME} {shell_path(self._root)}"
         if phase.failed:
             name, failure = next(iter(phase.failed.items()))
             raise FinalRunError(
@@ -275,8 +276,8 @@ class Sweep:
         best = summary["best"]
         so_far = f", best {self._config.objective.metric} {best['value']:.4f} (trial {best['trial']})" if best else ""
         self._say(f"interrupted: {self._num_ended()} of {self._config.budget.trials} trials done{so_far}.")
-        self._say(f"Resume: {RESUME} {display_path(self._root)}")
+        self._say(f"Resume: {RESUME} {shell_path(self._root)}")
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)

@@ -21,7 +21,7 @@ from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_text
 from cps_ray.search.records import EVENTS_FILE, SUMMARY_FILE, TRIALS_FOLDER
 from cps_ray.search.study import STUDY_FILE
-from cps_ray.text import did_you_mean, display_path
+from cps_ray.text import did_you_mean, shell_path
 
 SWEEP_FILE = "sweep.yaml"
 SOURCE_FILE = "sweep.source.yaml"
@@ -60,7 +60,7 @@ def _clear(root: Path) -> None:
         done = summary.get("trials", {})
         state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
         raise ConfigError(
-            f"{root}: already holds a sweep ({state}). Continue: {RESUME} {display_path(root)}. "
+            f"{root}: already holds a sweep ({state}). Continue: {RESUME} {shell_path(root)}. "
             "Start again: --name NEW, or --fresh to move it aside."
         )
     for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE):
@@ -71,7 +71,7 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
     """Writes sweep.yaml: every setting, paths relative to the sweep folder."""
     resolved = config.model_dump(mode="json", context={"base": str(root)})
     write_text(
-        root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {RESUME} {display_path(root)}")
+        root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {RESUME} {shell_path(root)}")
     )
 
 

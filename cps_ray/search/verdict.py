@@ -11,7 +11,7 @@ from cps_ray.search.display import show_params
 from cps_ray.search.export import BEST_FILE, MODEL_FOLDER
 from cps_ray.search.final_phase import EvaluatedRun
 from cps_ray.search.objective import HEADLINE, headline_score, measured_network
-from cps_ray.text import display_path
+from cps_ray.text import display_path, shell_path
 
 
 def compare(evaluated: list[EvaluatedRun], metric: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
     # A network learns from its peers' labels: the licence of any one's weights may bind it.
     lines += [each["sentence"] for each in summary.get("weights", [])]
-    lines.append(f"Train the best again: python -m cps_ray.train {display_path(root / BEST_FILE)}")
+    lines.append(f"Train the best again: python -m cps_ray.train {shell_path(root / BEST_FILE)}")
     return lines
 
 

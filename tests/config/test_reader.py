@@ -1,5 +1,6 @@
 """Error sentences, overrides, relative paths, and the cross checks of a sweep."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,44 @@ def test_a_name_that_is_neither_file_nor_shipped(tmp_path, monkeypatch, load, na
     with pytest.raises(ConfigError) as caught:
         load(Path(name))
     assert str(caught.value) == message.format(names=", ".join(sweeps()))
+
+
+@pytest.mark.parametrize("value", ["1_16", "yes", "null", "12", "1e3", "0x10", "true"])
+def test_what_a_flag_says_is_text_and_no_yaml(sweep_file, value):
+    flags = {"name": value, "output": f"[{value}]: #v2?%2F"}
+    config, where = read_sweep(sweep_file(), flags=flags)
+    assert config.name == flags["name"]
+    assert config.output == Path.cwd() / flags["output"]
+    assert where(("name",)) == f"--name {flags['name']}"
+
+
+def test_a_wrong_flag_is_named(sweep_file):
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(sweep_file(), flags={"name": "[v2]"})
+    assert str(caught.value).startswith("--name [v2]: name: must be text that fits ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["[v2]", "[v2]/x", "a #1/x", "#x", "a: b/x", "{x}", "&x", "@x", "%2F", "12", "true", "- x", '"x', "*x", "x: "],
+)
+def test_a_path_that_yaml_takes_for_something_else_is_refused_and_the_remedy_works(sweep_file, path):
+    override = f"train.data.shards={path}"
+    with pytest.raises(ConfigError, match="If it is text, quote it for YAML and for the shell: ") as caught:
+        load_sweep(sweep_file(), [override])
+    remedy = shlex.split(str(caught.value).partition("for the shell: ")[2])
+    assert load_sweep(sweep_file(), remedy).train.data.shards == Path.cwd() / path
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.data.labeled=3", 3),
+        ("train.data.labeled=0.5", 0.5),
+        ("train.data.labeled='3'", "3"),
+        ("train.data.labeled=1_16", "1_16"),
+        ("train.data.labeled=!!str 92", "92"),
+    ],
+)
+def test_what_may_be_text_or_a_number_is_read_as_yaml(sweep_file, override, value):
+    assert load_sweep(sweep_file(), [override]).train.data.labeled == value

@@ -1,10 +1,13 @@
 """The preflight: how many trainings fit beside Ray Data's whole CPU."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
-from cps_ray.on_ray.cluster import _dashboard_port, trainings_at_once
+from cps_ray.on_ray.cluster import _LONGEST_FOLDER, Cluster, _dashboard_port, _make_room, trainings_at_once
 
 
 def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -60,3 +63,45 @@ def test_two_commands_that_start_at_the_same_time_take_different_ports() -> None
     """Neither dashboard listens yet: Ray's takes seconds to start, and one on a port that is taken fails after a minute."""
     with _dashboard_port() as one, _dashboard_port() as other:
         assert one != other
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_temporary_folder_that_is_too_long_or_cannot_be_written_is_not_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * _LONGEST_FOLDER)
+    long.mkdir()
+    for bad in (str(long), "/proc/1", "/dev/null"):
+        monkeypatch.setenv(name, bad)
+        _make_room()
+        assert os.environ[name] == "/tmp"
+    for good in ("/var/tmp", "/tmp"):
+        monkeypatch.setenv(name, good)
+        _make_room()
+        assert os.environ[name] == good
+
+
+def test_where_no_folder_takes_sockets_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/x" * 60)
+    monkeypatch.setattr("cps_ray.on_ray.cluster._is_writable", lambda folder: False)
+    with pytest.raises(
+        ResourceError, match=r"^TMPDIR=/x/x.*: must be a folder that can be written and has at most \d+ bytes"
+    ):
+        _make_room()
+
+
+def test_a_home_that_cannot_be_written_needs_no_token_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _make_room()
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _make_room()
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.parent == tmp_path
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert f"RAY_AUTH_TOKEN_PATH={token} " in Cluster("http://x", local=True).banner()[1]

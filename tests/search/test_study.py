@@ -262,3 +262,43 @@ def test_the_study_opens_with_optuna_alone(config: SweepConfig, tmp_path: Path) 
     study.tell(0, failure=None)
     opened = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert opened.best_value == 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["%2F", "we ird%2F[v2]?#é", "a:b c", "q?mode=ro", "file:x", "人行道", "%%s", "&=+;'\"$"]
+)
+def test_the_study_lies_in_its_folder_whatever_that_is_called(config: SweepConfig, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    study = SweepStudy(config, folder)
+    study.ask()
+    assert [path.name for path in folder.iterdir()] == ["study.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert SweepStudy(config, folder).counts()["running"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:Inconsistent parameter values")  # a trial that goes on keeps its value
+def test_other_bounds_are_taken_in_a_new_session(config: SweepConfig, tmp_path: Path) -> None:
+    study = SweepStudy(config, tmp_path)
+    for _ in range(2):
+        study.ask()
+    space = dict(config.search_space)
+    space["cps.weight"] = space["cps.weight"].model_copy(update={"low": 0.01, "high": 2.0})
+    study = SweepStudy(config.model_copy(update={"search_space": space}), tmp_path)
+    study.check_space(lambda loc: "")
+    for _ in range(3):
+        assert study.ask() is not None
+
+
+def test_a_trial_that_cannot_be_drawn_does_not_stay_running(
+    config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("CategoricalDistribution does not support dynamic value space.")
+
+    study = SweepStudy(config, tmp_path)
+    monkeypatch.setattr("cps_ray.search.study.draw", refuse)
+    with pytest.raises(ValueError, match="dynamic"):
+        study.ask()
+    assert study.counts()["running"] == 0
+    assert study.counts()["failed"] == 1

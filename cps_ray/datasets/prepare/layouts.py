@@ -77,7 +77,7 @@ def classes_shown(reader: MaskReader, source: Source) -> NDArray[np.bool_] | Non
             if mask.train_id is not None:
                 shown[mask.train_id] |= bool(np.any(raw.values))
             else:
-                train_ids, _ = reader.train_ids(mask.path, raw.values)
+                train_ids, _ = reader.train_ids(mask.path, raw)
                 shown |= np.bincount(train_ids.ravel(), minlength=IGNORE + 1)[: reader.num_classes] > 0
     except (BadItemError, OSError):
         return None  # reported when all are read

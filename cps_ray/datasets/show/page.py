@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 
 import cv2
 import numpy as np
 from rich.filesize import decimal
 
 from cps_ray.datasets.shards import Manifest
-from cps_ray.datasets.show.picture import IGNORED, NO_MASK, Thumbnail
+from cps_ray.datasets.show.picture import IGNORED, NO_MASK, Thumbnail, class_label, image_label
 from cps_ray.datasets.show.statistics import Size, Statistics, percent, size_text
 
 _DECADES = 5
@@ -213,12 +214,13 @@ def _size_chips(statistics: Statistics) -> str:
 
 
 def _images(manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
-    labels = [_class_label(name, color) for name, color in zip(manifest.classes, manifest.palette, strict=True)]
+    named = enumerate(zip(manifest.classes, manifest.palette, strict=True))
+    labels = [_class_label(_with_stand_in(class_label(name, k), name), color) for k, (name, color) in named]
     labels.append(f'<i class="swatch ignored"></i>{IGNORED}')
     legend = "".join(f"<li>{label}</li>" for label in labels)
     sheets = "".join(
         f"<h3>{escape(image_set.name)}</h3>\n"
-        f'<div class="sheet">{"".join(map(_figure, image_set.thumbnails)) or "None can be read."}</div>\n'
+        f'<div class="sheet">{"".join(map(_figure, image_set.thumbnails, count(1))) or "None can be read."}</div>\n'
         for image_set in image_sets
     )
     return (
@@ -227,18 +229,24 @@ def _images(manifest: Manifest, image_sets: Sequence[ImageSet]) -> str:
     )
 
 
-def _figure(thumbnail: Thumbnail) -> str:
+def _with_stand_in(drawn: str, name: str) -> str:
+    """Returns `class 7 = NAME` where the contact sheets draw something else than the name."""
+    return name if drawn == name else f"{drawn} = {name}"
+
+
+def _figure(thumbnail: Thumbnail, number: int) -> str:
     success, data = cv2.imencode(
         ".jpg", cv2.cvtColor(thumbnail.picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
     )
     assert success
     height, width = thumbnail.picture.shape[:2]
+    caption = _with_stand_in(image_label(thumbnail.id, number), thumbnail.id)
     mark = "" if thumbnail.labeled else f'<b class="mark">{NO_MASK}</b> '
     # Embedded in the page as a data URL, because it must not need a file beside it.
     return (
         f'<figure style="max-width:{max(width, 150)}px"><img width="{width}" height="{height}" alt="{escape(thumbnail.id)}" '
         f'src="data:image/jpeg;base64,{base64.b64encode(bytes(data)).decode()}">'
-        f"<figcaption>{mark}{escape(thumbnail.id)}</figcaption></figure>"
+        f"<figcaption>{mark}{escape(caption)}</figcaption></figure>"
     )
 
 

@@ -1,9 +1,13 @@
 """Pictures of masks: overlays, and the contact sheet, an image that shows every class of a data set with its colour."""
 
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+import subprocess
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cps_ray.datasets.images import decode_image, decode_mask
 from cps_ray.datasets.shards import Encoded, Index
 from cps_ray.engine.batch import IGNORE
-from cps_ray.errors import DataError
+from cps_ray.errors import DataError, at
+from cps_ray.text import printable
 
 # C classes, H W pixels; colours are uint8 (r, g, b).
 PaletteColor = tuple[int, int, int]
@@ -43,6 +48,11 @@ _NARROWEST_PX = 150
 _SWATCH_PX = 16
 _TAB_PX = 137
 """Distance of the legend's tab stops: twelve to the widest line."""
+_FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+"""Where fonts lie; searched where there is no fontconfig to ask."""
+_OTHER_STYLES = ("bold", "italic", "oblique", "mono", "condensed", "narrow", "light", "thin", "black")
+_NO_CHARACTER = "\U0010ffff"
+_CUT = "…"
 _PAPER, _INK, _FAINT, _ACCENT = (255, 255, 255), (31, 35, 40), (110, 118, 129), (180, 83, 9)
 
 
@@ -103,7 +113,8 @@ def thumbnails(index: Index, rows: NDArray[np.int64], palette: Sequence[PaletteC
     made = []
     for row in rows.tolist():
         try:
-            made.append(_thumbnail(index.locations.read([row])[0], palette))
+            with at(index.locations.ids[row]):
+                made.append(_thumbnail(index.locations.read([row])[0], palette))
         except DataError:
             continue
     return made
@@ -136,13 +147,21 @@ def contact_sheet(
     palette: Sequence[PaletteColor],
     absent: Sequence[str] = (),
 ) -> Image.Image:
-    """Draws title, legend and images with their ids; RGB, as tall as need be. `absent`: classes that are marked so."""
-    names = [f"{name} (absent)" if name in absent else name for name in classes]
+    """Draws title, legend and images with their ids; RGB, as tall as need be. `absent`: classes that are marked so.
+
+    A name that no font on this machine has all characters of stands as `class_label` or `image_label`, which the page lists.
+    """
+    names = [class_label(name, label) + " (absent)" * (name in absent) for label, name in enumerate(classes)]
     entries = [(paint_swatch(label, palette), name) for label, name in enumerate(names)]
     entries.append((paint_swatch(IGNORE, palette), IGNORED))
+    captions = {id(example): image_label(example.id, number) for number, example in enumerate(examples, start=1)}
     lines = list(_wrap_lines(examples))
     width = max([_LEAST_PX, *map(_line_width, lines)])
-    strips = [_draw_heading(title, width), _draw_legend(entries, width), *(_draw_line(line, width) for line in lines)]
+    strips = [
+        _draw_heading(title, width),
+        _draw_legend(entries, width),
+        *(_draw_line(line, captions, width) for line in lines),
+    ]
     height = sum(strip.height for strip in strips) + _GAP_PX * (len(strips) - 1)
     sheet = Image.new("RGB", (width + 2 * _MARGIN_PX, height + 2 * _MARGIN_PX), _PAPER)
     top = _MARGIN_PX
@@ -152,20 +171,90 @@ def contact_sheet(
     return sheet
 
 
+def class_label(name: str, label: int) -> str:
+    """Returns the name of a class as a sheet draws it: `class 7` where no font has its characters."""
+    return _drawable(name) or f"class {label}"
+
+
+def image_label(image_id: str, number: int) -> str:
+    """Returns the id of the sheet's `number`th image as the sheet draws it: `image 12` where no font has its characters."""
+    return _drawable(image_id) or f"image {number}"
+
+
+def _drawable(text: str) -> str:
+    """Returns the text without what is no picture: controls as escapes, joiners and marks of direction left out; "" if no font has the rest."""
+    text = "".join(c for c in printable(text) if unicodedata.category(c) != "Cf")
+    return text if _font_file(_characters(text)) is not None else ""
+
+
+def _characters(text: str) -> str:
+    return "".join(sorted({*text, _CUT}))
+
+
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int, file: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+@lru_cache
+def _font_file(characters: str) -> str | None:
+    """Returns the file of a font that has these characters: "" if Pillow's own does, None if none does."""
+    if _has_glyphs("", characters):
+        return ""
+    return next((file for file in _system_fonts(characters) if _has_glyphs(file, characters)), None)
+
+
+def _has_glyphs(file: str, characters: str) -> bool:
+    def drawn(character: str) -> tuple[tuple[int, int], bytes]:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    try:
+        font = _font(16, file)
+        # A character that a font lacks looks like any other that it lacks: mostly a box.
+        missing = drawn(_NO_CHARACTER)
+        return all(drawn(character) != missing for character in characters if not character.isspace())
+    except OSError:
+        return False  # damaged, or of bitmaps in other sizes
+
+
+def _system_fonts(characters: str) -> list[str]:
+    """Returns files of fonts that may have these characters, plain sans serif ones first."""
+    done = None
+    if shutil.which("fc-list"):
+        charset = " ".join(f"{ord(character):x}" for character in characters if not character.isspace())
+        ask = ["fc-list", "--format", "%{file}\n", f":charset={charset}"]
+        done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    if done is not None and done.returncode == 0:
+        files = done.stdout.splitlines()
+    else:
+        files = [str(path) for folder in _FONT_FOLDERS for path in Path(folder).expanduser().rglob("*")]
+
+    def rank(file: str) -> tuple[bool, bool, int, str]:
+        name = Path(file).stem.lower()
+        return "sans" not in name, any(style in name for style in _OTHER_STYLES), len(name), file
+
+    # Apple's LastResort has a box for everything.
+    fonts = {
+        file for file in files if file.lower().endswith((".ttf", ".otf", ".ttc")) and "lastresort" not in file.lower()
+    }
+    return sorted(fonts, key=rank)
 
 
 def shorten_text(text: str, width_px: int, size: int) -> str:
     """Returns the text, or as much of its head and tail as fits: file names differ at both ends."""
-    font = _font(size)
+    return _fit(text, width_px, size)[0]
+
+
+def _fit(text: str, width_px: int, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """Returns what `shorten_text` does, and the font to draw it in."""
+    font = _font(size, _font_file(_characters(text)) or "")
     keep, short = len(text), text
     while font.getlength(short) > width_px and keep > 1:
         keep -= 1
         # An odd character goes to the head.
-        short = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
-    return short
+        short = f"{text[: (keep + 1) // 2]}{_CUT}{text[len(text) - keep // 2 :]}"
+    return short, font
 
 
 def _blank_strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -178,26 +267,28 @@ def _blank_strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.
 
 def _draw_heading(title: str, width_px: int) -> Image.Image:
     strip, draw = _blank_strip(width_px, 30)
-    draw.text((0, 15), shorten_text(title, width_px, 22), fill=_INK, font=_font(22), anchor="lm")
+    title = _drawable(title) or "".join(c if c.isspace() or _has_glyphs("", c) else "?" for c in title)
+    text, font = _fit(title, width_px, 22)
+    draw.text((0, 15), text, fill=_INK, font=font, anchor="lm")
     return strip
 
 
 def _draw_legend(entries: Sequence[tuple[Pixels, str]], width_px: int) -> Image.Image:
     """Draws swatches and names from left to right, at tab stops; a long name takes several."""
     size, line_px, text_offset_px, gap_px = 15, 24, _SWATCH_PX + 8, 20
-    font, left, line = _font(size), 0, 0
+    left, line = 0, 0
     placed = []
     # Where everything goes comes first: the strip's height depends on the number of lines.
     for colors, name in entries:
-        name = shorten_text(name, width_px - text_offset_px, size)
+        name, font = _fit(name, width_px - text_offset_px, size)
         tabs = math.ceil((text_offset_px + font.getlength(name) + gap_px) / _TAB_PX)
         # The last gap of a line may lie beyond its end.
         if left and left + tabs * _TAB_PX > width_px + gap_px:
             left, line = 0, line + 1
-        placed.append((left, line * line_px + line_px // 2, colors, name))
+        placed.append((left, line * line_px + line_px // 2, colors, name, font))
         left += tabs * _TAB_PX
     strip, draw = _blank_strip(width_px, (line + 1) * line_px)
-    for left, middle, colors, name in placed:
+    for left, middle, colors, name, font in placed:
         top = middle - _SWATCH_PX // 2
         strip.paste(Image.fromarray(colors), (left, top))
         draw.rectangle((left, top, left + _SWATCH_PX - 1, top + _SWATCH_PX - 1), outline=_FAINT)
@@ -225,8 +316,8 @@ def _wrap_lines(examples: Sequence[Thumbnail]) -> Iterator[list[Thumbnail]]:
         yield line
 
 
-def _draw_line(line: Sequence[Thumbnail], width_px: int) -> Image.Image:
-    """Draws pictures side by side on one base line, each above its id."""
+def _draw_line(line: Sequence[Thumbnail], captions: Mapping[int, str], width_px: int) -> Image.Image:
+    """Draws pictures side by side on one base line, each above its caption. `captions`: by the thumbnail's identity."""
     size, caption_px = 14, 22
     tallest = max(thumbnail.picture.shape[0] for thumbnail in line)
     strip, draw = _blank_strip(width_px, tallest + caption_px)
@@ -238,7 +329,7 @@ def _draw_line(line: Sequence[Thumbnail], width_px: int) -> Image.Image:
             draw.text((text_left, tallest + caption_px // 2), NO_MASK, fill=_ACCENT, font=_font(size), anchor="lm")
             mark_px = round(_font(size).getlength(f"{NO_MASK}  "))
             text_left, text_px = text_left + mark_px, text_px - mark_px
-        name = shorten_text(thumbnail.id, text_px, size)
-        draw.text((text_left, tallest + caption_px // 2), name, fill=_FAINT, font=_font(size), anchor="lm")
+        name, font = _fit(captions[id(thumbnail)], text_px, size)
+        draw.text((text_left, tallest + caption_px // 2), name, fill=_FAINT, font=font, anchor="lm")
         left += _captioned_width(thumbnail) + _GAP_PX
     return strip

@@ -149,3 +149,22 @@ def test_many_sizes_are_summed_up() -> None:
 def test_a_page_of_nothing_but_errors() -> None:
     seen = " ".join(Strict(page("x", manifest_of(), [], Messages(("all is lost",), (), ()))).text)
     assert "all is lost" in seen
+
+
+def test_what_sheets_cannot_draw_is_listed_with_what_they_draw_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_ascii(characters: str) -> str | None:
+        return "" if characters.replace("…", "").isascii() else None
+
+    monkeypatch.setattr("cps_ray.datasets.show.picture._font_file", only_ascii)
+    images = image_set_of()
+    named = ImageSet(
+        "train", images.statistics, (*images.thumbnails, Thumbnail("人<1>", images.thumbnails[0].picture, True))
+    )
+    manifest = manifest_of()
+    manifest = manifest.model_copy(update={"classes": ("a", "人行道", "b")})
+    seen = Strict(page("x", manifest, [named], QUIET)).text
+    assert "class 1 = 人行道" in seen
+    assert "image 3 = 人<1>" in seen
+    assert "a" in seen
+    assert " bare" in seen
+    assert not [text for text in seen if text.startswith(("class 0 =", "image 2 ="))]

@@ -1,21 +1,28 @@
 """Overlays in the legend's colours; sheets that show every class and cut nothing off."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from fonts import write_font
 from numpy.typing import NDArray
+from PIL import Image, ImageFont
 
 from cps_ray.datasets.images import encode_image, encode_mask
 from cps_ray.datasets.shards import ImageLocations, Index, sha256
+from cps_ray.datasets.show import picture
 from cps_ray.datasets.show.picture import (
     NUM_EXAMPLES,
     PaletteColor,
     Thumbnail,
     _font,
     choose_examples,
+    class_label,
     contact_sheet,
+    image_label,
     paint_mask,
     paint_swatch,
     shorten_text,
@@ -190,3 +197,74 @@ def test_names_that_do_not_fit_keep_both_ends() -> None:
     assert "frankfurt_000001_leftImg8bit".endswith(tail)
     assert min(len(head), len(tail)) >= 4
     assert 90 < _font(14).getlength(short) <= 120
+
+
+@pytest.fixture
+def fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which alone fonts are looked for, without fontconfig."""
+    folder = tmp_path / "fonts" / "truetype"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(picture, "_FONT_FOLDERS", (str(folder.parent),))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    picture._font_file.cache_clear()
+    yield folder
+    picture._font_file.cache_clear()
+
+
+ODD_NAMES = ["人行道", "дорога", "chaussée", "شارع", "\U0001f6a7", "e\u0301", "\ue000"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_is_drawn_in_a_font_that_has_it_or_not_at_all(fonts: Path, name: str) -> None:
+    assert class_label(name, 7) == "class 7"
+    assert image_label(name, 12) == "image 12"
+    (fonts / "ASans.ttf").write_bytes(b"damaged")
+    write_font(fonts / "BSans.ttf", name[:-1] + "abc…")
+    picture._font_file.cache_clear()
+    assert class_label(name, 7) == "class 7"
+    right = write_font(fonts / "OtherSans-Bold.TTF", name + "…")
+    picture._font_file.cache_clear()
+    assert class_label(name, 7) == image_label(name, 12) == name
+    assert picture._font_file("".join(sorted({*name, "…"}))) == str(right)
+
+
+def test_no_sheet_has_a_box_for_a_character(fonts: Path) -> None:
+    """Every glyph that is drawn is looked at: none is what the font draws for a character that it lacks."""
+    drawn: list[tuple[str, ImageFont.FreeTypeFont]] = []
+
+    def sheet() -> Image.Image:
+        made = [Thumbnail(f"{name} 0{n}", np.zeros((200, 300, 3), np.uint8), True) for n, name in enumerate(ODD_NAMES)]
+        return contact_sheet("人行道 · train", made, ODD_NAMES, MANY[: len(ODD_NAMES)], [ODD_NAMES[0]])
+
+    original = picture.ImageDraw.ImageDraw.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            picture.ImageDraw.ImageDraw,
+            "text",
+            lambda self, at, text, **how: drawn.append((text, how["font"])) or original(self, at, text, **how),
+        )
+        sheet()
+        without = list(drawn)
+        drawn.clear()
+        write_font(fonts / "Sans.ttf", "人行道· train0123456789()absent…")
+        picture._font_file.cache_clear()
+        sheet()
+    for text, font in [*without, *drawn]:
+        missing = bytes(font.getmask("\U0010ffff"))
+        assert not [c for c in text if not c.isspace() and bytes(font.getmask(c)) == missing], text
+    assert [text for text, _ in without][:3] == ["??? · train", "class 0 (absent)", "class 1"]
+    assert "image 1" in [text for text, _ in without]
+    assert [text for text, _ in drawn][:3] == ["人行道 · train", "人行道 (absent)", "class 1"]
+    assert "人行道 00" in [text for text, _ in drawn]
+
+
+def test_what_is_no_picture_is_not_drawn(fonts: Path) -> None:
+    assert class_label("a\u200db\u202e", 1) == "ab"
+    assert class_label("a\x1b[31m\n", 1) == "a\\x1b[31m\\n"
+
+
+@pytest.mark.skipif(shutil.which("fc-list") is None, reason="asks fontconfig")
+def test_fontconfig_is_asked_first() -> None:
+    files = picture._system_fonts("a…")
+    assert all(Path(file).is_file() for file in files)
+    assert picture._system_fonts("\U0010fffd人\U000e0fff") == []
