@@ -34,6 +34,8 @@ examples:
   python -m cps_ray.prepare voc data/voc/raw data/voc/shards --sbd data/voc/sbd --published
   python -m cps_ray.prepare folder photos data/photos/shards --recipe data/photos/recipe.yaml --skip-bad
 The same command continues a preparation that was stopped. More: data/README.md"""
+_MANY_IMAGES = 4000
+"""Fewer images are prepared by threads of this process, in less time than it takes to start Ray."""
 _MAX_LINES = 20
 """Longest list that is printed in full."""
 
@@ -134,17 +136,32 @@ def _write(args: argparse.Namespace) -> None:
     raw, made_by = _raw_data(args)
     made_by += f", scale {args.scale:g}" if args.scale < 1.0 else ""
     made_by += ", uncompressed" * args.uncompressed
-    make_item = FromFiles(raw.reader, raw.value_range, args.scale, compressed=not args.uncompressed)
-    plan = DataSetPlan(raw.splits, make_item, raw.classes, raw.palette, made_by, raw.findings, raw.notes)
+    make_item = FromFiles(raw.reader, raw.value_range, args.scale, compressed=not args.uncompressed, bands=raw.bands)
+    plan = DataSetPlan(
+        raw.splits,
+        make_item,
+        raw.classes,
+        raw.palette,
+        made_by,
+        raw.findings,
+        raw.notes,
+        photos_stay=raw.photos_stay,
+        tiles=raw.tiles,
+    )
     if args.out.exists():
         raise DataError(f"{args.out}: already exists; remove it or name another folder.")
-    # Imported only now, because Ray takes seconds, and neither --help nor wrong input needs it.
-    from cps_ray.on_ray.cluster import connected
-    from cps_ray.on_ray.jobs import on_cluster
-
     total = sum(map(len, raw.splits.values()))
-    with connected(args.address), _progress_bar(total) as on_progress:
-        write_shards(args.out.absolute(), plan, run=on_cluster, skip_bad=args.skip_bad, on_progress=on_progress)
+    out = args.out.absolute()
+    with _progress_bar(total) as on_progress:
+        if args.address is None and total < _MANY_IMAGES:
+            write_shards(out, plan, skip_bad=args.skip_bad, on_progress=on_progress)
+            return
+        # Imported only now, because Ray takes seconds, and neither --help, wrong input nor a small data set needs it.
+        from cps_ray.on_ray.cluster import connected
+        from cps_ray.on_ray.jobs import on_cluster
+
+        with connected(args.address):
+            write_shards(out, plan, run=on_cluster, threads=1, skip_bad=args.skip_bad, on_progress=on_progress)
 
 
 def _prepare(args: argparse.Namespace) -> None:

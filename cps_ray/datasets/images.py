@@ -101,7 +101,7 @@ def read_image(
     bytes are no such image, have more bands and no `bands` say which, or are signed or floats and there is no `value_range`.
     """
     raster = open_raster(data, name)
-    values, aside = _chosen_bands(raster, bands)
+    values, aside = chosen_bands(raster, bands)
     grey = values.shape[2] == 1
     if values.dtype == np.uint8:
         pixels, peak = np.asarray(values, np.uint8), None
@@ -127,8 +127,8 @@ def _decoded_as(data: bytes, pixels: NDArray[np.uint8], raster: Raster) -> bool:
     return np.array_equal(decode_image(data), pixels)
 
 
-def _chosen_bands(raster: Raster, bands: tuple[int, ...] | None) -> tuple[NDArray[np.generic], str]:
-    """Returns (H, W, 1 or 3) values, and in words what was left aside."""
+def chosen_bands(raster: Raster, bands: tuple[int, ...] | None) -> tuple[NDArray[np.generic], str]:
+    """Returns (H, W, 1 or 3) values, and in words what was left aside. UnreadableError if there are no such bands."""
     if raster.palette is not None:
         return raster.palette[raster.samples[..., 0]], ""
     values = raster.samples

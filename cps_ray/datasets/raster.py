@@ -162,6 +162,29 @@ def open_raster(data: bytes, name: str = "") -> Raster:
         raise UnreadableError(f"the file cannot be decoded ({type(error).__name__}: {reason})", _DAMAGED) from None
 
 
+def upright_size(data: bytes, name: str = "") -> tuple[tuple[int, int], int]:
+    """Returns (height, width) in px of an image as it is seen, and its EXIF orientation, without decoding pixels where it can.
+
+    Raises UnreadableError as `open_raster` does for what its header shows.
+    """
+    try:
+        if data.startswith(b"\xff\xd8"):
+            with Image.open(io.BytesIO(data)) as image:
+                (width, height), orientation = image.size, _orientation(image.info.get("exif"))
+        elif data.startswith(_PNG):
+            chunks = dict(_png_chunks(data))
+            width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+            orientation = _orientation(chunks.get(b"eXIf"))
+        else:
+            raster = open_raster(data, name)
+            (height, width), orientation = raster.samples.shape[:2], raster.orientation
+    except UnreadableError:
+        raise
+    except Exception:
+        raise UnreadableError("the file has a header that cannot be read", _DAMAGED) from None
+    return ((height, width) if orientation < 5 else (width, height)), orientation
+
+
 _DAMAGED = f"it is damaged, or of a rare kind: {AGAIN}, or {_AS_PNG}"
 
 

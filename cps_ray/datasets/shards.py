@@ -91,7 +91,16 @@ class Split(Section):
     sha256: str
     """Checksum of the ids and checksums of all rows: two equal values are the same data in the same order."""
     fingerprint: str
-    """Of ids, pixels and train ids; see `fingerprint`."""
+    """Checksum of ids, pixels and train ids; see `fingerprint`."""
+
+
+class Tiles(Section):
+    """How training images were cut: ids end in `_yTOP_xLEFT`, the first pixel of the tile in the upright image."""
+
+    size_px: int
+    """Height and width of a tile, unless the image is smaller."""
+    overlap_px: int
+    """Pixels that neighbours share at least; those at the right and lower end may share more."""
 
 
 class LeftOut(Section):
@@ -114,6 +123,8 @@ class Manifest(Section):
     """Numbers, from 1, of the bands of the raw images that became red, green and blue. None: they were grey or RGB."""
     value_range: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
     """Values, of all bands or of each, that became black and white in raw images of more than 8 bits. None: all of their range."""
+    tiles: Tiles | None = None
+    """None: images are whole."""
     notes: tuple[str, ...] = ()
     """What was decided, and what was found to be odd, when the raw files were read."""
     left_out: tuple[LeftOut, ...] = ()

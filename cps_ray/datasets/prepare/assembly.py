@@ -37,6 +37,7 @@ from cps_ray.datasets.shards import (
     Manifest,
     ShardFile,
     Split,
+    Tiles,
     fingerprint,
     index_of,
     sha256,
@@ -84,6 +85,8 @@ class DataSetPlan:
     """What was decided by looking at the files, for the manifest."""
     photos_stay: frozenset[str] = frozenset()
     """Splits in which an image whose mask is left out stays, as an unlabelled one."""
+    tiles: Tiles | None = None
+    """How training images are cut, where `splits` holds tiles."""
 
 
 def one_by_one(do: Callable[[ShardJob], ShardReport], jobs: Sequence[ShardJob]) -> Iterator[ShardReport]:
@@ -179,12 +182,11 @@ def _without_bad(
     duplicates = checks.same_images(indexes)
     left_out = _name_files(checks.same_image_findings(duplicates), plan.splits)
     dropped = {(split, key) for split, key, _, _ in duplicates}
-    bad_masks = {
-        finding.where: finding
+    bad = {
+        (name, finding.image_id): finding
         for name in plan.photos_stay
         for report in reports[name]
         for finding in report.findings
-        if finding.fatal
     }
     remaining = []
     for job in jobs:
@@ -192,13 +194,11 @@ def _without_bad(
         for source in job.sources:
             if (job.split, source.id) in dropped:
                 continue
-            bad = (
-                [bad_masks[path] for path in source.paths[1:] if path in bad_masks]
-                if job.split in plan.photos_stay
-                else []
-            )
-            left_out += bad
-            sources.append(replace(source, masks=(), field_of_view=None) if bad else source)
+            finding = bad.get((job.split, source.id))
+            if finding is not None and finding.where != source.image:  # the mask is at fault
+                left_out.append(finding)
+                source = replace(source, masks=(), field_of_view=None)  # noqa: PLW2901
+            sources.append(source)
         changed = tuple(sources) != job.sources
         remaining.append(
             make_job(folder, job.split, job.number, sources, job.make_item, job.threads) if changed else job
@@ -358,6 +358,7 @@ def _write_indexes(
         splits=splits,
         bands=make_item.bands if isinstance(make_item := plan.make_item, FromFiles) else None,
         value_range=make_item.value_range if isinstance(make_item, FromFiles) else None,
+        tiles=plan.tiles,
         notes=(*plan.notes, *warnings),
         left_out=tuple(LeftOut(file=finding.where, why=f"{finding.found}; {finding.remedy}") for finding in left_out),
     )

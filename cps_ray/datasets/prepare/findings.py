@@ -24,6 +24,8 @@ class Finding:
     """Whether the whole split is spoilt, so that leaving out this file would not help."""
     split: str = ""
     """The split that loses an image with it, where it was found before files were read."""
+    image_id: str = ""
+    """The image that is lost with it, where it was found when that was read."""
 
     @property
     def line(self) -> str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Protocol
 
 import cv2
@@ -18,11 +19,15 @@ from cps_ray.datasets.images import (
     perceptual_hash,
     read_image,
 )
+from cps_ray.datasets.prepare.annotations.shapes import Area, Shape, Size, paint
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
 from cps_ray.datasets.prepare.masks import MaskReader, RawMask, count_bytes, count_edges
 from cps_ray.datasets.raster import UnreadableError
 from cps_ray.datasets.shards import sha256
 from cps_ray.engine.batch import IGNORE
+
+SHAPE_SUFFIXES = (".json", ".txt")
+"""Mask files that hold outlines: LabelMe's, and YOLO's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,15 @@ class MaskFile:
     train_id: int | None = None
     """The class of every pixel that is not 0. None: the file's own values say which class a pixel is."""
     annotation: str = ""
-    """What the file, an export that describes many images, says of this image, as JSON text; empty where the file is of it alone."""
+    """What a COCO file, which describes many images, says of this one, as JSON text; empty where the file is of it alone."""
+    categories: tuple[tuple[int, int], ...] = ()
+    """(category id, train id) of the COCO file."""
+
+    @property
+    def is_shapes(self) -> bool:
+        """Whether the file holds outlines, or one class, rather than a value for every pixel."""
+        suffix = PurePath(self.path).suffix.lower()
+        return self.train_id is not None or bool(self.annotation) or suffix in SHAPE_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,8 @@ class Source:
     """Empty for an unlabelled image; several where each file holds one class, or one object of a class."""
     field_of_view: str | None = None
     """Path of a mask in which 0 marks pixels that count in no loss and no metric."""
+    tile: tuple[int, int, int, int] | None = None
+    """(top, left, height, width) in px of the part of the upright image that is used. None: all of it."""
 
     @property
     def mask(self) -> str | None:
@@ -102,14 +117,14 @@ class MakeItem(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _MaskFacts:
+class MaskFacts:
     """What the raw values of a mask say of the whole data set; see Item."""
 
     values: Mapping[int, int]
     palette: Mapping[int, int]
 
 
-_NO_MASK = _MaskFacts({}, {})
+_NO_MASK = MaskFacts({}, {})
 
 
 def build_item(
@@ -145,8 +160,12 @@ class FromFiles:
 
     def __call__(self, source: Source) -> Item:
         picture = self._read_picture(source)
-        mask, raw = self._read_mask(source, picture) if source.masks else (None, _NO_MASK)
+        size = (picture.pixels.shape[0], picture.pixels.shape[1])
+        mask, raw = read_mask(self.reader, source, size, picture.orientation) if source.masks else (None, _NO_MASK)
         image, pixels = picture.data, picture.pixels
+        if source.tile is not None:
+            pixels, mask = _cut(pixels, source.tile), None if mask is None else _cut(mask, source.tile)
+            image = encode_image(pixels, grey=picture.grey, compressed=self.compressed)
         # Counted at full size, because shrinking by nearest neighbour hides edges that interpolation has smoothed.
         edges = (0, 0) if mask is None else count_edges(mask)
         shown = () if mask is None else np.flatnonzero(count_bytes(mask)[: self.reader.num_classes]).tolist()
@@ -177,18 +196,43 @@ class FromFiles:
         except UnreadableError as error:
             raise BadItemError(Finding("image is unreadable", source.image, error.found, error.remedy)) from None
 
-    def _read_mask(self, source: Source, picture: Picture) -> tuple[NDArray[np.uint8], _MaskFacts]:
-        size = picture.pixels.shape[:2]
-        first = source.masks[0]
-        raw = self._raw_mask(first.path, size, picture.orientation)
-        train_ids, values = self.reader.train_ids(first.path, raw)
-        if source.field_of_view:
-            outside = self._raw_mask(source.field_of_view, size, picture.orientation).values == 0
-            train_ids = np.where(outside, np.uint8(IGNORE), train_ids)
-        return train_ids, _MaskFacts(values, raw.palette)
 
-    def _raw_mask(self, path: str, size: tuple[int, int], orientation: int) -> RawMask:
-        return self.reader.align(path, self.reader.read(path, _read_bytes(path)), size, orientation)
+def _cut(pixels: NDArray[np.uint8], tile: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    top, left, height, width = tile
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
+
+
+def read_mask(reader: MaskReader, source: Source, size: Size, orientation: int) -> tuple[NDArray[np.uint8], MaskFacts]:
+    """Reads the mask files of a labelled source: uint8 (H, W) train ids, and what their raw values show.
+
+    `size` is (H, W) of the image after turning by its EXIF, which says `orientation`. Raises BadItemError.
+    """
+
+    def raw_mask(path: str) -> RawMask:
+        return reader.align(path, reader.read(path, _read_bytes(path)), size, orientation)
+
+    def area_of(path: str) -> Area:
+        return Area(0, 0, reader.foreground(path, raw_mask(path)))
+
+    if source.masks[0].is_shapes:
+        shapes: list[Shape] = []
+        for mask in source.masks:
+            if mask.train_id is not None:
+                shapes.append(Shape(mask.train_id, partial(area_of, mask.path)))
+            else:
+                shapes += reader.outlines.shapes(mask.path, mask.annotation, mask.categories, source.image, size)
+        outlines = reader.outlines
+        train_ids = paint(shapes, size, uncovered=outlines.uncovered, overlaps=outlines.overlaps)
+        facts = _NO_MASK
+    else:
+        path = source.masks[0].path
+        raw = raw_mask(path)
+        train_ids, values = reader.train_ids(path, raw)
+        facts = MaskFacts(values, raw.palette)
+    if source.field_of_view:
+        outside = raw_mask(source.field_of_view).values == 0
+        train_ids = np.where(outside, np.uint8(IGNORE), train_ids)
+    return train_ids, facts
 
 
 def _read_bytes(path: str) -> bytes:

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cps_ray.datasets.images import ValueRange
 from cps_ray.datasets.lists import read_list
+from cps_ray.datasets.prepare.annotations.yolo import read_yolo_names
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
-from cps_ray.datasets.prepare.items import MaskFile, Source
-from cps_ray.datasets.prepare.masks import MaskReader
+from cps_ray.datasets.prepare.items import MaskFile, Source, read_mask
+from cps_ray.datasets.prepare.masks import MaskReader, count_bytes
 from cps_ray.datasets.prepare.pairing import split_sources
 from cps_ray.datasets.prepare.patterns import Pattern
-from cps_ray.datasets.prepare.recipe import REST, ClassRecipe, Recipe, RecipeColor, SplitRecipe, voc_color
+from cps_ray.datasets.prepare.photos import cut_into_tiles, stretched_range
+from cps_ray.datasets.prepare.recipe import DRAWN_FROM, REST, ClassRecipe, Recipe, RecipeColor, SplitRecipe, voc_color
 from cps_ray.datasets.prepare.splits import draw_splits
+from cps_ray.datasets.raster import UnreadableError, upright_size
+from cps_ray.datasets.shards import Tiles
 from cps_ray.engine.batch import IGNORE
 from cps_ray.errors import DataError
 
@@ -30,12 +35,17 @@ class RawData:
     classes: tuple[str, ...]
     palette: tuple[RecipeColor, ...]
     """(r, g, b) in 0..255 per class."""
-    value_range: tuple[float, float] | None = None
+    value_range: ValueRange | None = None
     """See `FromFiles.value_range`."""
+    bands: tuple[int, ...] | None = None
+    """See `FromFiles.bands`."""
     findings: tuple[Finding, ...] = field(default=())
     """Files without a partner, and ids that repeat."""
     notes: tuple[str, ...] = ()
     """What was decided by looking at the files."""
+    photos_stay: frozenset[str] = frozenset()
+    """See `DataSetPlan.photos_stay`."""
+    tiles: Tiles | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ any folder
@@ -51,7 +61,13 @@ def folder(raw: Path, recipe: Recipe, lists: Path | None = None) -> RawData:
         patterns = ", ".join(
             pattern
             for split in recipe.files.values()
-            for globs in (split.images, *split.class_masks.values(), split.unlabeled, split.ignore_masks)
+            for globs in (
+                split.images,
+                *split.class_masks.values(),
+                split.unlabeled,
+                split.ignore_masks,
+                split.coco_file,
+            )
             for pattern in globs
             if pattern != REST
         )
@@ -60,28 +76,43 @@ def folder(raw: Path, recipe: Recipe, lists: Path | None = None) -> RawData:
     findings: list[Finding] = []
     notes: list[str] = []
     splits = {name: split_sources(raw, name, recipe, findings, notes) for name in recipe.files}
-    reader = recipe.reader()
+    reader = recipe.reader(read_yolo_names(str(raw / recipe.yolo_names)) if recipe.yolo_names else {})
     if recipe.fractions:
         splits, drawn = draw_splits(splits, recipe, lists, partial(classes_shown, reader))
         notes += drawn
     names = tuple(entry.name for entry in recipe.classes)
-    return RawData(splits, reader, names, recipe.palette(), recipe.value_range, tuple(findings), tuple(notes))
+    value_range, train = recipe.value_range, splits.get(DRAWN_FROM, ())
+    if recipe.stretch is not None:
+        value_range = stretched_range(train, recipe.stretch, recipe.bands)
+        pairs = ", ".join(f"{low:g} to {high:g}" for low, high in value_range)
+        notes.append(
+            f"black and white are the quantiles {recipe.stretch[0]:g} and {recipe.stretch[1]:g} of the training images: {pairs}"
+        )
+    if recipe.tiles is not None:
+        splits[DRAWN_FROM] = cut_into_tiles(train, recipe.tiles.size_px, recipe.tiles.overlap_px)
+        notes.append(f"{len(train)} training images were cut into {len(splits[DRAWN_FROM])} tiles")
+    return RawData(
+        splits,
+        reader,
+        names,
+        recipe.palette(),
+        value_range,
+        recipe.bands,
+        tuple(findings),
+        tuple(notes),
+        frozenset(name for name, split in recipe.files.items() if REST in split.unlabeled),
+        Tiles(size_px=recipe.tiles.size_px, overlap_px=recipe.tiles.overlap_px) if recipe.tiles else None,
+    )
 
 
 def classes_shown(reader: MaskReader, source: Source) -> NDArray[np.bool_] | None:
-    """Returns which classes the masks of a source show, bool (C,); None if one of them cannot be used."""
-    shown = np.zeros(reader.num_classes, np.bool_)
+    """Returns which classes the masks of a source show, bool (C,); None if one of its files cannot be used."""
     try:
-        for mask in source.masks:
-            raw = reader.read(mask.path, Path(mask.path).read_bytes())
-            if mask.train_id is not None:
-                shown[mask.train_id] |= bool(np.any(raw.values))
-            else:
-                train_ids, _ = reader.train_ids(mask.path, raw)
-                shown |= np.bincount(train_ids.ravel(), minlength=IGNORE + 1)[: reader.num_classes] > 0
-    except (BadItemError, OSError):
+        size, orientation = upright_size(Path(source.image).read_bytes(), source.image)
+        train_ids, _ = read_mask(reader, source, size, orientation)
+    except (BadItemError, UnreadableError, OSError):
         return None  # reported when all are read
-    return shown
+    return count_bytes(train_ids)[: reader.num_classes] > 0
 
 
 def _parse_classes(rows: str) -> tuple[ClassRecipe, ...]:
@@ -321,7 +352,7 @@ def voc(raw: Path, *, sbd: Path | None = None, published: bool = False) -> RawDa
     reader = MaskReader("ids", meanings, len(VOC_CLASSES), official="the official ones of VOC and SBD")
     extra = sum(key not in lists["train"] for key in masks_by_split["train"])
     notes = (f"{extra} training masks come from SBD" if extra else "no SBD: only VOC's own masks",)
-    return RawData(splits, reader, tuple(VOC_CLASSES), palette, None, tuple(findings), notes)
+    return RawData(splits, reader, tuple(VOC_CLASSES), palette, findings=tuple(findings), notes=notes)
 
 
 def _voc_sources(

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cps_ray.datasets.prepare.annotations.outlines import Outlines
 from cps_ray.datasets.prepare.arrays import read_matlab, read_numpy
 from cps_ray.datasets.prepare.findings import BadItemError, Finding
 from cps_ray.datasets.raster import Raster, UnreadableError, open_raster, turned
@@ -86,6 +87,8 @@ class MaskReader:
     """Whether masks without EXIF lie on images as their EXIF turns them. None: sizes must show it."""
     resize: bool = False
     """Whether a mask of another size than its image is brought to it, by nearest neighbour."""
+    outlines: Outlines = field(default_factory=Outlines)
+    """How masks are read that are outlines, or of one class each."""
 
     def read(self, path: str, data: bytes) -> RawMask:
         """Reads the raw values from `data`, the bytes of the mask file at `path`. Raises BadItemError if it holds none."""

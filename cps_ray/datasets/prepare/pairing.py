@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 
-from cps_ray.datasets.lists import listed_ids, normalized
+from cps_ray.datasets.lists import listed_ids, matcher, normalized
+from cps_ray.datasets.prepare.annotations.coco import coco_train_ids, read_coco
 from cps_ray.datasets.prepare.findings import Finding
 from cps_ray.datasets.prepare.items import MaskFile, Source
 from cps_ray.datasets.prepare.patterns import ID, Found, Pattern
@@ -67,6 +68,8 @@ class _SplitFiles:
         )
         self.masks = {label: _by_id(files, self.long_ids) for label, files in masks.items()}
         """Class, or "" -> id -> files."""
+        self.described: dict[str, MaskFile] = {}
+        """Id -> its part of the COCO file."""
         same = {path for paths in self.images.values() for path in paths}
         if any(path not in same for key in self.images.keys() & self.unlabeled.keys() for path in self.unlabeled[key]):
             # Two folders that both count from 0001. No mask needs to find an unlabelled image, so any id will do.
@@ -115,6 +118,8 @@ class _SplitFiles:
 
     def masks_of(self, key: str) -> list[MaskFile]:
         """Returns the mask files of an id, in the order of the classes."""
+        if key in self.described:
+            return [self.described[key]]
         return [
             MaskFile(str(path), self._train_id(label))
             for label, by_id in self.masks.items()
@@ -220,6 +225,34 @@ def _unpaired_findings(files: _SplitFiles, ids: Sequence[str]) -> list[Finding]:
     return result
 
 
+def _read_coco(files: _SplitFiles, recipe: Recipe) -> list[Finding]:
+    """Takes over what the split's COCO file says of its images; returns a warning if it lists others. Raises DataError."""
+    path = str(files.raw / (files.split.coco or ""))
+    coco = read_coco(path)
+    train_ids = coco_train_ids(coco, recipe.reader().outlines.labels)
+    match = matcher(files.images)
+    lost = []
+    for image in coco.images:
+        meant = match(image.name)
+        if len(meant) > 1:
+            raise DataError(
+                f"{path}, image {image.name!r}: must be one file, but may be {first_few(sorted(meant))}; let `{ID}` take in "
+                "the folders, as images/{id}.jpg does."
+            )
+        if meant and meant[0] in files.described:
+            raise DataError(
+                f"{path}, image {image.name!r}: is {meant[0]!r}, as another image of this file; export it again."
+            )
+        if meant:
+            files.described[meant[0]] = MaskFile(path, None, image.annotation, tuple(train_ids.items()))
+        else:
+            lost.append(image.name)
+    if not lost:
+        return []
+    found = f"every image that it lists should be in split {files.name}, but {len(lost)} of {len(coco.images)} are not ({first_few(lost)})"
+    return [Finding("image is missing", path, found, "get the photos, if they are in no other split", fatal=False)]
+
+
 def split_sources(
     raw: Path, name: str, recipe: Recipe, findings: list[Finding], notes: list[str]
 ) -> tuple[Source, ...]:
@@ -234,6 +267,8 @@ def split_sources(
             f"{raw}: in split {name} images are labelled or unlabelled, but both list {first_few(both)}; those of `images` "
             "that have no mask are `unlabeled: rest`."
         )
+    if split.coco is not None:
+        findings += _read_coco(files, recipe)
     repeated = _repeat_findings(files, chosen)
     ids = [key for key in chosen if key not in repeated]
     images, masks = (

@@ -202,7 +202,7 @@ def _make_row(job: ShardJob, pair: tuple[Source, str]) -> _Row | Finding:
     try:
         item = job.make_item(source)
     except BadItemError as bad:
-        return bad.finding
+        return replace(bad.finding, image_id=source.id)
     except Exception as error:
         error.add_note(f"at {source.image or source.id}")
         raise

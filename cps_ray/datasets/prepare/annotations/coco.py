@@ -57,7 +57,7 @@ class CocoFile:
     num_annotations: Mapping[int, int]
     """Category id -> number of annotations. Roboflow adds a category 0, named as the data set is, that has none."""
     images: tuple[CocoImage, ...]
-    """In the file's order."""
+    """Images in the file's order."""
 
 
 def read_coco(path: str) -> CocoFile:
