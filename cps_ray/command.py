@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from cps_ray import __version__
-from cps_ray.errors import CpsRayError, place
+from cps_ray.errors import ConfigError, CpsRayError, place
 from cps_ray.text import in_words, printable
 
 if TYPE_CHECKING:
@@ -77,13 +77,14 @@ def _report(err: BaseException) -> int:
     if is_reader_gone:
         return 1  # `| head` has seen enough
     if isinstance(err, CpsRayError):
-        lines, code = str(err), err.exit_code
+        text = str(err)
     else:
-        where = place(err)
-        lines, code = f"{f'{where}: ' if where else ''}{in_words(err)}. {_kept(err)}", 1
+        text = ": ".join(part for part in (place(err), in_words(err)) if part) + f". {_kept(err)}"
+    # Of a file that a person wrote, each fault has a line.
+    lines = text.split("\n") if isinstance(err, ConfigError) else [text]
     with contextlib.suppress(OSError):
-        print("error:", "\n".join(map(printable, lines.split("\n"))), file=sys.stderr)
-    return code
+        print("error:", "\n".join(map(printable, lines)), file=sys.stderr)
+    return err.exit_code if isinstance(err, CpsRayError) else 1
 
 
 def _flush_for_the_last_time() -> None:

@@ -17,7 +17,7 @@ from cps_ray import inspect, prepare, subsets
 from cps_ray.__main__ import COMMANDS
 from cps_ray.command import reported, say
 from cps_ray.datasets.shards import open_shards
-from cps_ray.errors import ConfigError, at
+from cps_ray.errors import ConfigError, DataError, at
 from cps_ray.files import write_json
 
 
@@ -92,11 +92,16 @@ def test_what_is_raised_on_purpose_and_ctrl_c_leave_no_log(capsys: pytest.Captur
     def wrong() -> int:
         raise ConfigError("a.yaml:1: one\na.yaml:2: two\x1b")
 
+    def damaged() -> int:
+        raise DataError("two\nlines.png: is empty.")
+
     def interrupted() -> int:
         raise KeyboardInterrupt
 
     assert reported(wrong) == 2
     assert capsys.readouterr().err == "error: a.yaml:1: one\na.yaml:2: two\\x1b\n"
+    assert reported(damaged) == 2
+    assert capsys.readouterr().err == "error: two\\nlines.png: is empty.\n"
     assert reported(interrupted) == 130
     assert capsys.readouterr().err == ""
 
