@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +20,14 @@ from cps_ray.datasets.prepare.recipe import DRAWN_FROM, Recipe
 from cps_ray.datasets.stratified import next_pick
 from cps_ray.errors import DataError
 from cps_ray.files import read_json, write_json
+from cps_ray.text import first_few
 
 ClassesOf = Callable[[Source], NDArray[np.bool_] | None]
 """Returns which classes the masks of a source show, bool (C,); None where they cannot be used."""
 _DRAWN = "drawn.json"
 """File beside the lists that says what they were drawn with."""
+_LOOKED_AT = 256
+"""Most groups that one pick of a draw looks at, where no class is missing."""
 _ATTEMPTS = 10
 """Draws of which the one that covers most classes counts; the first, if it covers all that can be."""
 
@@ -43,37 +46,40 @@ def draw_splits(
     `lists` name stays where it is; images that are new are drawn among themselves, and the lists grow. Raises DataError if there
     are too few images, or if the lists do not fit the images.
     """
-    sources = splits[DRAWN_FROM]
-    prefix = recipe.files[DRAWN_FROM].prefix
-    group_of = _groups(sources, recipe.group_by, prefix)
-    shows = _classes(sources, classes_of)
-    # A mask that cannot be used is reported later. Once it is right, its image is new.
-    usable = [source.id for source in sources if source.id in shows]
-    names = [DRAWN_FROM, *recipe.fractions]
-    listed = {} if lists is None else _read_lists(lists, names, [source.id for source in sources if source.masks])
-    pool = _Pool.of(usable, group_of, shows, listed, names)
-    if not listed:
-        _refuse_tiny(recipe, len(usable))
-    pool.draw(list(recipe.fractions.values()), recipe.draw_seed)
-    _refuse_empty(pool, recipe)
-    split_of = listed | pool.split_of()
-    notes = _notes(recipe, lists, listed, pool)
-    if lists is not None and split_of.keys() - listed.keys():
+    sources, names = splits[DRAWN_FROM], [DRAWN_FROM, *recipe.fractions]
+    group_of = _groups(sources, recipe.group_by, recipe.files[DRAWN_FROM].prefix)
+    labeled = [source for source in sources if source.masks]
+    listed = {} if lists is None else _read_lists(lists, names, [source.id for source in labeled])
+    split_of = listed
+    if any(source.id not in listed for source in labeled) or not labeled:
+        # A mask that cannot be used is reported when all are read. Once it is right, its image is new.
+        shows = _classes(labeled, classes_of)
+        if labeled and len(shows) < len(labeled) / 2:
+            return {name: tuple(splits.get(name, ())) for name in recipe.splits}, [
+                "no splits were drawn, as most masks cannot be used"
+            ]
+        if not listed:
+            _refuse_tiny(recipe, len(shows))
+        pool = _Pool.of(list(shows), group_of, shows, listed, names)
+        pool.draw(list(recipe.fractions.values()), recipe.draw_seed)
+        _refuse_empty(pool, recipe)
+        split_of = listed | pool.split_of()
+    if lists is not None and len(split_of) > len(listed):
         _write_lists(lists, names, split_of, recipe, is_first=not listed)
+    notes = _notes(recipe, lists, listed, split_of, group_of)
 
-    held_out_groups = {group_of[key] for key, name in split_of.items() if name != DRAWN_FROM and key in group_of}
-    left_out = [source for source in sources if not source.masks and group_of[source.id] in held_out_groups]
+    held_out = {group_of[key] for key, name in split_of.items() if name != DRAWN_FROM}
+    left_out = {source.id for source in sources if not source.masks and group_of[source.id] in held_out}
     if left_out:
         notes.append(
             f"{len(left_out)} unlabelled images are left out of train, as images of their group, or copies of them, are in "
-            f"{' or '.join(recipe.fractions)}: {left_out[0].id}"
+            f"{' or '.join(recipe.fractions)}: {first_few(sorted(left_out))}"
         )
-    gone = {source.id for source in left_out}
-    drawn: dict[str, list[Source]] = defaultdict(list)
+    drawn: dict[str, list[Source]] = {name: [] for name in names}
     for source in sources:
-        if source.id not in gone:
+        if source.id not in left_out:
             drawn[split_of.get(source.id, DRAWN_FROM)].append(source)
-    return {name: tuple(drawn[name]) if name in names else tuple(splits[name]) for name in recipe.splits}, notes
+    return {name: tuple(drawn.get(name, splits.get(name, ()))) for name in recipe.splits}, notes
 
 
 # ------------------------------------------------------------------------------------------------------------ groups
@@ -161,8 +167,6 @@ class _Pool:
     """(G,) images of each group."""
     split: NDArray[np.int64]
     """(G,) position in `names`."""
-    torn: int = 0
-    """Number of groups that the lists hold in more than one split."""
 
     @classmethod
     def of(
@@ -186,7 +190,7 @@ class _Pool:
         counts = np.array([np.sum([shows[key] for key in group], axis=0) for group in groups], np.float64)
         split = np.array([names.index(name) if name else -1 for _, name in members], np.int64)
         sizes = np.array([len(group) for group in groups], np.float64)
-        return cls(names, groups, counts, sizes, split, sum(len(found) > 1 for found in splits_of.values()))
+        return cls(names, groups, counts, sizes, split)
 
     def split_of(self) -> dict[str, str]:
         """Returns the split of each image."""
@@ -215,26 +219,29 @@ class _Pool:
     ) -> NDArray[np.int64]:
         """Returns the split of each group after one draw, in which the drawn splits get near to `wanted` (splits - 1,) images."""
         split, shows = before.copy(), self.counts > 0
-        order = np.random.default_rng((seed, attempt)).permutation(np.flatnonzero(before < 0))
+        free = np.random.default_rng((seed, attempt)).permutation(np.flatnonzero(before < 0))
+        left = shows[split <= 0].sum(axis=0)  # groups of each class that train may still get
         fraction = self.counts.sum(axis=0) / self.sizes.sum()
         for at, target in enumerate(wanted, start=1):
-            while True:
-                free = order[split[order] < 0]
-                if len(free) < 2 and not (split == 0).any():  # train keeps a group
-                    break
-                shown, size = self.counts[split == at].sum(axis=0), self.sizes[split == at].sum()
+            shown, size = self.counts[split == at].sum(axis=0), self.sizes[split == at].sum()
+            lack = np.sum([~shows[split == later].any(axis=0) for later in range(at + 1, len(self.names))], axis=0)
+            while len(free) > 1 or (len(free) and (split == 0).any()):  # train keeps a group
                 fits = free[np.abs(size + self.sizes[free] - target) < abs(size - target)]
-                if not len(fits) and not size and len(free):  # groups are larger than the split should be
+                if not len(fits) and not size:  # all groups are larger than the split should be
                     fits = free[self.sizes[free] == self.sizes[free].min()]
+                if not ((shown == 0) & (left > 1)).any():  # no rare class is looked for: a part of all is enough
+                    fits = fits[:_LOOKED_AT]
                 # A class that this split shows already is left to later ones that lack it; one group is left to train.
-                lack = np.sum([~shows[split == other].any(axis=0) for other in range(at, len(self.names))], axis=0)
-                left = shows[split <= 0].sum(axis=0) - shows[fits].astype(np.int64)
-                spare = [((left >= least) | ~shows[fits]).all(axis=1) for least in (1 + lack * (shown > 0), 1)]
+                rest, absent = left - shows[fits], ~shows[fits]
+                spare = [((rest >= least) | absent).all(axis=1) for least in (1 + lack * (shown > 0), 1)]
                 # Rather a smaller split than a class that is never learnt, but no empty split.
                 allowed = next((fits[spared] for spared in spare if spared.any()), fits[: 0 if size else None])
                 if not len(allowed):
                     break
-                split[allowed[next_pick(allowed.tolist(), self.counts, self.sizes, shown, size, fraction)]] = at
+                pick = allowed[next_pick(allowed.tolist(), self.counts, self.sizes, shown, size, fraction)]
+                split[pick] = at
+                free = free[free != pick]
+                left, shown, size = left - shows[pick], shown + self.counts[pick], size + self.sizes[pick]
         return np.where(split < 0, 0, split)
 
 
@@ -304,14 +311,18 @@ def _write_lists(
         ) from None
 
 
-def _notes(recipe: Recipe, lists: Path | None, listed: Mapping[str, str], pool: _Pool) -> list[str]:
-    counts = ", ".join(f"{name} {count}" for name, count in pool.images().items())
-    new = sum(key not in listed for group in pool.groups for key in group)
+def _notes(
+    recipe: Recipe,
+    lists: Path | None,
+    listed: Mapping[str, str],
+    split_of: Mapping[str, str],
+    group_of: Mapping[str, str],
+) -> list[str]:
+    """Returns what a person should know of a draw: its counts, and in what it differs from what the recipe says now."""
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(split_of.values()).items(), key=str))
     kept = f", as {lists.name} lists" if lists is not None else ""
-    notes = [
-        f"labelled images were drawn for splits{kept}: {counts}"
-        + (f"; {new} of them are new" if listed and new else "")
-    ]
+    new = f"; {len(split_of) - len(listed)} of them are new" if listed and len(split_of) > len(listed) else ""
+    notes = [f"labelled images were drawn for splits{kept}: {counts}{new}"]
     before = read_json(lists / _DRAWN) if lists is not None and listed else None
     if before is not None and before != _drawn_with(recipe):
         was = ", ".join(f"{name}: {value}" for name, value in before.items() if value is not None)
@@ -319,9 +330,14 @@ def _notes(recipe: Recipe, lists: Path | None, listed: Mapping[str, str], pool: 
             f"the splits were drawn with {was}; what is listed stays, and what the recipe says now holds for new images alone. "
             f"To draw all anew, delete {lists}"
         )
-    if pool.torn:
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for key, name in split_of.items():
+        splits_of[group_of[key]].add(name)
+    torn = sorted(group for group, found in splits_of.items() if len(found) > 1)
+    if torn:
         notes.append(
-            f"{pool.torn} groups are in several splits, as they were drawn before `group_by` or copies put them together"
+            f"{len(torn)} groups are in several splits, as they were drawn before `group_by`, or a copy, put them together: "
+            f"{first_few(torn)}"
         )
     return notes
 
