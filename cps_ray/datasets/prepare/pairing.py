@@ -290,8 +290,9 @@ def split_sources(
             sources.append(Source(split.prefix + key, str(files.images[key][0]), mask_files, field_of_view))
         elif key in files.images and not mask_files and REST in split.unlabeled:
             sources.append(Source(split.prefix + key, str(files.images[key][0])))
-    if files.long_ids:
-        notes.append(f"ids of split {name} hold folders, as file names repeat: {chosen[0]}")
+    with_folders = [key for key in chosen if "/" in key]
+    if files.long_ids and with_folders:
+        notes.append(f"ids of split {name} hold folders, as file names repeat: {with_folders[0]}")
     if REST in split.unlabeled:
         rest = sum(not source.masks for source in sources) - sum(key in files.unlabeled for key in ids)
         notes.append(f"split {name}: {rest} images have no mask, and are unlabelled")
