@@ -197,7 +197,7 @@ def _without_bad(
             finding = bad.get((job.split, source.id))
             if finding is not None and finding.where != source.image:  # the mask is at fault
                 left_out.append(finding)
-                source = replace(source, masks=(), field_of_view=None)  # noqa: PLW2901
+                source = replace(source, masks=(), field_of_view=None)
             sources.append(source)
         changed = tuple(sources) != job.sources
         remaining.append(
