@@ -17,7 +17,7 @@ MASK = np.array([[0, 1, 2, 0], [1, 1, 2, 0]], np.uint8)
 
 
 def found(raw: Path, train: Mapping[str, Any], **settings: Any) -> RawData:
-    classes = [{"name": name} for name in ("soil", "crop", "weed")]
+    classes = [{"name": name} for name in ("background", "crop", "weed")]
     return layouts.folder(raw, Recipe.model_validate({"classes": classes, "splits": {"train": train}} | settings))
 
 
@@ -205,6 +205,7 @@ def test_the_field_of_view_of_every_labelled_image(tmp_path: Path) -> None:
         f"{tmp_path}/2.jpg: in split train every labelled image must have one of the `ignore_masks`, but '2' has none "
         "(of 1 such); add it, or fix the patterns."
     )
+    assert list(pairs(tmp_path, data)) == ["1", "3"], "where every pixel of 2 would count"
     mask(tmp_path, "2_fov.png")
     data = found(tmp_path, split)
     assert not data.findings
