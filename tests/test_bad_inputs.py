@@ -369,7 +369,10 @@ def without_a_mask(raw: Path) -> None:
         ),
         (without_a_mask, ["val/val1.png", "'val1' has none", "add the mask"]),
         (without_an_image, ["valannot/val1.png", "'val1' has no image"]),
-        (lambda raw: (raw / "train/train0.png").write_bytes(b"\x89PNG"), ["train/train0.png", "damaged or cut short"]),
+        (
+            lambda raw: (raw / "train/train0.png").write_bytes(b"\x89PNG"),
+            ["train/train0.png", "is cut short (4 bytes)"],
+        ),
         (lambda raw: shutil.copy(raw / "test/test0.png", raw / "train/train0.png"), ["train/train0.png", "test/test0"]),
     ],
     ids=["another size", "an unknown value", "no mask", "no image", "damaged", "in two splits"],

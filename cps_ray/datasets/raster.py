@@ -213,6 +213,8 @@ def _what_it_is(data: bytes) -> tuple[str, str]:
     for pattern, what, remedy in _TEXT_KINDS:
         if pattern.match(head):
             return f"the file {what}", remedy
+    if any(magic.startswith(data) for magic in (_PNG, *_TIFF, b"GIF89a", b"RIFF")):
+        return f"the file is cut short ({len(data)} bytes)", AGAIN
     if re.match(rb"P[1-47]\s", data):
         return "the file is PNM of a rare kind (ASCII, bits or PAM)", _AS_PNG
     begins = f"{len(data)} bytes, the first are {bytes(data[:8])!r}"
@@ -350,6 +352,8 @@ def _decode_by_pillow(data: bytes, orientation: int | None = None) -> Raster:
             raise _pages(frames)
         if orientation is None:
             orientation = _orientation(image.info.get("exif"))
+        if kind == "GIF" and image.tile[0][1] != (0, 0, *image.size):
+            raise UnreadableError("the file is a GIF whose frame is not its whole picture", _AS_PNG)
         image.load()
         lossy = kind == "WebP" and b"VP8L" not in data[:64] and _lossy_webp(data)
         if image.mode == "P":
