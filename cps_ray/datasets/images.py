@@ -171,8 +171,10 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
     A bit says whether one of the 8x8 lowest frequencies of the grey image at 32x32 px is above their median. Two hashes of
     one scene differ in few bits, those of two scenes in about 32.
     """
-    small = cv2.resize(pixels, (_HASHED_SIDE, _HASHED_SIDE), interpolation=cv2.INTER_AREA)
-    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    # Grey first: one channel is averaged instead of three. Of large images every k-th pixel, still 64 or more of each of the 32x32.
+    k = max(1, min(pixels.shape[:2]) // (8 * _HASHED_SIDE))
+    grey = cv2.cvtColor(np.ascontiguousarray(pixels[::k, ::k]), cv2.COLOR_RGB2GRAY)
+    grey = cv2.resize(grey, (_HASHED_SIDE, _HASHED_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = np.asarray(cv2.dct(grey))[:_FREQUENCIES, :_FREQUENCIES].ravel()
     bits = low > np.median(low[1:])  # the median leaves out the first coefficient, the mean brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

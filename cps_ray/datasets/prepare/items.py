@@ -122,22 +122,33 @@ class MaskFacts:
 
     values: Mapping[int, int]
     palette: Mapping[int, int]
+    class_pixels: NDArray[np.int64] | None = None
+    """(C,) number of pixels of each class, where the values say it."""
 
 
 _NO_MASK = MaskFacts({}, {})
 
 
 def build_item(
-    key: str, image: bytes, image_pixels: NDArray[np.uint8], mask: NDArray[np.uint8] | None, num_classes: int
+    key: str,
+    image: bytes,
+    image_pixels: NDArray[np.uint8],
+    mask: NDArray[np.uint8] | None,
+    num_classes: int,
+    class_pixels: NDArray[np.int64] | None = None,
 ) -> Item:
-    """Builds an item from the encoded image, its pixels uint8 (H, W, 3) and its train ids uint8 (H, W)."""
+    """Builds an item from the encoded image, its pixels uint8 (H, W, 3) and its train ids uint8 (H, W).
+
+    `class_pixels`: how many pixels of each class the mask has, int64 (C,), where that is known.
+    """
     height, width = image_pixels.shape[:2]
     image_hash = perceptual_hash(image_pixels)
     pixels_sha256 = sha256(b"%d %d\n" % (height, width), image_pixels)
     if mask is None:
         pixels = np.zeros(num_classes, np.int64)
         return Item(key, image, None, (height, width), pixels, image_hash, pixels_sha256, None)
-    class_pixels = count_bytes(mask)[:num_classes]
+    if class_pixels is None:
+        class_pixels = count_bytes(mask)[:num_classes]
     train_ids_sha256 = sha256(mask)
     return Item(
         key, image, encode_mask(mask), (height, width), class_pixels, image_hash, pixels_sha256, train_ids_sha256
@@ -168,7 +179,10 @@ class FromFiles:
             image = encode_image(pixels, grey=picture.grey, compressed=self.compressed)
         # Counted at full size, because shrinking by nearest neighbour hides edges that interpolation has smoothed.
         edges = (0, 0) if mask is None else count_edges(mask)
-        shown = () if mask is None else np.flatnonzero(count_bytes(mask)[: self.reader.num_classes]).tolist()
+        counts = raw.class_pixels
+        if mask is not None and (counts is None or source.tile is not None):
+            counts = count_bytes(mask)[: self.reader.num_classes]
+        shown = () if counts is None else np.flatnonzero(counts).tolist()
         if self.scale < 1.0:
             size = (max(1, round(pixels.shape[1] * self.scale)), max(1, round(pixels.shape[0] * self.scale)))
             pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
@@ -179,7 +193,8 @@ class FromFiles:
                 mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
         elif not self.compressed and not is_jpeg(image):
             image = encode_image(pixels, grey=picture.grey, compressed=False)
-        item = build_item(source.id, image, pixels, mask, self.reader.num_classes)
+        known = counts if self.scale == 1.0 else None
+        item = build_item(source.id, image, pixels, mask, self.reader.num_classes, known)
         return replace(
             item,
             values=raw.values,
@@ -229,6 +244,8 @@ def read_mask(reader: MaskReader, source: Source, size: Size, orientation: int) 
         raw = raw_mask(path)
         train_ids, values = reader.train_ids(path, raw)
         facts = MaskFacts(values, raw.palette)
+        if raw.clear is None and source.field_of_view is None:
+            facts = replace(facts, class_pixels=reader.count_classes(values))
     if source.field_of_view:
         outside = raw_mask(source.field_of_view).values == 0
         train_ids = np.where(outside, np.uint8(IGNORE), train_ids)

@@ -244,6 +244,14 @@ class MaskReader:
             return np.ascontiguousarray(ids), histogram
         return present_ids.astype(np.uint8)[positions].reshape(raw.shape), histogram
 
+    def count_classes(self, histogram: Mapping[int, int]) -> NDArray[np.int64]:
+        """Returns the number of pixels of each class, int64 (C,), from that of each raw value."""
+        counts = np.zeros(self.num_classes, np.int64)
+        for value, count in histogram.items():
+            if self.meanings[value] != IGNORE:
+                counts[self.meanings[value]] += count
+        return counts
+
     def _unknown_values(self, path: str, raw: RawValues, unknown: dict[int, int], histogram: dict[int, int]) -> Finding:
         names = [f"{self._value_text(value)} ({count} px)" for value, count in sorted(unknown.items())]
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
@@ -382,8 +390,10 @@ def count_edges(mask: NDArray[np.uint8]) -> tuple[int, int]:
     A sharp edge goes from one id to the other at once. A smooth one passes, over one pixel, through an id between them, as
     interpolation does; in a mask of ids that is rare.
     """
-    ids = mask.astype(np.int16)
-    left, middle, right = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]
+    # Few pixels are at an edge, so only those are compared in full.
+    rows, columns = np.divmod(np.flatnonzero(mask[:, :-2] != mask[:, 2:]), max(1, mask.shape[1] - 2))
+    first = rows * mask.shape[1] + columns
+    left, middle, right = (mask.ravel()[first + at].astype(np.int16) for at in range(3))
     edges = (left < IGNORE) & (middle < IGNORE) & (right < IGNORE) & (abs(left - right) >= 2)
     smooth = edges & ((left < middle) & (middle < right) | (left > middle) & (middle > right))
     # A sharp edge shows in two windows of three pixels, (a, a, b) and (a, b, b).
