@@ -365,7 +365,7 @@ def _lie_between_neighbours(raw: RawValues, unknown: list[int], packed: bool) ->
     differs = np.zeros_like(between)
     kernel = np.ones((3, 3), np.uint8)
     for plane in planes:
-        levels = np.clip(plane, -(2**24), 2**24).astype(np.float32)  # floats hold these exactly
+        levels = np.clip(plane.astype(np.int64), -(2**24), 2**24).astype(np.float32)  # floats hold these exactly
         low, high = cv2.erode(levels, kernel)[where], cv2.dilate(levels, kernel)[where]
         own = levels[where]
         between &= ((low < own) & (own < high)) | (low == high)

@@ -21,6 +21,8 @@ _LINE_WIDTH = 10
 """Width in px with which labelme paints lines."""
 _POINT_RADIUS = 5
 """Radius in px with which labelme paints points."""
+_MAX_RADIUS = 40_000
+"""Largest radius in px; from 46 341, whose square has more than 31 bits, Pillow 11 takes minutes."""
 _NUM_POINTS = {"rectangle": 2, "circle": 2, "line": 2, "point": 1, "mask": 2, "oriented_rectangle": 4}
 """Kind of shape -> how many points it has; polygons and strips of lines have any number."""
 _DAMAGED = (
@@ -79,6 +81,9 @@ def _shape(where: str, entry: Mapping[str, Any], size: Size, train_ids: Mapping[
     wanted = _NUM_POINTS.get(kind)
     if (len(points) != wanted) if wanted else (len(points) < 2):
         found = f"a {kind} must have {wanted or 'at least 2'} points, but this has {len(points)}"
+        raise refused("points are wrong", where, found, _DRAW_AGAIN)
+    if kind == "circle" and math.dist(*points) > _MAX_RADIUS:
+        found = f"a circle must have a radius of at most {_MAX_RADIUS} px, but this has {math.dist(*points):.0f}"
         raise refused("points are wrong", where, found, _DRAW_AGAIN)
     if kind == "mask":
         return Shape(train_id, partial(_draw_mask, where, points, entry.get("mask"), size))

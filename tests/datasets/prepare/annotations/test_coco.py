@@ -1,7 +1,6 @@
 """COCO files become the pixels that pycocotools gives; those that are not clear about an image are refused."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +283,8 @@ def test_large_files_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     with path.open("wb") as file:
         file.truncate(2**30)  # takes no room on the disk
-    before = time.perf_counter()
     with pytest.raises(BadItemError, match="at most 512 MB, but has 1024; export it in parts"):
         read_coco(str(path))
-    assert time.perf_counter() - before < 0.1
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
@@ -299,9 +296,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.slow  # writes and reads 200 MB
 def test_ten_million_points_are_refused(tmp_path: Path) -> None:
     text = json.dumps(document(annotation([["HERE"]]))).replace('"HERE"', ",".join(["12.5"] * 20_000_000))
-    before = time.perf_counter()
     assert "at most 1000000 points, but has more" in refused(tmp_path, text.encode()).found
-    assert time.perf_counter() - before < 60
 
 
 def test_damaged_files_are_refused_or_read(tmp_path: Path) -> None:
