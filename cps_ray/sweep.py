@@ -22,7 +22,7 @@ from cps_ray.command import checked, command_parser, entry, reported, run_comman
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.errors import ConfigError, DataError
 from cps_ray.text import did_you_mean, nearest, printable
 
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume.add_argument(
         "--set",
-        choices=["train.data.fingerprint=null"],
+        choices=[f"{FINGERPRINT}=null"],
         help="go on although the data are no longer those it began with",
     )
     resume.add_argument("--address")
@@ -131,15 +131,15 @@ def _run(args: argparse.Namespace) -> int:
     return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
-def _dry_run(config: SweepConfig, where: Where, draws: int, known: Path) -> int:
-    """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data. `known`: as `open_data` takes it."""
+def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> int:
+    """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data. `hashes_in`: as `open_data` takes it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from cps_ray.engine.preflight import check_sweep, searched_networks
 
-    shards, data = _data(config, known)
+    shards, data = _data(config, hashes_in)
     check_sweep(_preflight(config, shards), config, where)
     console = Console()
     table = Table(
@@ -163,12 +163,11 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-def _data(config: SweepConfig, known: Path) -> "tuple[Shards | None, str]":
+def _data(config: SweepConfig, hashes_in: Path) -> "tuple[Shards | None, str]":
     """Returns the data if they are there, and a sentence about them. DataError if they are not those of the sweep."""
     from cps_ray.datasets.loader import check_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.shards import open_shards
-    from cps_ray.search.sweep_folder import FINGERPRINT
 
     data = config.train.data
     if data.synthetic is not None and not data.shards.exists():
@@ -180,7 +179,7 @@ def _data(config: SweepConfig, known: Path) -> "tuple[Shards | None, str]":
         known = isinstance(config.train.evaluation.window_px, tuple)
         untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
         return None, f"Data is missing: {err}{untried}"
-    open_data(data, None, known=known, setting=FINGERPRINT)
+    open_data(data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     return shards, f"Data: {data.shards} is there."
 
 

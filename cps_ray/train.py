@@ -63,12 +63,12 @@ def _run(args: argparse.Namespace) -> int:
     config, where = read_train(args.file, args.set, workers)
     folder = (args.output or _default_folder(args.file)).absolute()
     begun = _check_folder(folder, config, args.resume)
-    known = args.file.parent
+    hashes_in = args.file.parent
     unchecked = any(text.startswith(f"{_FINGERPRINT}=") for text in args.set)
     if begun and begun.data.fingerprint and not unchecked:
-        config, known = _with_fingerprint(config, begun.data.fingerprint), folder
+        config, hashes_in = _with_fingerprint(config, begun.data.fingerprint), folder
     if args.dry_run:
-        _print_plan(config, where, args.output or _default_folder(args.file), known)
+        _print_plan(config, where, args.output or _default_folder(args.file), hashes_in)
         return 0
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from cps_ray.datasets.loader import check_data, evaluated_sizes
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
     from cps_ray.runs import CONFIG_FILE
 
-    shards = open_data(config.data, known=known, setting=_FINGERPRINT)
+    shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
     check_data(shards, config, evaluated=("val",))
     check_training(Preflight(len(shards.classes), evaluated_sizes(shards, config)), config, where)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,11 +137,11 @@ def _with_fingerprint(config: TrainConfig, fingerprint: dict[str, str] | None) -
     return config.model_copy(update={"data": config.data.model_copy(update={"fingerprint": fingerprint})})
 
 
-def _print_plan(config: TrainConfig, where: Where, folder: Path, known: Path) -> None:
+def _print_plan(config: TrainConfig, where: Where, folder: Path, hashes_in: Path) -> None:
     """Checks what can be checked without a cluster and without hub weights, and prints what the training would do."""
     from cps_ray.engine.preflight import Preflight, check_training
 
-    images, subset, num_classes, sizes = _images(config, known)
+    images, subset, num_classes, sizes = _images(config, hashes_in)
     check_training(Preflight(num_classes, sizes), config, where)
     resources = config.resources
     per_worker = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
@@ -158,9 +158,9 @@ def _print_plan(config: TrainConfig, where: Where, folder: Path, known: Path) ->
         print(f"{name:<12}{printable(text)}")
 
 
-def _images(config: TrainConfig, known: Path) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
+def _images(config: TrainConfig, hashes_in: Path) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
     """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), the number of classes, and
-    the sizes of evaluated images. `known`: as `open_data` takes it."""
+    the sizes of evaluated images. `hashes_in`: as `open_data` takes it."""
     from cps_ray.datasets.loader import check_data, evaluated_sizes, train_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.synthetic import CLASSES
@@ -169,7 +169,7 @@ def _images(config: TrainConfig, known: Path) -> tuple[str, "LabeledSubset | Non
     if synthetic is not None and not config.data.shards.exists():
         images = f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use"
         return images, None, len(CLASSES), [(synthetic.height_px, synthetic.width_px)]
-    shards = open_data(config.data, known=known, setting=_FINGERPRINT)
+    shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
     check_data(shards, config, evaluated=("val",))
     subset = train_data(shards, config).subset
     num_val = int(shards.index("val").labeled.sum())

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.config.train import DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import check_data, evaluated_sizes, metrics_of
@@ -27,7 +27,6 @@ SWEEP_FILE = "sweep.yaml"
 SOURCE_FILE = "sweep.source.yaml"
 LOCK_FILE = ".lock"
 RESUME = "python -m cps_ray.sweep resume"
-FINGERPRINT = "train.data.fingerprint"
 
 
 def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
@@ -93,18 +92,18 @@ def with_fingerprints(config: SweepConfig) -> SweepConfig:
     return config.model_copy(update={"train": train, "baselines": baselines})
 
 
-def check(config: SweepConfig, where: Where, known: Path) -> Shards:
+def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     """Checks everything that can be wrong before a cluster starts: data, networks and metric, of trials and of final runs.
 
-    `where`: as `read_sweep` returns it. `known`: the folder that may say what the data were, as `open_data` takes it.
+    `where`: as `read_sweep` returns it. `hashes_in`: the folder that may say what the data were, as `open_data` takes it.
     """
-    shards = open_data(config.train.data, None, known=known, setting=FINGERPRINT)
+    shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
     for changed in (config.train, *final_training_configs(config)):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
-            check_data(open_data(changed.data, None, known=known, setting=FINGERPRINT), changed)
+            check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
     check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
     known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric
