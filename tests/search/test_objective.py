@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from support import changed
 
-from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.reader import load_train
+from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch
 from cps_ray.datasets.open import fingerprints
