@@ -22,7 +22,7 @@ from cps_ray.command import checked, command_parser, entry, reported, run_comman
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.errors import ConfigError, DataError
 from cps_ray.text import did_you_mean, nearest, printable
 
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
     )
+    resume.add_argument(
+        "--set",
+        choices=[f"{FINGERPRINT}=null"],
+        help="go on although the data are no longer those it began with",
+    )
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
     status = verbs.add_parser("status", help="show the trials so far; only reads files")
@@ -112,26 +117,29 @@ def _draws(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     config, where = read_sweep(args.file, args.set, _given(name=args.name, output=args.output and str(args.output)))
     if args.dry_run is not None:
-        return _dry_run(config, where, args.dry_run)
+        return _dry_run(config, where, args.dry_run, args.file.parent)
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from rich.console import Console
 
+    from cps_ray.datasets.open import write_image_hashes
     from cps_ray.search import sweep, sweep_folder
 
-    shards = sweep_folder.check(config, where)
+    config = sweep_folder.with_fingerprints(config)
+    shards = sweep_folder.check(config, where, args.file.parent)
     root = sweep_folder.begin(config, sweep_file(args.file), fresh=args.fresh)
+    write_image_hashes(root, shards)
     return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
-def _dry_run(config: SweepConfig, where: Where, draws: int) -> int:
-    """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data."""
+def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> int:
+    """Checks the sweep and prints random draws; needs neither data nor a cluster, but reports missing data. `hashes_in`: as `open_data` takes it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from cps_ray.engine.preflight import check_sweep, searched_networks
 
-    shards, data = _data(config)
+    shards, data = _data(config, hashes_in)
     check_sweep(_preflight(config, shards), config, where)
     console = Console()
     table = Table(
@@ -155,9 +163,10 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
-    """Returns the data if they are there, and a sentence about them."""
+def _data(config: SweepConfig, hashes_in: Path) -> "tuple[Shards | None, str]":
+    """Returns the data if they are there, and a sentence about them. DataError if they are not those of the sweep."""
     from cps_ray.datasets.loader import check_data
+    from cps_ray.datasets.open import open_data
     from cps_ray.datasets.shards import open_shards
 
     data = config.train.data
@@ -170,6 +179,7 @@ def _data(config: SweepConfig) -> "tuple[Shards | None, str]":
         known = isinstance(config.train.evaluation.window_px, tuple)
         untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
         return None, f"Data is missing: {err}{untried}"
+    open_data(data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     return shards, f"Data: {data.shards} is there."
 
 
@@ -188,12 +198,14 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 def _resume(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from cps_ray.datasets.open import write_image_hashes
     from cps_ray.search import sweep, sweep_folder
     from cps_ray.search.study import SweepStudy
 
     _need_sweep_folder(args.folder)
     changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
-    config, where = read_sweep(args.folder / sweep_folder.SWEEP_FILE, flags=changes)
+    sets = [args.set] if args.set else []
+    config, where = read_sweep(args.folder / sweep_folder.SWEEP_FILE, sets, changes)
     root = args.folder.absolute()
     study = SweepStudy(config, root)
     study.check_space(where)
@@ -203,9 +215,14 @@ def _resume(args: argparse.Namespace) -> int:
             f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
             "It is the number in all, not of further ones."
         )
-    if changes:  # stored, so that a later `resume` keeps the larger budget
+    if args.set:
+        config = sweep_folder.with_fingerprints(config)
+    shards = sweep_folder.check(config, where, root)
+    if changes or args.set:  # stored, so that a later `resume` keeps the larger budget, and compares with these data
         sweep_folder.write_resolved(root, config)
-    return sweep.Sweep(config, root, Console(), args.address).run(sweep_folder.check(config, where))
+    if args.set:
+        write_image_hashes(root, shards)
+    return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -30,6 +30,8 @@ from cps_ray.text import printable
 if TYPE_CHECKING:
     from cps_ray.datasets.subsets import LabeledSubset
 
+_FINGERPRINT = "data.fingerprint"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and returns the exit code: 0, or that of the error it printed."""
@@ -60,21 +62,27 @@ def _run(args: argparse.Namespace) -> int:
     workers = {} if args.workers is None else {"resources.workers": args.workers}
     config, where = read_train(args.file, args.set, workers)
     folder = (args.output or _default_folder(args.file)).absolute()
-    _check_folder(folder, config, args.resume)
+    begun = _check_folder(folder, config, args.resume)
+    hashes_in = args.file.parent
+    unchecked = any(text.startswith(f"{_FINGERPRINT}=") for text in args.set)
+    if begun and begun.data.fingerprint and not unchecked:
+        config, hashes_in = _with_fingerprint(config, begun.data.fingerprint), folder
     if args.dry_run:
-        _print_plan(config, where, args.output or _default_folder(args.file))
+        _print_plan(config, where, args.output or _default_folder(args.file), hashes_in)
         return 0
     # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
     from cps_ray.datasets.loader import check_data, evaluated_sizes
-    from cps_ray.datasets.open import open_data
+    from cps_ray.datasets.open import fingerprints, open_data, write_image_hashes
     from cps_ray.engine.preflight import Preflight, check_training
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
     from cps_ray.runs import CONFIG_FILE
 
-    shards = open_data(config.data)
+    shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
     check_data(shards, config, evaluated=("val",))
     check_training(Preflight(len(shards.classes), evaluated_sizes(shards, config)), config, where)
     folder.mkdir(parents=True, exist_ok=True)
+    config = _with_fingerprint(config, fingerprints(shards))
+    write_image_hashes(folder, shards)
     source = args.file.name if args.file.exists() else f"the preset {args.file}"
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
     signals: list[int] = []
@@ -101,10 +109,11 @@ def _default_folder(file: Path) -> Path:
     return file.parent / f"train-{file.stem}" if file.exists() else Path("runs", "-".join(file.parts))
 
 
-def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises ConfigError if the folder holds a training: any training without `resume`, one with other settings with it."""
+def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> TrainConfig | None:
+    """Returns the training that the folder holds, if it does. Raises ConfigError for any without `resume`, for one with other settings
+    with it."""
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return None
     if not resume:
         raise ConfigError(
             f"{folder}: already holds a training. Continue it: {_resume_command(folder)}. Start again: --output another folder."
@@ -112,18 +121,27 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     from cps_ray.runs import CONFIG_FILE
 
     config_file = folder / CONFIG_FILE
+    if not config_file.exists():
+        return None
+    begun = load_train(config_file)
     free = {"resources": config.resources, "sinks": config.sinks}
-    if config_file.exists() and load_train(config_file).model_copy(update=free) != config:
+    # Whether the data are the same is compared with the data.
+    if _with_fingerprint(begun.model_copy(update=free), config.data.fingerprint) != config:
         raise ConfigError(
             f"{folder}: was begun with other settings; only resources and sinks may change. Continue it: {_resume_command(folder)}"
         )
+    return begun
 
 
-def _print_plan(config: TrainConfig, where: Where, folder: Path) -> None:
+def _with_fingerprint(config: TrainConfig, fingerprint: dict[str, str] | None) -> TrainConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"fingerprint": fingerprint})})
+
+
+def _print_plan(config: TrainConfig, where: Where, folder: Path, hashes_in: Path) -> None:
     """Checks what can be checked without a cluster and without hub weights, and prints what the training would do."""
     from cps_ray.engine.preflight import Preflight, check_training
 
-    images, subset, num_classes, sizes = _images(config)
+    images, subset, num_classes, sizes = _images(config, hashes_in)
     check_training(Preflight(num_classes, sizes), config, where)
     resources = config.resources
     per_worker = f"each {resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs"
@@ -140,9 +158,9 @@ def _print_plan(config: TrainConfig, where: Where, folder: Path) -> None:
         print(f"{name:<12}{printable(text)}")
 
 
-def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
+def _images(config: TrainConfig, hashes_in: Path) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
     """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), the number of classes, and
-    the sizes of evaluated images."""
+    the sizes of evaluated images. `hashes_in`: as `open_data` takes it."""
     from cps_ray.datasets.loader import check_data, evaluated_sizes, train_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.synthetic import CLASSES
@@ -151,7 +169,7 @@ def _images(config: TrainConfig) -> tuple[str, "LabeledSubset | None", int, list
     if synthetic is not None and not config.data.shards.exists():
         images = f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use"
         return images, None, len(CLASSES), [(synthetic.height_px, synthetic.width_px)]
-    shards = open_data(config.data)
+    shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
     check_data(shards, config, evaluated=("val",))
     subset = train_data(shards, config).subset
     num_val = int(shards.index("val").labeled.sum())

@@ -14,6 +14,8 @@ Scalar = bool | int | float | str
 
 BEST_ARM = "best"
 """Name of the best configuration among the baselines' names."""
+FINGERPRINT = "train.data.fingerprint"
+"""Setting of a sweep that `--set ...=null` takes away, so that it goes on with other data."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$"
 

@@ -18,6 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # torch's seed is thi
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9]+-[0-9a-f]{32}$", strict=True)]
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
@@ -100,6 +101,17 @@ class DataConfig(Section):
     """Unlabelled images per step, over all workers; not used by `method: supervised`."""
     slices: dict[str, str] = Field(default_factory=dict)
     """Name -> glob pattern of image ids: slices of a split whose scores are also reported apart."""
+    fingerprint: dict[str, Fingerprint] | None = None
+    """Split -> fingerprint of its images and masks, as the manifest of the shards has it. Sweeps and trainings write it when they begin, and
+    refuse other data from then on. None: not checked."""
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _what_is_trained_on_is_checked(cls, fingerprint: dict[str, str] | None) -> dict[str, str] | None:
+        missing = [split for split in ("train", "val") if fingerprint is not None and split not in fingerprint]
+        if missing:
+            raise ValueError(f"must have the fingerprint of {missing[0]}, or be null for no check.")
+        return fingerprint
 
     @field_validator("slices")
     @classmethod

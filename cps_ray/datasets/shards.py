@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -343,7 +343,11 @@ def image_hashes(index: Index) -> dict[str, bytes]:
 
 def fingerprint(index: Index) -> str:
     """Returns `IMAGES-HEX` of a split: equal where ids, decoded images and train ids are, in any order, shards and encoding."""
-    hashes = image_hashes(index)
+    return fingerprint_of(image_hashes(index))
+
+
+def fingerprint_of(hashes: Mapping[str, bytes]) -> str:
+    """Returns the fingerprint of a split with these `image_hashes`."""
     text = (image_id.encode() + b"\0" + hashes[image_id] for image_id in sorted(hashes))
     return f"{len(hashes)}-{sha256(*text).hex()[:32]}"
 

@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         tune_cpu(max(1, round(config.resources.cpus_per_worker)))
-    shards = open_data(config.data)
+    shards = open_data(config.data, (split,))
     networks = load_networks(config, read_checkpoint(Path(checkpoint)), len(shards.classes), source=checkpoint)
     for network in networks.values():
         network.to(device)

@@ -71,6 +71,9 @@ def export_model(
         "classes": list(manifest.classes),
         "palette": [list(color) for color in manifest.palette],
         "ignore": IGNORE,
+        "fingerprint": config.data.fingerprint,
+        # What pixels were before they became 8-bit RGB; a predictor of raw files does the same.
+        **manifest.model_dump(mode="json", include={"bands", "value_range"}),
     }
     (unfinished / "model.json").write_text(json.dumps(describe, indent=2) + "\n")
     (unfinished / "config.yaml").write_text(dump_yaml(config.dump(str(folder)), "The training that made this model."))

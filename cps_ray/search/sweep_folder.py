@@ -9,11 +9,11 @@ from typing import TextIO
 
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.config.train import DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.loader import check_data, evaluated_sizes, metrics_of
-from cps_ray.datasets.open import open_data
+from cps_ray.datasets.open import HASHES_FILE, fingerprints, open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.evaluation import further_scores
 from cps_ray.engine.preflight import Preflight, check_sweep
@@ -63,7 +63,7 @@ def _clear(root: Path) -> None:
             f"{root}: already holds a sweep ({state}). Continue: {RESUME} {shell_path(root)}. "
             "Start again: --name NEW, or --fresh to move it aside."
         )
-    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE):
+    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE, HASHES_FILE):
         (root / name).unlink(missing_ok=True)
 
 
@@ -75,18 +75,35 @@ def write_resolved(root: Path, config: SweepConfig) -> None:
     )
 
 
-def check(config: SweepConfig, where: Where) -> Shards:
+def with_fingerprints(config: SweepConfig) -> SweepConfig:
+    """Returns the sweep with the fingerprint of its data, unless it has one, and those of baselines on other data."""
+    data = config.train.data
+    fingerprint = data.fingerprint or fingerprints(open_data(data))
+    baselines = {}
+    for name, changes in config.baselines.items():
+        other = apply(config.train, changes, f"baseline {name}").data
+        # What it has from `train` is of the data of `train`.
+        if other.shards != data.shards and data.fingerprint in (None, other.fingerprint):
+            unchecked = other.model_copy(update={"fingerprint": None})
+            changes = {**changes, "data.fingerprint": fingerprints(open_data(unchecked))}
+        baselines[name] = changes
+    checked = data.model_copy(update={"fingerprint": fingerprint})
+    train = config.train.model_copy(update={"data": checked})
+    return config.model_copy(update={"train": train, "baselines": baselines})
+
+
+def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     """Checks everything that can be wrong before a cluster starts: data, networks and metric, of trials and of final runs.
 
-    `where`: as `read_sweep` returns it.
+    `where`: as `read_sweep` returns it. `hashes_in`: the folder that may say what the data were, as `open_data` takes it.
     """
-    shards = open_data(config.train.data)
+    shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
     for changed in (config.train, *final_training_configs(config)):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
-            check_data(open_data(changed.data), changed)
+            check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
     check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
     known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric

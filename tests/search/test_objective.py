@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from support import changed
 
+from cps_ray.config.reader import load_train
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch
+from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.evaluation import predict
 from cps_ray.engine.ranks import Ranks
@@ -149,12 +151,16 @@ def test_what_is_exported_is_the_network_of_the_objective(
     trained: tuple[TrainConfig, Path], tmp_path: Path, network: str
 ) -> None:
     config, checkpoint = trained
-    manifest = open_shards(config.data.shards).manifest
+    shards = open_shards(config.data.shards)
+    config = changed(config, data__fingerprint=fingerprints(shards))
+    manifest = shards.manifest.model_copy(update={"bands": (4, 3, 2), "value_range": (0.0, 2047.0)})
     folder = export_model(tmp_path, config, checkpoint, manifest, {}, network)
     networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
     first = "b" if network == "b" else "a"
     described: dict[str, Any] = json.loads((folder / "model.json").read_text())
     assert described["network"] == network
+    assert described["fingerprint"] == config.data.fingerprint == load_train(folder / "config.yaml").data.fingerprint
+    assert (described["bands"], described["value_range"]) == ([4, 3, 2], [0.0, 2047.0])
     parts = [(first, "model.safetensors", described)]
     parts += [(peer["network"], peer["file"], peer) for peer in described.get("peers", [])]
     assert [name for name, _, _ in parts] == (["a", "b"] if network == "ensemble" else [network])
