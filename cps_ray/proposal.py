@@ -102,14 +102,18 @@ def _write(out: Path, files: dict[str, bytes]) -> list[str]:
             and state.get(name) != hashlib.sha256(path.read_bytes()).hexdigest()
         ):
             other = path.with_name(f"{path.stem}.new{path.suffix}")
-            write_whole(other, lambda temporary, data=data: temporary.write_bytes(data))
+            write_whole(other, partial(_put, data))
             lines.append(f"{display_path(path)} was edited and stays; the new proposal is {display_path(other)}")
             continue
-        write_whole(path, lambda temporary, data=data: temporary.write_bytes(data))
+        write_whole(path, partial(_put, data))
         state[name] = hashlib.sha256(data).hexdigest()
         lines.append(f"wrote {display_path(path)}")
     write_json(out / _STATE, state)
     return lines
+
+
+def _put(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
 
 
 class _Proposal:

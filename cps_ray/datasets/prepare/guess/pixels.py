@@ -28,7 +28,8 @@ _THIN = 0.1
 """An area of which a smaller part is left when its border is taken away is a line between others."""
 _ENDS = 0.97
 """Part of the pixels of a grey mask that are nearly black or nearly white."""
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def spread(items: Sequence[T], count: int = _SAMPLE) -> list[T]:
