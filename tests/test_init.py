@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from trees import patches, save, scene
 
 from cps_ray import init, prepare, sweep
 from cps_ray.config.reader import load_sweep
@@ -17,8 +18,6 @@ from cps_ray.datasets.images import decode_mask
 from cps_ray.datasets.loader import check_data
 from cps_ray.datasets.prepare.recipe import load_recipe, voc_color
 from cps_ray.datasets.shards import open_shards
-
-from trees import patches, save, scene
 
 Pixels = NDArray[np.uint8]
 SIZE = (48, 64)
@@ -354,7 +353,8 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     before = sorted(tmp_path.rglob("*"))
     assert init.main(["data"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,7 +12,7 @@ _TILE_REGEX = r"^(.*?)[_\-]?(?:(?:frame|tile|patch|crop|slice|frm)[_\-]?\d+|_?y\
 _NUMBER_REGEX = r"^(.*\D)\d+$"
 _FOLDER_REGEX = r"^(.+)/"
 _FEWEST_GROUPS = 6
-"""With fewer groups no draw of three splits is even."""
+"""Fewest groups that can be drawn evenly for three splits."""
 
 
 def value(setting: Any) -> str:
