@@ -8,6 +8,7 @@ from cps_ray import __version__
 from cps_ray.text import did_you_mean
 
 COMMANDS = {
+    "init": "photos and masks -> a recipe and a first sweep that run as they are",
     "prepare": "raw data set -> checked Parquet shards",
     "inspect": "prepared shards -> checks, statistics, contact sheets and a page",
     "subsets": "which training images are labelled: drawn or published lists",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cps_ray.command import command_parser, entry, image_bar, run_command, say
 from cps_ray.config.train import SyntheticConfig
 from cps_ray.errors import DataError
-from cps_ray.text import printable
+from cps_ray.text import printable, shell_path, spaced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -240,8 +240,23 @@ def _run(args: argparse.Namespace) -> int:
         lines += [f"  {item.file}: {item.why}" for item in manifest.left_out[:_MAX_LINES]]
     say(console, f"{args.out}: {manifest.made_by.format}")
     console.print(summary(manifest), highlight=False, soft_wrap=True)
-    say(console, *lines)
+    say(console, *lines, summary_line(manifest), f"next: {_next_command(args)}")
     return 0
+
+
+def summary_line(manifest: "Manifest") -> str:
+    """Returns `ok: 30 labelled, 2 000 unlabelled, 3 classes`, over all splits."""
+    masks = sum(split.masks for split in manifest.splits.values())
+    rest = sum(split.images for split in manifest.splits.values()) - masks
+    return f"ok: {spaced(masks)} labelled, {spaced(rest)} unlabelled, {len(manifest.classes)} classes"
+
+
+def _next_command(args: argparse.Namespace) -> str:
+    """Returns the command that comes next: the sweep that lies beside the recipe or, if there is none, a look at the shards."""
+    sweep = args.recipe.with_name("sweep.yaml") if args.format == "folder" else None
+    if sweep is not None and sweep.exists():
+        return f"python -m cps_ray.sweep {shell_path(sweep)}"
+    return f"python -m cps_ray.inspect {shell_path(args.out)}"
 
 
 if __name__ == "__main__":

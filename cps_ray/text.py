@@ -74,6 +74,11 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
 
 
+def spaced(number: int) -> str:
+    """Returns a count with a space before each three digits: `2 000`."""
+    return f"{number:,}".replace(",", " ")
+
+
 def display_path(path: Path) -> str:
     """Returns a path for people: relative to the working directory, if that is shorter."""
     relative = os.path.relpath(path)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
+from trees import patches, save, scene
 
-from cps_ray import subsets
+from cps_ray import init, subsets
 from cps_ray.__main__ import COMMANDS
 from cps_ray.bench import methods
 from cps_ray.config.reader import load_sweep, load_train, presets
@@ -189,6 +190,12 @@ def test_commands_work_as_printed(
     command: Printed, place: Path, data_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = words_after_name(command.text)
+    if "crops" in command.text:
+        for number in range(6):
+            save(Path(f"crops/{number:03d}.jpg"), scene(str(number)))
+            save(Path(f"crops/{number:03d}.png"), patches(str(number), (0, 1)))
+        if words[0] != "init":
+            assert init.main(["crops"]) == 0
     module, args = parsed(words, monkeypatch)
     given = vars(args)
     if words[0] == "sweep" and "file" in given:
@@ -205,7 +212,7 @@ def test_commands_work_as_printed(
     if "lists" in given:
         (args.lists / "1_8").mkdir(parents=True)
         shutil.copy(data_set / "subsets/1_8" / LABELED_LIST, args.lists / "1_8")
-    quick = words[0] in ("inspect", "subsets", "encoders") or words[:2] == ["prepare", "synthetic"]
+    quick = words[0] in ("init", "inspect", "subsets", "encoders") or words[:2] == ["prepare", "synthetic"]
     if quick or given.get("dry_run"):
         assert module.main(words[1:]) == 0
 

@@ -121,18 +121,23 @@ def thumbnails(index: Index, rows: NDArray[np.int64], palette: Sequence[PaletteC
 
 
 def _thumbnail(encoded: Encoded, palette: Sequence[PaletteColor]) -> Thumbnail:
-    image = decode_image(encoded.image)
+    mask = None if encoded.mask is None else decode_mask(encoded.mask)
+    return make_thumbnail(encoded.id, decode_image(encoded.image), mask, palette)
+
+
+def make_thumbnail(image_id: str, image: Pixels, mask: Pixels | None, palette: Sequence[PaletteColor]) -> Thumbnail:
+    """Makes a thumbnail of an image uint8 (H, W, 3) and, if it has one, its mask of train ids (H, W)."""
     height, width = image.shape[:2]
     scale = min(_TILE_PX[0] / height, _TILE_PX[1] / width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # INTER_AREA averages what it shrinks; an enlarged image keeps its pixels as squares, like its mask.
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    if encoded.mask is None:
-        return Thumbnail(encoded.id, np.asarray(small, np.uint8), labeled=False)
-    mask = np.asarray(cv2.resize(decode_mask(encoded.mask), size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+    if mask is None:
+        return Thumbnail(image_id, np.asarray(small, np.uint8), labeled=False)
+    mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
     seam = np.full((size[1], _SEAM_PX, 3), 255, np.uint8)
     overlay = paint_mask(mask, palette, np.asarray(small, np.uint8))
-    return Thumbnail(encoded.id, np.hstack([np.asarray(small, np.uint8), seam, overlay]), labeled=True)
+    return Thumbnail(image_id, np.hstack([np.asarray(small, np.uint8), seam, overlay]), labeled=True)
 
 
 def paint_swatch(label: int, palette: Sequence[PaletteColor], side_px: int = _SWATCH_PX) -> Pixels:
