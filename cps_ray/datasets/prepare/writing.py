@@ -180,7 +180,10 @@ def write_shard(job: ShardJob) -> ShardReport:
         findings=findings,
     )
     # Last, because a report says that the shard beside it is complete.
-    write_text(job.path.with_suffix(".json"), json.dumps({**vars(report), "findings": [asdict(finding) for finding in findings]}))
+    write_text(
+        job.path.with_suffix(".json"),
+        json.dumps({**vars(report), "findings": [asdict(finding) for finding in findings]}),
+    )
     return report
 
 
