@@ -12,7 +12,7 @@ quickstart: $(READY)
 	@echo
 	@echo "Look at best/examples.png in the sweep folder: what the best model and the baseline make of test images."
 	@echo "Use the environment: . .venv/bin/activate (or write .venv/bin/cps-ray); cps-ray --help lists the commands."
-	@echo "Your own images: change copies of data/recipe.yaml and sweeps/quickstart.yaml, as README.md says under Your own images."
+	@echo "Your own images: cps-ray init PHOTOS writes a recipe and a first sweep, as README.md says under Your own images."
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
