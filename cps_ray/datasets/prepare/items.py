@@ -247,7 +247,7 @@ def read_mask(reader: MaskReader, source: Source, size: Size, orientation: int) 
         if raw.clear is None and source.field_of_view is None:
             facts = replace(facts, class_pixels=reader.count_classes(values))
     if source.field_of_view:
-        outside = raw_mask(source.field_of_view).values == 0
+        outside = ~reader.foreground(source.field_of_view, raw_mask(source.field_of_view))
         train_ids = np.where(outside, np.uint8(IGNORE), train_ids)
     return train_ids, facts
 

@@ -119,10 +119,13 @@ class MaskReader:
                 remedy = "say in the recipe what that means, `transparent: ignore` or `transparent: NAME` of a class"
                 raise _bad_item("mask is transparent", path, found, remedy)
             alpha = np.asarray(raster.alpha)
-            clear = turned(alpha < (_OPAQUE if alpha.dtype == np.uint8 else alpha.max() / 2), raster.orientation)
+            clear = turned(
+                alpha < _OPAQUE / 255 * (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1),
+                raster.orientation,
+            )
         palette: dict[int, int] = {}
         samples = raster.samples
-        if raster.palette is not None and self.coding == "colors":
+        if raster.palette is not None and (self.coding == "colors" or self.threshold is not None):
             samples = raster.palette[samples[..., 0]]
         elif raster.palette is not None:
             used = np.unique(samples if clear is None else samples[~turned(clear, _BACK[raster.orientation])])
@@ -193,13 +196,22 @@ class MaskReader:
                 found = f"`threshold` is for grey masks, but this is {kind} with colours"
                 raise _bad_item("mask is coloured", path, found, "save it as grey, or use `mask_coding: colors`")
             values = values.mean(axis=2)
+        unknown = int((~np.isfinite(values)).sum())
+        if unknown:
+            found = f"values of a mask must be numbers, but {unknown} are not finite"
+            raise _bad_item("mask is no map of ids", path, found, "save 0 or 1 there, or ids, of which one is ignored")
         return np.asarray(values > self.threshold, np.uint8)
 
     def foreground(self, path: str, raw: RawMask) -> NDArray[np.bool_]:
         """Returns (H, W) where a mask of one class, whose own values do not matter, is not 0 and not transparent.
 
-        Raises BadItemError where it has grey levels, so that an edge would be a matter of taste.
+        Raises BadItemError where it has grey levels, so that an edge would be a matter of taste, or where a palette has another
+        colour than black for 0.
         """
+        for index, color in raw.palette.items():
+            if (index == 0) != (color == 0):
+                found = f"index 0 must be black, and others not, but index {index} is {color_text(color)}"
+                raise _bad_item("palette is ambiguous", path, found, "save it in grey, 0 where the class is not")
         levels = np.unique(raw.values)
         if len(levels) > _MAX_UNKNOWN_IDS:
             found = f"a mask of one class must hold two values, but this holds {len(levels)}: its edges are smoothed"

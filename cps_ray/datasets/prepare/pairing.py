@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 
-from cps_ray.datasets.lists import listed_ids, matcher, normalized
+from cps_ray.datasets.lists import listed_ids, normalized
 from cps_ray.datasets.prepare.annotations.coco import coco_train_ids, read_coco
 from cps_ray.datasets.prepare.findings import Finding
 from cps_ray.datasets.prepare.items import MaskFile, Source
@@ -230,10 +230,20 @@ def _read_coco(files: _SplitFiles, recipe: Recipe) -> list[Finding]:
     path = str(files.raw / (files.split.coco or ""))
     coco = read_coco(path)
     train_ids = coco_train_ids(coco, recipe.reader().outlines.labels)
-    match = matcher(files.images)
+    # By the names of the files, exactly: lists are read more kindly, but here another photo would get the outlines.
+    named: dict[str, list[tuple[str, str]]] = {}
+    for key, paths in files.images.items():
+        for file in paths:
+            named.setdefault(normalized(file.name), []).append((key, normalized(file.as_posix())))
     lost = []
     for image in coco.images:
-        meant = match(image.name)
+        name = normalized(image.name)
+        same = named.get(name.rpartition("/")[2], [])
+        parts = name.split("/")
+        # The longest end counts: the first folders may be those of another machine.
+        ends = ("/".join(parts[at:]) for at in range(len(parts)))
+        fitting = ([key for key, file in same if file.endswith(f"/{end}")] for end in ends)
+        meant = next((keys for keys in fitting if keys), [])
         if len(meant) > 1:
             raise DataError(
                 f"{path}, image {image.name!r}: must be one file, but may be {first_few(sorted(meant))}; let `{ID}` take in "

@@ -493,3 +493,77 @@ def test_the_fingerprint_is_of_pixels_and_train_ids(raw: RawFolder) -> None:
     pixels[0, 0, 0] ^= 1
     save(raw.raw / "images/0.bmp", pixels)
     assert again("a pixel of an image") != first
+
+
+# ------------------------------------------------------------------------------------- what an index or a name hides
+
+
+def white_first(area: np.ndarray) -> bytes:
+    """A palette image of black and white whose index 0 is white: the area is index 0."""
+    return with_palette(np.where(area, 0, 1).astype(np.uint8), [(255, 255, 255), (0, 0, 0)])
+
+
+def test_a_palette_whose_first_colour_is_white_is_no_mask_of_one_class(raw: RawFolder) -> None:
+    raw.photos(1).describe(splits="{train: {images: images/*, masks: {body: body/*}}}")
+    raw.write("body/0.png", white_first(mask(0, (0, 1)) > 0))
+    assert "index 0 must be black, and others not, but index 0 is (255, 255, 255)" in raw.refused()
+    save(raw.raw / "body/0.png", mask(0, (0, 255)))
+    raw.prepare()
+    check(raw, {"0": mask(0, (0, 1))})
+
+
+def test_a_field_of_view_is_judged_by_its_colours_too(raw: RawFolder) -> None:
+    raw.photos(1).describe(splits="{train: {images: images/*, masks: masks/*, ignore_masks: fov/*}}")
+    save(raw.raw / "masks/0.png", mask(0))
+    raw.write("fov/0.png", white_first(mask(1, (0, 1)) > 0))
+    assert "index 0 must be black, and others not" in raw.refused()
+
+
+def test_a_threshold_is_of_grey_levels_and_not_of_indices(raw: RawFolder) -> None:
+    raw.photos(1).describe("threshold: 127", classes="[{name: background}, {name: body}]")
+    area = mask(0, (0, 1)) > 0
+    raw.write("masks/0.png", white_first(area))
+    raw.prepare()
+    check(raw, {"0": area.astype(int)})
+
+
+def test_deep_masks_that_are_transparent_all_over(raw: RawFolder) -> None:
+    """Two masks: one of them alone would show one class."""
+    raw.photos(2).describe("transparent: background")
+    for number, alpha in enumerate((0, 65535)):
+        values = np.repeat(mask(number)[..., None].astype(np.uint16), 4, axis=2)
+        values[..., 3] = alpha
+        raw.write(f"masks/{number}.png", bytes(cv2.imencode(".png", values)[1]))
+    raw.prepare()
+    check(raw, {"0": np.zeros(SIZE), "1": mask(1)})
+
+
+def test_probabilities_that_are_not_a_number_have_no_threshold(raw: RawFolder) -> None:
+    raw.photos(1).describe("threshold: 0.5", classes="[{name: background}, {name: body}]")
+    values = mask(0, (0, 1)).astype(np.float32)
+    values[0, 0] = np.nan
+    raw.raw.joinpath("masks").mkdir()
+    np.save(raw.raw / "masks/0.npy", values)
+    assert "must be numbers, but 1 are not finite" in raw.refused()
+
+
+def test_an_image_of_a_coco_file_is_the_file_of_that_very_name(raw: RawFolder) -> None:
+    """`0_left.jpg` is not there, and `0.jpg` is another photo."""
+    raw.photos(1)
+    document = json.loads(coco(1))
+    document["images"][0]["file_name"] = "0_left.jpg"
+    raw.write("labels.json", json.dumps(document).encode())
+    raw.describe(classes=LABELED, splits="{train: {images: images/*, coco: labels.json}}")
+    assert "'0' has none" in raw.refused()
+
+
+@pytest.mark.parametrize("name", ["images/a/0_rgb.jpg", "elsewhere/a/0_rgb.jpg", "a/0_rgb.jpg"])
+def test_images_of_a_coco_file_are_found_by_their_path(raw: RawFolder, name: str) -> None:
+    for drive in "ab":
+        save(raw.raw / f"images/{drive}/0_rgb.jpg", scene(drive))
+    document = json.loads(coco(1))
+    document["images"][0]["file_name"] = name
+    raw.write("labels.json", json.dumps(document).encode())
+    splits = "{train: {images: 'images/{id}_rgb.jpg', coco: labels.json, unlabeled: rest}}"
+    raw.describe(classes=LABELED, splits=splits).prepare()
+    assert {key: found is not None for key, found in raw.masks().items()} == {"a/0": True, "b/0": False}
