@@ -86,7 +86,7 @@ class Picture:
     orientation: int
     """EXIF orientation, 1..8; 1 is upright."""
     peak: int | None
-    """Largest value before the image was brought to 8 bits; None where it had 8."""
+    """Largest value before the image was brought to 8 bits; None where it had 8, or the file says its white."""
     aside: str = ""
     """What of the file was left aside, in words; empty for nothing."""
 
@@ -117,6 +117,8 @@ def read_image(
         raster.format == "JPEG" and _decoded_as(data, pixels, raster)
     )
     stored = data if as_it_came and bands is None else encode_image(pixels, grey=grey)
+    if raster.white not in (None, 65535):  # a file that says its largest value, 4095 of 12 bits, is not dark for it
+        peak = None
     return Picture(stored, pixels, grey, raster.orientation, peak, aside)
 
 

@@ -253,6 +253,13 @@ def test_the_size_that_is_seen(kind: str, orientation: int) -> None:
     assert read_image(data).pixels.shape[:2] == upright_size(data)[0]
 
 
+def test_12_bits_whose_white_the_file_says_are_not_dark() -> None:
+    values = RNG.integers(0, 4096, SIZE).astype(">u2")
+    picture = read_image(b"P5 31 20 4095\n" + values.tobytes())
+    assert np.array_equal(picture.pixels[..., 0], (values * (255 / 4095)).round().astype(np.uint8))
+    assert picture.peak is None
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 FOREIGN = {
