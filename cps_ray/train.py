@@ -25,7 +25,7 @@ from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
-from cps_ray.text import printable
+from cps_ray.text import printable, shell_path
 
 if TYPE_CHECKING:
     from cps_ray.datasets.subsets import LabeledSubset
@@ -75,6 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.datasets.open import fingerprints, open_data, write_image_hashes
     from cps_ray.engine.preflight import Preflight, check_training
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+    from cps_ray.on_ray.export import export_best
+    from cps_ray.on_ray.trainer import DEFAULT_METRIC
     from cps_ray.runs import CONFIG_FILE
 
     shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
@@ -98,6 +100,9 @@ def _run(args: argparse.Namespace) -> int:
             trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
             print(*map(printable, (*cluster.banner(), f"Run folder: {folder}")), sep="\n", flush=True)
             _fit(config, folder)
+            model = export_best(folder, config, folder, DEFAULT_METRIC, "a", shards)
+            if model is not None:
+                print(printable(f"Model: {shell_path(model)}"))
     except KeyboardInterrupt:
         print(printable(f"interrupted. Resume: {_resume_command(folder)}"))
         return 128 + signals[0]

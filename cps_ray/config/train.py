@@ -522,12 +522,9 @@ class ComputeConfig(Section):
     agree to float tolerance; with false they are those of torch, bit for bit."""
 
 
-class EvaluationConfig(Section):
-    """How images are evaluated, at their own size: every pixel counts once."""
+class ViewsConfig(Section):
+    """How a network sees an image that it predicts, and how the scores of its views are put together."""
 
-    networks: Literal["all", "a"] = "all"
-    """`a`: network a alone, as `val/miou`. `all`: also the others, as `val/b/miou`, and the mean of all networks' probabilities, as
-    `val/ensemble/miou`."""
     window_px: tuple[PositiveInt, PositiveInt] | Literal["whole"] | None = None
     """(height, width) of a sliding window; smaller images are padded to it. `whole`: every image in one piece, whatever memory it takes.
     None: in one piece up to 8 times the pixels of `data.crop_px`, larger images in windows of that size."""
@@ -541,9 +538,6 @@ class EvaluationConfig(Section):
     """Zooms at which each image is predicted."""
     flip: bool = False
     """Whether each image is also predicted mirrored."""
-    hidden_images: NonNegativeInt = 32
-    """Largest number of unlabelled training images whose masks, if there are any, are used to measure pseudo labels (`pseudo/miou`).
-    No loss and no search sees these masks. 0: they are never read."""
 
     @model_validator(mode="after")
     def _windows_touch(self) -> Self:
@@ -555,6 +549,26 @@ class EvaluationConfig(Section):
             if stride > window:
                 raise ValueError(f"`stride_px` must be at most `window_px`, but got {stride} for {window}.")
         return self
+
+
+class EvaluationConfig(ViewsConfig):
+    """How images are evaluated, at their own size: every pixel counts once."""
+
+    networks: Literal["all", "a"] = "all"
+    """`a`: network a alone, as `val/miou`. `all`: also the others, as `val/b/miou`, and the mean of all networks' probabilities, as
+    `val/ensemble/miou`."""
+    hidden_images: NonNegativeInt = 32
+    """Largest number of unlabelled training images whose masks, if there are any, are used to measure pseudo labels (`pseudo/miou`).
+    No loss and no search sees these masks. 0: they are never read."""
+
+
+class InferenceConfig(ViewsConfig):
+    """What of a training's settings its model keeps, to predict images as they were evaluated."""
+
+    crop_px: tuple[PositiveInt, PositiveInt]
+    """(height, width) of a training crop, for `window_px: null`."""
+    autocast: Precision = "none"
+    """`compute.autocast` of the training."""
 
 
 class ResourcesConfig(Section):
@@ -697,6 +711,12 @@ class TrainConfig(Section):
             for name in self.class_weights
         }
         return self.model_copy(update=changes)
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """How the networks predict images."""
+        views = self.evaluation.model_dump(include=set(ViewsConfig.model_fields))
+        return InferenceConfig(**views, crop_px=self.data.crop_px, autocast=self.compute.autocast)
 
     @property
     def unlabeled_views(self) -> tuple[View, ...]:

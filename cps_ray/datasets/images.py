@@ -101,6 +101,21 @@ def read_image(
     bytes are no such image, have more bands and no `bands` say which, or are signed or floats and there is no `value_range`.
     """
     raster = open_raster(data, name)
+    pixels, grey, peak, aside = to_rgb(raster, value_range, bands)
+    # A PNG is stored upright, since decoders differ in whether they turn it; a JPEG would lose by being encoded again.
+    as_it_came = (raster.format == "PNG" and raster.orientation == 1 and peak is None) or (
+        raster.format == "JPEG" and _decoded_as(data, pixels, raster)
+    )
+    stored = data if as_it_came and bands is None else encode_image(pixels, grey=grey)
+    if raster.white not in (None, 65535):  # a file that says its largest value, 4095 of 12 bits, is not dark for it
+        peak = None
+    return Picture(stored, pixels, grey, raster.orientation, peak, aside)
+
+
+def to_rgb(
+    raster: Raster, value_range: ValueRange | None, bands: tuple[int, ...] | None
+) -> tuple[NDArray[np.uint8], bool, int | None, str]:
+    """Returns a raster as uint8 (H, W, 3) RGB, upright, and `grey`, `peak` and `aside` as in `Picture`. Settings and errors: `read_image`."""
     values, aside = chosen_bands(raster, bands)
     grey = values.shape[2] == 1
     if values.dtype == np.uint8:
@@ -111,15 +126,7 @@ def read_image(
         pixels, peak = _to_8_bits(raster, values, value_range)
     if raster.inverted:
         pixels = 255 - pixels
-    pixels = turned(np.repeat(pixels, 3, axis=2) if grey else pixels, raster.orientation)
-    # A PNG is stored upright, since decoders differ in whether they turn it; a JPEG would lose by being encoded again.
-    as_it_came = (raster.format == "PNG" and raster.orientation == 1 and peak is None) or (
-        raster.format == "JPEG" and _decoded_as(data, pixels, raster)
-    )
-    stored = data if as_it_came and bands is None else encode_image(pixels, grey=grey)
-    if raster.white not in (None, 65535):  # a file that says its largest value, 4095 of 12 bits, is not dark for it
-        peak = None
-    return Picture(stored, pixels, grey, raster.orientation, peak, aside)
+    return turned(np.repeat(pixels, 3, axis=2) if grey else pixels, raster.orientation), grey, peak, aside
 
 
 def _decoded_as(data: bytes, pixels: NDArray[np.uint8], raster: Raster) -> bool:

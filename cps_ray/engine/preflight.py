@@ -22,7 +22,7 @@ from cps_ray.config.train import METHOD_SETTINGS, ComputeConfig, LossConfig, Net
 from cps_ray.config.variants import Variant, variants
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.engine.batch import Batch
-from cps_ray.engine.evaluation import predict, window_of
+from cps_ray.engine.inference import predict, window_of
 from cps_ray.engine.losses import check_losses
 from cps_ray.engine.methods import losses_of_networks
 from cps_ray.engine.names import check_names, timm_cfg
@@ -302,15 +302,15 @@ def _try_crop(place: str, form: NetworkConfig, network: Segmenter, crop_px: Size
 
 def _try_image(config: TrainConfig, place: str, form: NetworkConfig, network: Segmenter, size: Size) -> None:
     """Predicts one image as an evaluation does: in windows, at all scales; mirrored it has the same shape."""
-    evaluation = config.evaluation.model_copy(update={"flip": False})
+    inference = config.inference.model_copy(update={"flip": False})
     network.eval()
     try:
         with _shapes_only():
-            predict(config.model_copy(update={"evaluation": evaluation}), network, _image(1, size))
+            predict(inference, network, _image(1, size))
     except Exception as err:  # see `_runs`
         names = [f"{place}.{name}" for name in ("encoder", "architecture", "options")]
         what, advice = f"images of {_px(size)}", ""
-        window = window_of(config, *size)
+        window = window_of(inference, *size)
         if window is not None:
             names.insert(0, "evaluation.window_px")
             what = f"windows of {_px(window)}"

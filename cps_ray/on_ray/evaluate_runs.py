@@ -1,12 +1,11 @@
 """Checkpoints evaluated on a split, as tasks on the cluster."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import TrainConfig
@@ -14,17 +13,16 @@ from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import tune_cpu
-from cps_ray.engine.evaluation import ENSEMBLE, evaluate, predict, summarise
+from cps_ray.engine.evaluation import evaluate, summarise
+from cps_ray.engine.inference import ENSEMBLE, label_strips
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import CpsRayError
+from cps_ray.model.examples import Example
 from cps_ray.on_ray.trainer import reason
 from cps_ray.runs import read_checkpoint
-
-Example = tuple[str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
-"""(id, image (H, W, 3), true mask (H, W), predicted mask (H, W)), uint8 each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +32,8 @@ class CheckpointScores:
     metrics: Metrics
     """What `summarise` gives: `test/miou`, `test/iou/<class>`, per slice `test/<slice>/miou`, ...: 0..1."""
     examples: list[Example]
+    confusion: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Network, and ENSEMBLE where there are several -> pixels per true class and predicted class."""
 
 
 def evaluate_checkpoint(
@@ -51,25 +51,28 @@ def evaluate_checkpoint(
     for network in networks.values():
         network.to(device)
     counts = evaluate(config, networks, eval_batches(shards, split), len(shards.classes), Ranks(device=device))
-    showing = [*networks.values()] if shown == ENSEMBLE else [networks[shown]]
-    examples = _examples(config, showing, shards.index(split), num_examples, device)
-    return CheckpointScores(summarise(counts, shards.classes, split), examples)
+    showing = networks if shown == ENSEMBLE else {shown: networks[shown]}
+    examples = _examples(config, showing, shown, shards.index(split), num_examples, device)
+    matrices = {"a": counts.whole_split, **counts.others}
+    confusion = {name: matrix.tolist() for name, matrix in matrices.items()}
+    return CheckpointScores(summarise(counts, shards.classes, split), examples, confusion)
 
 
 def _examples(
-    config: TrainConfig, networks: list[Segmenter], index: Index, count: int, device: torch.device
+    config: TrainConfig, networks: dict[str, Segmenter], shown: str, index: Index, count: int, device: torch.device
 ) -> list[Example]:
     rows = np.flatnonzero(index.labeled)
     examples = []
     # The same images for every checkpoint, so that pictures can stand side by side.
     for row in rows[np.linspace(0, len(rows) - 1, count).round().astype(int)] if count else ():
         batch = eval_batch(index, [int(row)])
-        scores = [predict(config, network, batch.image.to(device)) for network in networks]
-        if len(scores) > 1 and config.evaluation.sum == "logits":
-            scores = [each.softmax(dim=1) for each in scores]
-        predicted = torch.stack(scores).mean(dim=0).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        strips = [
+            found.labels[0].cpu().numpy()
+            for name, found in label_strips(config.inference, networks, batch.image.to(device))
+            if name == shown
+        ]
         image = batch.image[0].permute(1, 2, 0).numpy()
-        examples.append((batch.ids[0], np.ascontiguousarray(image), batch.mask[0].numpy(), predicted))
+        examples.append((batch.ids[0], np.ascontiguousarray(image), batch.mask[0].numpy(), np.concatenate(strips)))
     return examples
 
 

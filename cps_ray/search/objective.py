@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
-from cps_ray.engine.evaluation import ENSEMBLE, further_scores
+from cps_ray.engine.evaluation import further_scores
+from cps_ray.engine.inference import ENSEMBLE
 from cps_ray.on_ray.trainer import DEFAULT_METRIC
 
 HEADLINE = "test/miou"

@@ -18,11 +18,14 @@ from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
 from cps_ray.files import read_json
+from cps_ray.model.card import Arms
+from cps_ray.model.examples import write_examples
+from cps_ray.model.writing import MODEL_FOLDER, replaced_folder
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
-from cps_ray.runs import best_checkpoint
 from cps_ray.search.display import make_display
-from cps_ray.search.export import BEST_FILE, MODEL_FOLDER, export_model, write_best, write_picture, write_seeds
+from cps_ray.search.export import BEST_FILE, write_best, write_seeds
 from cps_ray.search.final_phase import (
     EvaluatedRun,
     FinalPhase,
@@ -229,8 +232,8 @@ class Sweep:
 
     def _export(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
         if any(one.run.arm == BEST_ARM for one in evaluated):
-            exported = self._export_final(evaluated, shards)
             final = compare(evaluated, self._metric)
+            exported = self._export_final(evaluated, final["arms"], shards)
         else:  # `final.retrain: none`: the search's own best model is what there is
             self._export_best_trial(best, shards)
             exported, final = best, None
@@ -241,30 +244,35 @@ class Sweep:
         for line in verdict_lines(self._root, summary):
             self._say(line)
 
-    def _export_final(self, evaluated: list[EvaluatedRun], shards: Shards) -> TrainConfig:
+    def _export_final(self, evaluated: list[EvaluatedRun], arms: Arms, shards: Shards) -> TrainConfig:
         """Writes best/; returns the training that it is from, which `final.set` may have changed."""
         # Of the seeds the one that is best on val: choosing by test would make its test score too good.
         top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
         job = top.run.job
-        metrics = {"step": top.step, "seed": top.run.seed, job.metric: top.validation, **top.scores.metrics}
-        network = measured_network(job.metric)
-        folder = export_model(self._root, job.config, top.checkpoint, shards.manifest, metrics, network)
-        write_seeds(folder / "seeds.csv", [one.row() for one in evaluated])
-        columns = {one.run.arm: one.scores for one in evaluated if one.run.seed == top.run.seed}
+        facts = {"step": top.step, "seed": top.run.seed, job.metric: top.validation}
+        columns = {one.run.arm: one.scores.examples for one in evaluated if one.run.seed == top.run.seed}
         # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
         columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
-        write_picture(folder / "examples.png", columns, shards.manifest)
-        return top.run.job.config
+        with replaced_folder(self._root / MODEL_FOLDER) as folder:
+            network = measured_network(job.metric)
+            write_checkpoint_model(
+                folder, job.config, top.checkpoint, shards, top.scores, facts, network=network, arms=arms
+            )
+            write_seeds(folder / "seeds.csv", [one.row() for one in evaluated])
+            write_examples(folder / "examples.png", columns, shards.manifest.palette)
+        return job.config
 
     def _export_best_trial(self, best: TrainConfig, shards: Shards) -> None:
         trial = self._study.best()
         assert trial is not None
-        found = best_checkpoint(trial_folder(self._root, trial.number), self._metric)
-        if found is not None:
-            checkpoint, meta = found
-            metrics = {"step": meta["step"], "seed": best.seed, **meta["metrics"]}
-            network = measured_network(self._metric)
-            export_model(self._root, best, checkpoint, shards.manifest, metrics, network)
+        export_best(
+            self._root,
+            best,
+            trial_folder(self._root, trial.number),
+            self._metric,
+            measured_network(self._metric),
+            shards,
+        )
 
     def _save(self, status: str, **facts: Any) -> dict[str, Any]:
         write_tables(self._root, self._study, self._config)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config.sweep import BEST_ARM
-from cps_ray.engine.evaluation import ENSEMBLE
+from cps_ray.engine.inference import ENSEMBLE
+from cps_ray.model.writing import MODEL_FOLDER
 from cps_ray.search.display import show_params
-from cps_ray.search.export import BEST_FILE, MODEL_FOLDER
+from cps_ray.search.export import BEST_FILE
 from cps_ray.search.final_phase import EvaluatedRun
 from cps_ray.search.objective import HEADLINE, headline_score, measured_network
 from cps_ray.text import display_path, shell_path

@@ -16,17 +16,8 @@ from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine import evaluation
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.evaluation import (
-    ENSEMBLE,
-    Counts,
-    Tally,
-    evaluate,
-    evaluate_hidden,
-    further_scores,
-    predict,
-    summarise,
-    windows,
-)
+from cps_ray.engine.evaluation import Counts, Tally, evaluate, evaluate_hidden, further_scores, summarise
+from cps_ray.engine.inference import ENSEMBLE, predict, windows
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 
@@ -134,7 +125,7 @@ def test_a_pixel_is_the_mean_over_the_windows_that_see_it(
     config = changed(tiny, evaluation__window_px=window, evaluation__stride_px=stride, evaluation__sum=how)
     segmenter, network = tiny_segmenter()
     image = random_images(2, *size)
-    found = predict(config, segmenter, image)
+    found = predict(config.inference, segmenter, image)
     assert found.dtype == torch.float32
     stride = stride or (math.ceil(window[0] * 2 / 3), math.ceil(window[1] * 2 / 3))
     for n in range(2):
@@ -151,7 +142,7 @@ def test_scales_and_mirror_images_are_averaged(
     config = changed(tiny, evaluation__scales=scales, evaluation__flip=flip, evaluation__sum=how)
     segmenter, network = tiny_segmenter()
     image = random_images(2, 23, 37, seed=1)
-    found = predict(config, segmenter, image)
+    found = predict(config.inference, segmenter, image)
     for n in range(2):
         terms = []
         for scale in scales:
@@ -173,7 +164,9 @@ def test_windows_of_scaled_and_mirrored_images(tiny: TrainConfig) -> None:
         for mirrored in (False, True):
             scores = slid(network, scaled.flip(-1) if mirrored else scaled, (12, 16), (8, 11), "logits")
             terms.append(stretch(scores.flip(-1) if mirrored else scores, (15, 21)))
-    torch.testing.assert_close(predict(config, segmenter, image)[0].double(), sum(terms) / 4, rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        predict(config.inference, segmenter, image)[0].double(), sum(terms) / 4, rtol=0, atol=5e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +183,7 @@ def test_images_of_more_than_eight_crops_are_evaluated_in_windows_of_a_crop(
     tiny: TrainConfig, size: tuple[int, int], changes: dict[str, Any], seen: list[tuple[int, ...]]
 ) -> None:
     segmenter, network = tiny_segmenter(stride=16)
-    predict(changed(tiny, data__crop_px=(16, 16), **changes), segmenter, random_images(1, *size))
+    predict(changed(tiny, data__crop_px=(16, 16), **changes).inference, segmenter, random_images(1, *size))
     assert [(x.shape[0], *x.shape[-2:]) for x in network.seen] == [
         (batch, -(-height // 32) * 32, -(-width // 32) * 32) for batch, height, width in seen
     ]
@@ -200,10 +193,10 @@ def test_the_two_sums_differ_and_probabilities_sum_to_one(tiny: TrainConfig) -> 
     segmenter, _ = tiny_segmenter()
     image = random_images(2, 30, 50)
     views = {"evaluation__scales": (0.75, 1.0), "evaluation__flip": True, "evaluation__window_px": (16, 16)}
-    logits, prob = (predict(changed(tiny, **views, evaluation__sum=how), segmenter, image) for how in SUMS)
+    logits, prob = (predict(changed(tiny, **views, evaluation__sum=how).inference, segmenter, image) for how in SUMS)
     torch.testing.assert_close(prob.sum(1), torch.ones(2, 30, 50))
     assert not torch.equal(logits.argmax(1), prob.argmax(1))
-    once_logits, once_prob = (predict(changed(tiny, evaluation__sum=how), segmenter, image) for how in SUMS)
+    once_logits, once_prob = (predict(changed(tiny, evaluation__sum=how).inference, segmenter, image) for how in SUMS)
     torch.testing.assert_close(once_logits.softmax(1), once_prob)  # one term: nothing to average
 
 
@@ -214,7 +207,7 @@ def test_how_many_windows_at_once_changes_nothing(tiny: TrainConfig, stride: int
     for batch in (1, 8):
         segmenter, network = tiny_segmenter(stride)
         config = changed(tiny, evaluation__window_px=(32, 32), evaluation__window_batch=batch)
-        found.append(predict(config, segmenter, image))
+        found.append(predict(config.inference, segmenter, image))
         assert [x.shape[0] for x in network.seen] == ([1] * 18 if batch == 1 else [8, 8, 2])
     torch.testing.assert_close(found[0], found[1])
 
@@ -223,7 +216,7 @@ def test_coarse_logits_of_odd_images_are_those_of_the_network(tiny: TrainConfig)
     segmenter, _ = tiny_segmenter(stride=4)
     image = random_images(2, 37, 45)
     with torch.inference_mode():
-        torch.testing.assert_close(predict(tiny, segmenter, image), segmenter.logits(image))
+        torch.testing.assert_close(predict(tiny.inference, segmenter, image), segmenter.logits(image))
 
 
 def test_the_windows_of_the_reference(tiny: TrainConfig) -> None:
@@ -237,7 +230,7 @@ def test_the_windows_of_the_reference(tiny: TrainConfig) -> None:
         ((32, 512), (32, 512 + 343), 3),
     ):
         network.seen.clear()
-        predict(changed(tiny, evaluation__window_px=window), segmenter, random_images(1, *size))
+        predict(changed(tiny, evaluation__window_px=window).inference, segmenter, random_images(1, *size))
         assert sum(x.shape[0] for x in network.seen) == count
         assert all(x.shape[-2:] == window for x in network.seen)
 
@@ -245,7 +238,7 @@ def test_the_windows_of_the_reference(tiny: TrainConfig) -> None:
 def test_a_small_image_lies_amid_exact_zeros(tiny: TrainConfig) -> None:
     segmenter, network = tiny_segmenter(stride=32)
     image = random_images(1, 375, 500)
-    predict(changed(tiny, evaluation__window_px=(512, 512)), segmenter, image)
+    predict(changed(tiny, evaluation__window_px=(512, 512)).inference, segmenter, image)
     seen = network.seen[0][0].clone()
     inside = seen[:, 68 : 68 + 375, 6:506]
     torch.testing.assert_close(inside.double(), normalised(image[0]), rtol=0, atol=1e-5)
@@ -277,7 +270,7 @@ def table(logits: Tensor) -> Segmenter:
 def test_a_whole_image_costs_one_forward_and_no_copy(tiny: TrainConfig) -> None:
     segmenter = table(torch.eye(4)).eval()
     image = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
-    found = predict(tiny, segmenter, image)
+    found = predict(tiny.inference, segmenter, image)
     made = segmenter.network.made
     assert isinstance(made, list)
     assert len(made) == 1
@@ -287,9 +280,9 @@ def test_a_whole_image_costs_one_forward_and_no_copy(tiny: TrainConfig) -> None:
 def test_half_precision_networks_give_full_precision_scores(tiny: TrainConfig) -> None:
     segmenter, _ = tiny_segmenter(stride=2)
     image = random_images(1, 40, 40)
-    half = predict(changed(tiny, compute__autocast="bf16"), segmenter, image)
+    half = predict(changed(tiny, compute__autocast="bf16").inference, segmenter, image)
     assert half.dtype == torch.float32
-    exact = predict(tiny, segmenter, image)
+    exact = predict(tiny.inference, segmenter, image)
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0.1)
 
@@ -384,7 +377,7 @@ def test_calibration_is_that_of_the_averaged_scores_over_whole_images(
     per_network: dict[str, list[Tensor]] = {"a": [], "b": []}
     for batch in batches():
         for name, network in networks.items():
-            scores = predict(config, network, batch.image).double().movedim(1, -1).reshape(-1, 3)
+            scores = predict(config.inference, network, batch.image).double().movedim(1, -1).reshape(-1, 3)
             per_network[name].append(scores.softmax(1) if how == "logits" else scores)
     prob = {name: torch.cat(parts) for name, parts in per_network.items()}
     target = torch.cat([batch.mask.flatten() for batch in batches()])

@@ -12,7 +12,8 @@ from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import cross_entropy
-from cps_ray.engine.evaluation import evaluate, predict
+from cps_ray.engine.evaluation import evaluate
+from cps_ray.engine.inference import predict
 from cps_ray.engine.networks import Segmenter, build_network, create_model_options
 from cps_ray.engine.preflight import refusal
 from cps_ray.engine.ranks import Ranks
@@ -132,7 +133,7 @@ def test_a_vision_transformer_trains_beside_a_cnn(tiny: TrainConfig, form: dict[
         whole = changed(config, evaluation={"flip": False})
         for network in state.networks.values():
             assert torch.allclose(
-                predict(whole, network.eval(), image(45, 50)), network.logits(image(45, 50)), atol=1e-5
+                predict(whole.inference, network.eval(), image(45, 50)), network.logits(image(45, 50)), atol=1e-5
             )
 
 

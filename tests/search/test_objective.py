@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file
 from support import changed
 
-from cps_ray.config.reader import load_train
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch
-from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.evaluation import predict
+from cps_ray.engine.inference import predict
+from cps_ray.engine.metrics import mean_iou
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state, load_networks
+from cps_ray.model.model import load_model
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
+from cps_ray.on_ray.export import write_checkpoint_model
 from cps_ray.runs import META_FILE, STATE_FILE, best_checkpoint, read_checkpoint, write_checkpoint
-from cps_ray.search.export import export_model
 from cps_ray.search.final_phase import EvaluatedRun, FinalPhase, FinalRun, is_done, plan_final_runs
 from cps_ray.search.objective import headline_score, measured_network, own_metric
 from cps_ray.search.records import Events
@@ -147,30 +147,29 @@ def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 @pytest.mark.parametrize("network", ["a", "b", "ensemble"])
-def test_what_is_exported_is_the_network_of_the_objective(
+def test_what_is_exported_uses_the_network_of_the_objective(
     trained: tuple[TrainConfig, Path], tmp_path: Path, network: str
 ) -> None:
     config, checkpoint = trained
     shards = open_shards(config.data.shards)
-    config = changed(config, data__fingerprint=fingerprints(shards))
-    manifest = shards.manifest.model_copy(update={"bands": (4, 3, 2), "value_range": (0.0, 2047.0)})
-    folder = export_model(tmp_path, config, checkpoint, manifest, {}, network)
+    scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 0, network)
+    facts = {"step": 6, "seed": 1}
+    write_checkpoint_model(tmp_path, config, checkpoint, shards, scores, facts, network=network)
     networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
-    first = "b" if network == "b" else "a"
-    described: dict[str, Any] = json.loads((folder / "model.json").read_text())
-    assert described["network"] == network
-    assert described["fingerprint"] == config.data.fingerprint == load_train(folder / "config.yaml").data.fingerprint
-    assert (described["bands"], described["value_range"]) == ([4, 3, 2], [0.0, 2047.0])
-    parts = [(first, "model.safetensors", described)]
-    parts += [(peer["network"], peer["file"], peer) for peer in described.get("peers", [])]
-    assert [name for name, _, _ in parts] == (["a", "b"] if network == "ensemble" else [network])
-    assert ("combine" in described) == (network == "ensemble")
-    assert {path.name for path in folder.glob("*.safetensors")} == {file for _, file, _ in parts}
-    for name, file, part in parts:
-        weights, expected = load_file(folder / file), networks[name].network.state_dict()
+    model = load_model(tmp_path, device="cpu")
+    assert model.network == network
+    for name, file in (("a", "model.safetensors"), ("b", "model-b.safetensors")):
+        weights, expected = load_file(tmp_path / file), networks[name].network.state_dict()
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in weights)
-        assert part["create_model"]["encoder_name"] == config.model.of("ab".index(name)).encoder
+        assert model.description.networks[name].encoder == config.model.of("ab".index(name)).encoder
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["step"], metrics["test/miou"]) == (6, scores.metrics["test/miou"])
+    assert {name: np.shape(matrix) for name, matrix in metrics["confusion"].items()} == dict.fromkeys(
+        ("a", "b", "ensemble"), (7, 7)
+    )
+    matrix = torch.tensor(metrics["confusion"]["b"])
+    assert mean_iou(matrix) == pytest.approx(metrics["test/b/miou"])
 
 
 @pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
@@ -183,7 +182,7 @@ def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, 
         batch = eval_batch(index, [row])
         assert batch.ids == (name,)
         with torch.inference_mode():
-            prob = {each: predict(config, networks[each], batch.image).softmax(1) for each in "ab"}
+            prob = {each: predict(config.inference, networks[each], batch.image).softmax(1) for each in "ab"}
         expected = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1)[0]
         assert np.array_equal(mask, expected.numpy())
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
+from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
 from cps_ray.search.display import LiveTable, make_display
-from cps_ray.search.export import write_picture
 from cps_ray.search.final_phase import EvaluatedRun, FinalRun, drop_stale, plan_final_runs
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.study import SweepStudy
@@ -142,9 +142,7 @@ def test_pictures_of_any_shape_fit_on_one_sheet(shards: Path, tmp_path: Path) ->
     for height, width in ((32, 48), (40, 20)):
         mask = np.zeros((height, width), np.uint8)
         examples.append(("x", np.zeros((height, width, 3), np.uint8), mask, mask + 1))
-    write_picture(
-        tmp_path / "p.png", {"a": CheckpointScores({}, examples), "b": CheckpointScores({}, examples)}, manifest
-    )
+    write_examples(tmp_path / "p.png", {"a": examples, "b": examples}, manifest.palette)
     sheet = cv2.imread(str(tmp_path / "p.png"))
     assert sheet.shape[0] > 2 * 192
     truth, answer = sheet[34 + 60, int(1.5 * 294)], sheet[34 + 60, int(2.5 * 294)]

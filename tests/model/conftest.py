@@ -1,0 +1,31 @@
+"""Models to take home, made by the engine from networks that nobody has trained."""
+
+from pathlib import Path
+
+import pytest
+from support import changed
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.open import fingerprints
+from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.networks import build_networks
+from cps_ray.model.writing import replaced_folder, write_model
+
+
+@pytest.fixture(scope="session")
+def pair(tiny: TrainConfig) -> TrainConfig:
+    """A training of two networks of different forms."""
+    fingerprint = fingerprints(open_shards(tiny.data.shards))
+    b = {"encoder": "tu-test_resnet", "options": {"decoder_channels": 16}}
+    return changed(tiny, model__b=b, data__fingerprint=fingerprint)
+
+
+@pytest.fixture(scope="session")
+def exported(pair: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of two networks; `network` is a."""
+    folder = tmp_path_factory.mktemp("model") / "best"
+    networks = build_networks(pair, 7)
+    manifest = open_shards(pair.data.shards).manifest
+    with replaced_folder(folder) as new:
+        write_model(new, pair, networks, manifest, {"val/miou": 0.5, "step": 6})
+    return folder
