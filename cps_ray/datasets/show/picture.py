@@ -248,10 +248,10 @@ def _system_fonts(characters: str) -> list[str]:
 
 def shorten_text(text: str, width_px: int, size: int) -> str:
     """Returns the text, or as much of its head and tail as fits: file names differ at both ends."""
-    return _fit(text, width_px, size)[0]
+    return fit_text(text, width_px, size)[0]
 
 
-def _fit(text: str, width_px: int, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+def fit_text(text: str, width_px: int, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     """Returns what `shorten_text` does, and the font to draw it in."""
     font = _font(size, _font_file(_characters(text)) or "")
     keep, short = len(text), text
@@ -273,7 +273,7 @@ def _blank_strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.
 def _draw_heading(title: str, width_px: int) -> Image.Image:
     strip, draw = _blank_strip(width_px, 30)
     title = _drawable(title) or "".join(c if c.isspace() or _has_glyphs("", c) else "?" for c in title)
-    text, font = _fit(title, width_px, 22)
+    text, font = fit_text(title, width_px, 22)
     draw.text((0, 15), text, fill=_INK, font=font, anchor="lm")
     return strip
 
@@ -285,7 +285,7 @@ def _draw_legend(entries: Sequence[tuple[Pixels, str]], width_px: int) -> Image.
     placed = []
     # Where everything goes comes first: the strip's height depends on the number of lines.
     for colors, name in entries:
-        name, font = _fit(name, width_px - text_offset_px, size)
+        name, font = fit_text(name, width_px - text_offset_px, size)
         tabs = math.ceil((text_offset_px + font.getlength(name) + gap_px) / _TAB_PX)
         # The last gap of a line may lie beyond its end.
         if left and left + tabs * _TAB_PX > width_px + gap_px:
@@ -334,7 +334,7 @@ def _draw_line(line: Sequence[Thumbnail], captions: Mapping[int, str], width_px:
             draw.text((text_left, tallest + caption_px // 2), NO_MASK, fill=_ACCENT, font=_font(size), anchor="lm")
             mark_px = round(_font(size).getlength(f"{NO_MASK}  "))
             text_left, text_px = text_left + mark_px, text_px - mark_px
-        name, font = _fit(captions[id(thumbnail)], text_px, size)
+        name, font = fit_text(captions[id(thumbnail)], text_px, size)
         draw.text((text_left, tallest + caption_px // 2), name, fill=_FAINT, font=font, anchor="lm")
         left += _captioned_width(thumbnail) + _GAP_PX
     return strip
