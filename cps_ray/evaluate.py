@@ -218,8 +218,9 @@ def _groups(pattern: re.Pattern[str] | None, ids: Sequence[str]) -> list[str] | 
         raise ConfigError(
             f"--group-by {pattern.pattern!r} must match ids, but matches none; they look like {ids[0]!r}."
         )
+    named = [match and match[match.re.groups and 1] for match in matches]
     # An image that the pattern does not match is a group of its own.
-    return [f"={ids[n]}" if match is None else match[match.re.groups and 1] for n, match in enumerate(matches)]
+    return [f"={image_id}" if name is None else f"~{name}" for image_id, name in zip(ids, named, strict=True)]
 
 
 def _miou(matrix: Any) -> float | None:

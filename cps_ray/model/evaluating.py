@@ -164,7 +164,7 @@ def read_labels(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
             f"{path}: a mask must hold positions of the model's {len(classes)} classes, 0 to {len(classes) - 1}, or {IGNORE}, but holds {what}. "
             "`cps-ray prepare` reads masks of all kinds into shards."
         )
-    return np.asarray(values[..., 0], np.uint8)
+    return np.array(values[..., 0], np.uint8)
 
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[tuple[str, Path, Path]]:
