@@ -95,7 +95,8 @@ def _loops(inside: NDArray[np.bool_]) -> list[tuple[Points, Points]]:
     for first in sorted(edges):
         if first not in edges:
             continue
-        edge, walked, corners, turns = first, [], [], []
+        edge, walked = first, list[tuple[int, int, int]]()
+        corners, turns = list[tuple[int, int]](), list[tuple[int, int]]()
         while edge != first or not walked:
             walked.append(edge)
             x, y, direction = edge
