@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from support import changed
 
@@ -20,8 +21,8 @@ from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="module")
-def model(exported: Path) -> Model:
-    return load_model(exported, device="cpu")
+def model(taught: Path) -> Model:
+    return load_model(taught, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,13 @@ def entropies(prob: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(-(prob * np.log(np.maximum(prob, 1e-30))).sum(-1) / np.log(prob.shape[-1]))
 
 
-def test_scores_of_two_networks(exported: Path, model: Model, unread: Index) -> None:
+def test_scores_of_two_networks(taught: Path, model: Model, unread: Index) -> None:
     rows, weights = np.array([3, 20, 7, 11]), np.linspace(0.5, 3, 7)
     done: list[int] = []
     scores = score_images(model, unread, rows, weights, done.append)
     assert sum(done) == 4
     assert scores.disagreement is not None
-    a, b = (load_model(exported, device="cpu", network=name) for name in "ab")
+    a, b = (load_model(taught, device="cpu", network=name) for name in "ab")
     for number, encoded in enumerate(unread.locations.read(rows.tolist(), masks=False)):
         image = decode_image(encoded.image)
         each = [network.probabilities(image).astype(float) for network in (a, b)]
@@ -87,10 +88,9 @@ def test_features_are_the_encoders(model: Model, unread: Index) -> None:
     segmenter = model.networks("a")["a"]
     (encoded,) = unread.locations.read([2], masks=False)
     image = model.to_tensor(decode_image(encoded.image)).float()  # 32x48, as large as a crop
-    last = segmenter.network.encoder((image - segmenter.mean) / segmenter.std)[-1]  # type: ignore[operator, union-attr]
-    expected = last.mean((0, 2, 3)).double().numpy()
-    # The segmenter pads to multiples of 32, hence other cells.
-    assert found[1] @ expected / np.linalg.norm(expected) > 0.9
+    padded = torch.nn.functional.pad((image - segmenter.mean) / segmenter.std, (0, 16))  # to 32x64
+    expected = segmenter.network.encoder(padded)[-1].mean((0, 2, 3)).double().numpy()  # type: ignore[operator, union-attr]
+    assert found[1] == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
     assert not segmenter.network.encoder._forward_hooks  # type: ignore[union-attr]
 
 
