@@ -6,7 +6,7 @@
 
 OUT holds the images of SHARDS. Training images that are labelled keep their mask; of the others, the pixels of which the model is certain get its
 class, and all others count nowhere. Other splits stay as they are: no pseudo label is ever evaluated on. Train on it with `data.labeled: 1.0`; the
-labelled subset `true` in OUT names the images whose masks people made. The certainty is a probability that the model gives, and no model is as
+labelled subset `true-masks` in OUT names the images whose masks people made. The certainty is a probability that the model gives, and no model is as
 right as it is certain: look at OUT with `cps-ray inspect`.
 
 Exit codes: 0 done; 2 wrong input; 130 interrupted.

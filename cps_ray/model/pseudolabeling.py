@@ -29,7 +29,7 @@ from cps_ray.model.data import new_folder
 from cps_ray.model.model import Model
 
 # C classes, N images of a batch, R rows of a strip, W pixels.
-TRUE_SUBSET = "true"
+TRUE_SUBSET = "true-masks"
 """Name of the labelled subset of those training images whose masks people made."""
 _BINS = 1000
 """Bins of certainty of which thresholds are made that keep a fraction."""

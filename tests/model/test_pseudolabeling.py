@@ -121,7 +121,7 @@ def test_the_manifest_says_what_is_not_true(labeled: np.ndarray, written: tuple[
     assert "person " in text
     assert "pseudo labels" in new.manifest.made_by.format
     index = new.index("train")
-    assert labeled_rows(new.folder, index, "true", 0).tolist() == labeled.tolist()
+    assert labeled_rows(new.folder, index, "true-masks", 0).tolist() == labeled.tolist()
 
 
 def test_images_of_which_nothing_is_sure_have_no_mask(
