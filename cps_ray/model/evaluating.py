@@ -33,7 +33,7 @@ class ModelScores:
     classes: tuple[str, ...]
     ids: list[str] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
-    """Per image (3, C): pixels of each class that are found, that are true, and that are predicted."""
+    """(3, C) of each image: pixels of each class that are found, that are true, and that are predicted."""
     matrix: Counts = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     """(C, C): pixels per true class and predicted class."""
     others: dict[str, Counts] = field(default_factory=dict)
