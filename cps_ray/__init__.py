@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cps_ray.engine.methods import label_images, loss_on_labels
     from cps_ray.engine.passes import second_view, strong_views, student_logits, teacher_logits, weak_view
     from cps_ray.errors import CpsRayError
+    from cps_ray.results import open_sweep
 
 # albumentations asks the package index for a newer version when it is imported: in each worker, behind whatever firewall.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -32,6 +33,7 @@ _HOMES = {
     "cps_ray.engine.methods": ["label_images", "loss_on_labels"],
     "cps_ray.engine.passes": ["second_view", "strong_views", "student_logits", "teacher_logits", "weak_view"],
     "cps_ray.errors": ["CpsRayError"],
+    "cps_ray.results": ["open_sweep"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -50,6 +52,7 @@ __all__ = [
     "load_train",
     "loss_on_labels",
     "loss_on_masks",
+    "open_sweep",
     "second_view",
     "strong_views",
     "student_logits",

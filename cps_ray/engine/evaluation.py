@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
+from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, EvaluationConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.dense import upsample
 from cps_ray.engine.metrics import (
@@ -30,8 +30,6 @@ from cps_ray.engine.state import autocast
 from cps_ray.engine.telemetry import Metrics
 
 # N images, C classes, H W pixels, h w pixels of a window, B windows, P a pair of networks.
-ENSEMBLE = "ensemble"
-"""The mean of all networks' probabilities is reported under this name."""
 _WHOLE_SPLIT_SCORES = {"iou_micro": micro_iou, "pixel_accuracy": pixel_accuracy, "class_accuracy": class_accuracy}
 """Further scores of network a, for the whole split only."""
 _CROPS_AT_ONCE = 8

@@ -12,22 +12,19 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from cps_ray.config.plugins import is_import_path
-from cps_ray.config.train import NETWORK_NAMES, NetworkConfig, TrainConfig
+from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NetworkConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Manifest
 from cps_ray.datasets.show.picture import paint_mask
 from cps_ray.engine.batch import IGNORE
 from cps_ray.engine.dense import STRIDE
 from cps_ray.engine.encoders import weights_of
-from cps_ray.engine.evaluation import ENSEMBLE
 from cps_ray.engine.networks import Segmenter, create_model_options
 from cps_ray.engine.state import load_networks
 from cps_ray.files import write_json, write_text
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
+from cps_ray.results import BEST_FILE, MODEL_FOLDER
 from cps_ray.runs import read_checkpoint
-
-BEST_FILE = "best.yaml"
-MODEL_FOLDER = "best"
 
 
 def write_best(root: Path, config: TrainConfig, header: str) -> Path:
