@@ -297,7 +297,7 @@ def _status_lines(sweep: "SweepResults", summary: dict[str, Any], limit: int | N
 
     counts = "  ".join(f"{count} {state}" for state, count in summary["trials"].items() if state != "budget" and count)
     table = sweep.trials
-    names = [name for name in table.column_names if name in _COLUMNS or name.startswith(_PARAMS)]
+    names = [*_COLUMNS, *(name for name in table.column_names if name.startswith(_PARAMS))]
     rows = table.select(names).to_pylist()
     if limit is not None:
         rows = sorted(rows, key=lambda row: bool(row["state"] == "running"))[-limit:]
