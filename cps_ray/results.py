@@ -2,7 +2,7 @@
 
     sweep = cps_ray.open_sweep("runs/quickstart")
     print(sweep.verdict)
-    sweep.trials.to_pandas().plot.scatter("params.optim.lr", "score")
+    sweep.trials.to_pandas().sort_values("score")
 
 Files are only read, each time anew: a sweep may be looked at while it runs, by those who must not write to its folder, too.
 """

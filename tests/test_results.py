@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -278,6 +279,21 @@ def test_a_sweep_is_read_without_heavy_packages(searching: Searching) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_example_of_the_readme(
+    searching: Searching, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searching.end(searching.begin(0.1, 0.4, 0.3))
+    monkeypatch.chdir(searching.root.parent)
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(searching.root)
+    readme = Path(__file__).parents[1] / "README.md"
+    (example,) = re.findall(r"```python\n# look.py\n(.*?)```", readme.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert capsys.readouterr().out.splitlines()[-1] == str(searching.config.train.optim.lr)
+    assert names["curves"]["0000"].tolist() == [0.1, 0.4, 0.3]
 
 
 def test_tables_are_those_that_pyarrow_makes() -> None:
