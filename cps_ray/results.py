@@ -232,7 +232,7 @@ def progress_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     done = sum(counts[state] for state in STATES if state != RUNNING)
     so_far = f", best {summary['objective']} {best['value']:.4f} (trial {best['trial']})" if best else ""
     num_finals = len(list(root.glob(f"{FINAL_FOLDER}/*/{CONFIG_FILE}")))
-    finals = f", {num_finals} final runs begun" if num_finals else ""
+    finals = f", {num_finals} final run(s) begun" if num_finals else ""
     lines = [f"{status}: {done} of {counts['budget']} trials done{so_far}{finals}."]
     return lines if status == RUNNING else [*lines, f"Resume: {RESUME} {shell_path(root)}"]
 

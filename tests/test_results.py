@@ -138,7 +138,7 @@ def test_a_finished_sweep_says_its_verdict(searching: Searching, capsys: pytest.
     (final / "metrics.jsonl").write_text('{"step": 6, "val/b/miou": 0.5}\n')
     (final / "config.yaml").touch()
     read = cps_ray.open_sweep(searching.root)
-    assert "1 final runs begun" in read.verdict
+    assert "1 final run(s) begun" in read.verdict
     score = {"mean": 0.5, "sd": None, "n": 1, "values": [0.5]}
     outcome = {"arms": {"best": {"test/miou": score}}, "headline": {"best": "test/miou"}, "gain": {}}
     summary = write_summary(searching.root, searching.study, searching.config, "finished", final=outcome)
