@@ -22,6 +22,8 @@ Fingerprint = Annotated[str, Field(pattern=r"^[0-9]+-[0-9a-f]{32}$", strict=True
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
+ENSEMBLE = "ensemble"
+"""The mean of all networks' probabilities is reported under this name."""
 Precision = Literal["none", "bf16", "fp16"]
 
 

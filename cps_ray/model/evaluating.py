@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.raster import open_raster
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.evaluation import calibration_sums
-from cps_ray.engine.inference import ENSEMBLE
 from cps_ray.engine.metrics import calibration_error, confusion
 from cps_ray.errors import DataError
 from cps_ray.model.examples import Example
