@@ -71,7 +71,11 @@ def load_encoder(encoder: nn.Module, name: str, path: Path) -> str:
     left = [full for full, _ in tensors if full not in used.names]
     under = f" under {used.prefix}" if used.prefix else ""
     also = f" ({first_few([fill.prefix or 'no prefix' for fill in others])} would fit, too)" if others else ""
-    rest = f"{len(left)} tensors not used: {_short(left, used.prefix)}" if left else "no tensor left over"
+    rest = (
+        f"{len(left)} tensor{'s'[: len(left) > 1]} not used: {_short(left, used.prefix)}"
+        if left
+        else "no tensor left over"
+    )
     return printable(f"{name} filled by {len(used.names)} tensors of {path.name}{under}{also}; {rest}")
 
 
