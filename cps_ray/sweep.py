@@ -156,7 +156,8 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
     from cps_ray.engine.preflight import check_sweep, searched_networks
 
     shards, data = _data(config, hashes_in)
-    check_sweep(_preflight(config, shards), config, where)
+    preflight = _preflight(config, shards)
+    check_sweep(preflight, config, where)
     console = Console()
     table = Table(
         title=f"{config.name}: {draws} random draws of {config.budget.trials} trials", title_justify="left", box=None
@@ -171,7 +172,8 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
     finals = 0 if config.final.retrain == "none" else finals
     plan = f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
-    say(console, f"{plan} Every draw is a valid training.", *normalised, *data.split("\n"))
+    filled = (f"{text}." for text in preflight.filled)
+    say(console, f"{plan} Every draw is a valid training.", *normalised, *filled, *data.split("\n"))
     return 0
 
 

@@ -140,7 +140,8 @@ class NetworkConfig(Section):
     weights: str = "none"
     """`none`, or a tag of the encoder's hub weights, such as `imagenet`."""
     weights_file: RelativePath | None = None
-    """Local file (.pt, .pth, .safetensors) with the encoder's weights, instead of `weights`. Every key must fit."""
+    """Local file of torch.save or safetensors, or a folder with a model.safetensors, that holds every tensor of the encoder, instead of
+    `weights`; what else it holds is left out."""
     mean: ColorMean | None = None
     """Mean of images per RGB channel, for values in 0..1, that the weights were trained with. None: that of the `weights`; with a
     weights_file, timm's for a `tu-` encoder; else ImageNet's."""
