@@ -144,7 +144,7 @@ class NetworkConfig(Section):
     `weights`; what else it holds is left out."""
     mean: ColorMean | None = None
     """Mean of images per RGB channel, for values in 0..1, that the weights were trained with. None: that of the `weights`; with a
-    weights_file, timm's for a `tu-` encoder; else ImageNet's."""
+    weights_file, that of its model.json, or timm's for a `tu-` encoder; else ImageNet's."""
     std: ColorStd | None = None
     """Standard deviation per RGB channel, for values in 0..1; given with `mean` or not at all."""
     freeze_encoder: bool = False
