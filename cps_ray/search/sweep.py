@@ -264,7 +264,7 @@ class Sweep:
         # Of the seeds the one that is best on val: choosing by test would make its test score too good.
         top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
         job = top.run.job
-        facts = {"step": top.step, "seed": top.run.seed, job.metric: top.validation}
+        facts = {"step": top.step, "seed": top.run.seed}
         columns = {one.run.arm: one.scores.examples for one in evaluated if one.run.seed == top.run.seed}
         # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
         columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
