@@ -37,6 +37,7 @@ HELP = [*ROOT.glob("cps_ray/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("cps
 NEITHER = (
     "Best trial 0: val/miou ",
     "runs/NAME/ ",
+    "best/model.safetensors ",
     "cps_ray/errors.py ",
     "train/ trainannot/ ",
     "leftImg8bit/{train",
@@ -207,7 +208,7 @@ def test_commands_work_as_printed(
     elif words[:2] == ["bench", "methods"]:
         methods._training(args)
         methods._chosen(args)
-    if "shards" in given:
+    if given.get("shards") is not None:
         shutil.copytree(data_set, args.shards)
     if "lists" in given:
         (args.lists / "1_8").mkdir(parents=True)

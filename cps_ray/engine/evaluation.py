@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
+from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, EvaluationConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.inference import ENSEMBLE, Labels, label_strips
+from cps_ray.engine.inference import Labels, label_strips
 from cps_ray.engine.metrics import (
     CALIBRATION_BINS,
     calibration,

@@ -8,15 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cps_ray.config.train import InferenceConfig
+from cps_ray.config.train import ENSEMBLE, InferenceConfig
 from cps_ray.engine.dense import upsample
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import autocast
 
 # N images, C classes, H W pixels, R rows of a strip, h w pixels of a window, B windows, P pixels in a row of memory.
-ENSEMBLE = "ensemble"
-"""Name of what all networks predict together: the mean of their probabilities."""
 _CROPS_AT_ONCE = 8
 """Crops whose pixels an image has at most to be predicted in one piece by default: a training step holds about as many."""
 _CHUNK_PX = {"cpu": 2**15, "cuda": 2**21}

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from cps_ray.config.sweep import BEST_ARM
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.datasets.shards import Manifest
-from cps_ray.engine.inference import ENSEMBLE
 from cps_ray.engine.metrics import iou
 from cps_ray.model.description import ModelDescription
 

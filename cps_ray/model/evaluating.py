@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.raster import open_raster
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.evaluation import calibration_sums
-from cps_ray.engine.inference import ENSEMBLE
 from cps_ray.engine.metrics import calibration_error, confusion
 from cps_ray.errors import DataError
 from cps_ray.model.examples import Example
@@ -33,7 +33,7 @@ class ModelScores:
     classes: tuple[str, ...]
     ids: list[str] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
-    """Per image (3, C): pixels of each class that are found, that are true, and that are predicted."""
+    """(3, C) of each image: pixels of each class that are found, that are true, and that are predicted."""
     matrix: Counts = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     """(C, C): pixels per true class and predicted class."""
     others: dict[str, Counts] = field(default_factory=dict)

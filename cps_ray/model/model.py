@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.images import to_rgb
 from cps_ray.datasets.raster import Raster, open_raster
-from cps_ray.engine.inference import ENSEMBLE, Labels, label_strips
+from cps_ray.engine.inference import Labels, label_strips
 from cps_ray.engine.networks import Segmenter, build_network
 from cps_ray.errors import CheckpointError, ConfigError, DataError
 from cps_ray.model.description import ModelDescription, NetworkDescription, read_description
