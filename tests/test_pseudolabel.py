@@ -23,9 +23,7 @@ def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_thresholds_by_class(
-    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_thresholds_by_class(best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pseudo"
     words = ["--threshold", "0.99", "--threshold-class", "car=0.01", "--threshold-class", "road=0.02"]
     assert pseudolabel.main([str(best), str(shards), str(out), *words]) == 0
@@ -61,7 +59,10 @@ def test_a_kept_fraction_passes_inspect_and_trains(
         (["FULL"], "must not hold anything yet"),
         (["OUT", "--keep", "0.5", "--threshold", "0.5"], "--keep makes the thresholds"),
         (["OUT", "--keep", "0.5", "--threshold-class", "car=0.5"], "--keep makes the thresholds"),
-        (["OUT", "--threshold-class", "cra=0.5"], "--threshold-class cra: must name a class of the model. Did you mean car?"),
+        (
+            ["OUT", "--threshold-class", "cra=0.5"],
+            "--threshold-class cra: must name a class of the model. Did you mean car?",
+        ),
         (["OUT", "--labeled", "24"], "there must be unlabelled training images"),
         (["OUT", "--network", "c"], "network must be one of a, b, ensemble"),
     ],

@@ -111,7 +111,10 @@ def test_of_other_data_the_images_without_a_mask(
     ("words", "text"),
     [
         (["SHARDS", "--output", "FULL"], "must not hold anything yet"),
-        (["SHARDS", "--output", "OUT", "--labeled", "24"], "there must be unlabelled images in split train, but there are none left"),
+        (
+            ["SHARDS", "--output", "OUT", "--labeled", "24"],
+            "there must be unlabelled images in split train, but there are none left",
+        ),
         (["SHARDS", "--output", "OUT", "--split", "val"], "there must be unlabelled images in split val"),
         (["SHARDS", "--output", "OUT", "--split", "val", "--labeled", "3"], "--labeled names images of split train"),
         (["SHARDS", "--output", "OUT", "--split", "no"], "no split 'no'"),

@@ -31,6 +31,8 @@ from cps_ray.model.model import Model
 # C classes, N images of a batch, R rows of a strip, W pixels.
 TRUE_SUBSET = "true-masks"
 """Name of the labelled subset of those training images whose masks people made."""
+_OWN_MASK = ""
+"""Path of the mask of an image that keeps the one in the shards."""
 _BINS = 1000
 """Bins of certainty of which thresholds are made that keep a fraction."""
 _BATCH_PX = 2**20
@@ -144,11 +146,10 @@ class FromShards:
 
     def __call__(self, source: Source) -> Item:
         split, row = self.place[source.id]
-        index, mask_file = self.indexes[split], source.masks[0].path if source.masks else None
-        keeps = mask_file == ""
-        (encoded,) = index.locations.read([row], masks=keeps)
+        index, mask_file = self.indexes[split], source.mask
+        (encoded,) = index.locations.read([row], masks=mask_file == _OWN_MASK)
         mask, pixels, checksum = encoded.mask, index.pixels[row], index.train_ids_sha256[row].tobytes()
-        if mask_file:
+        if mask_file:  # of pseudo labels
             mask = Path(mask_file).read_bytes()
             train_ids = decode_mask(mask)
             pixels, checksum = count_bytes(train_ids)[: index.pixels.shape[1]], sha256(train_ids)
@@ -166,7 +167,7 @@ class FromShards:
 
 def _source(index: Index, row: int, keeps_mask: bool, files: Mapping[str, str]) -> Source:
     image_id = index.ids[row]
-    file = "" if keeps_mask and index.labeled[row] else files.get(image_id)
+    file = _OWN_MASK if keeps_mask and index.labeled[row] else files.get(image_id)
     masks = () if file is None else (MaskFile(file),)
     return Source(image_id, masks=masks, num_bytes=int(index.locations.image[row, 1] + index.locations.mask[row, 1]))
 

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.images import decode_image
 from cps_ray.datasets.loader import image_batches
 from cps_ray.datasets.prepare.checks import MAX_NEAR_BITS
 from cps_ray.datasets.shards import Index
-from cps_ray.engine.inference import ENSEMBLE, entropy
+from cps_ray.engine.inference import entropy
 from cps_ray.model.drafting import Draft
 from cps_ray.model.model import Model
 

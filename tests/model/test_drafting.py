@@ -30,7 +30,11 @@ def encoded(size: tuple[int, int], kind: str, orientation: int = 1) -> bytes:
 
 
 PREDICTED = {"one": smooth(2), "folder/two": smooth(3, (40, 70)), "turned": smooth(4, (70, 40))}
-IMAGES = {"one": encoded((64, 96), "PNG"), "folder/two": encoded((40, 70), "JPEG"), "turned": encoded((40, 70), "JPEG", 6)}
+IMAGES = {
+    "one": encoded((64, 96), "PNG"),
+    "folder/two": encoded((40, 70), "JPEG"),
+    "turned": encoded((40, 70), "JPEG", 6),
+}
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,12 @@ def test_painted_from_large_to_small_outlines_are_the_mask(mask: Mask) -> None:
 
 def test_a_region_with_a_hole_is_cut_through_the_hole() -> None:
     by_label = {(region.label, region.top): region for region in regions(RING)}
-    assert {key: len(region.filled()) for key, region in by_label.items()} == {(0, 0): 2, (0, 3): 1, (1, 1): 2, (2, 2): 2}
+    assert {key: len(region.filled()) for key, region in by_label.items()} == {
+        (0, 0): 2,
+        (0, 3): 1,
+        (1, 1): 2,
+        (2, 2): 2,
+    }
     outline, area = by_label[1, 1].painted()
     assert area == 25
     assert outline.round().tolist() in [np.roll([[1, 1], [6, 1], [6, 6], [1, 6]], n, axis=0).tolist() for n in range(4)]

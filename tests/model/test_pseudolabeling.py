@@ -156,7 +156,12 @@ def test_a_training_learns_from_them(tiny: TrainConfig, written: tuple[Shards, K
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk")])
 def test_what_is_stopped_leaves_nothing(
-    model: Model, own: Shards, labeled: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    model: Model,
+    own: Shards,
+    labeled: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
 ) -> None:
     def stop(*_: object) -> None:
         raise error
