@@ -16,6 +16,8 @@ COMMANDS = {
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
     "evaluate": "a model on images with masks: scores per class, confusion, worst images",
+    "suggest": "which images to label next, with drafts of their masks",
+    "pseudolabel": "a model's confident labels as masks of a data set to train on",
     "bench": "speed and memory, measured side by side",
     "schema": "JSON schema of a sweep or a training, for editors",
 }
@@ -35,7 +37,7 @@ def main() -> int:
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(
-            "usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{summary}" for name, summary in COMMANDS.items()), sep="\n"
+            "usage: cps-ray COMMAND ...\n", *(f"  {name:<13}{summary}" for name, summary in COMMANDS.items()), sep="\n"
         )
         print("\n`cps-ray COMMAND --help` shows its options.")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2

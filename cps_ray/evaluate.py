@@ -175,23 +175,14 @@ class _Images:
 
     def of(self, model: "Model") -> Iterable["EvalBatch"]:
         from cps_ray.datasets.loader import eval_batches
+        from cps_ray.model.data import check_fit
         from cps_ray.model.evaluating import file_batches, pair_files
         from cps_ray.model.files import image_files
 
         if self._shards is None:
             images, masks = (image_files(folder) for folder in (self._args.images, self._args.masks))
             return file_batches(model, pair_files(images, masks))
-        if self._shards.classes != model.classes:
-            raise DataError(
-                f"{self._args.shards}: must have the model's classes in its order, {', '.join(model.classes)}, "
-                f"but has {', '.join(self._shards.classes)}."
-            )
-        manifest, description = self._shards.manifest, model.description
-        if (manifest.bands, manifest.value_range) != (description.bands, description.value_range):
-            raise DataError(
-                f"{self._args.shards}: must be made with the model's bands {description.bands} and value_range {description.value_range}, "
-                f"but was with {manifest.bands} and {manifest.value_range}. Prepare it with those of the model."
-            )
+        check_fit(model, self._shards, self._args.shards)
         return eval_batches(self._shards, self._args.split)
 
     def warnings(self, model: "Model") -> list[str]:

@@ -46,7 +46,7 @@ NEITHER = (
 )
 """Beginnings of printed text that is neither commands nor YAML: output, and folders."""
 OURS = re.compile(r"(?:\.venv/bin/)?(?:python -m cps_ray\.|cps-ray )")
-OTHERS = re.compile(r"make [a-z]|\.ci/run|git clone |pip install |\. \.venv/bin/activate")
+OTHERS = re.compile(r"make [a-z]|\.ci/run|git clone |pip install |labelme |\. \.venv/bin/activate")
 BESIDE: list[dict[str, Any]] = [
     {},
     {"ema.decay": 0.99},
