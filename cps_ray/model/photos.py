@@ -41,6 +41,8 @@ def find_photos(given: Sequence[str], out: Path) -> list[Photo]:
     own = f"{os.path.abspath(out)}{os.sep}"
     photos: dict[str, Photo] = {}
     for each in given:
+        if os.path.abspath(each) == os.path.abspath(out):
+            raise DataError(f"{out}: must be another folder than that of the images.")
         for path, name in _files(each):
             absolute = os.path.abspath(path)
             if absolute.startswith(own):
