@@ -15,6 +15,7 @@ COMMANDS = {
     "encoders": "encoders and pretrained weights: size, licence, whether they run at a crop",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
+    "predict": "a model and photos -> label maps, overlays and a table",
     "evaluate": "a model on images with masks: scores per class, confusion, worst images",
     "suggest": "which images to label next, with drafts of their masks",
     "pseudolabel": "a model's confident labels as masks of a data set to train on",

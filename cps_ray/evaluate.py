@@ -33,11 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         "shards", type=Path, nargs="?", metavar="SHARDS", help="prepared data set with the model's classes"
     )
     parser.add_argument("--split", default="test", help="split of SHARDS (default test)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="image files, instead of SHARDS")
+    parser.add_argument("--images", help="folder, pattern or list of image files, instead of SHARDS")
     parser.add_argument(
         "--masks",
-        type=Path,
-        metavar="FOLDER",
         help="their masks, of the same names: PNG with positions of classes, as predict writes",
     )
     parser.add_argument("--network", help="a, b, ... or ensemble (default: the one that the training measured)")
@@ -102,9 +100,9 @@ def _run(args: argparse.Namespace) -> int:
                 f"{args.against}: must have the classes of {args.model}, but has {', '.join(other.classes)}."
             )
     console = Console()
-    split = args.masks.name if of_files else args.split
+    split = Path(args.masks).name if of_files else args.split
     output = args.output or args.model.absolute().with_name(f"{args.model.absolute().name}-{split}")
-    images = _Images(args, console)
+    images = _Images(args, output)
     scores = evaluate_model(model, images.of(model), args.worst)
     metrics = scores.metrics()
     result: dict[str, Any] = {
@@ -165,10 +163,10 @@ def _run(args: argparse.Namespace) -> int:
 class _Images:
     """The images to evaluate on, which each model reads in its own way."""
 
-    def __init__(self, args: argparse.Namespace, console: Any) -> None:
+    def __init__(self, args: argparse.Namespace, output: Path) -> None:
         from cps_ray.datasets.shards import open_shards
 
-        self._args = args
+        self._args, self._output = args, output
         self._shards = None if args.shards is None else open_shards(args.shards)
         if self._shards is not None and not self._shards.index(args.split).labeled.any():
             raise DataError(f"{args.shards}: split {args.split!r} must have masks to be evaluated on, but has none.")
@@ -177,10 +175,13 @@ class _Images:
         from cps_ray.datasets.loader import eval_batches
         from cps_ray.model.data import check_fit
         from cps_ray.model.evaluating import file_batches, pair_files
-        from cps_ray.model.files import image_files
+        from cps_ray.model.photos import find_photos
 
         if self._shards is None:
-            images, masks = (image_files(folder) for folder in (self._args.images, self._args.masks))
+            images, masks = (
+                {photo.name: Path(photo.path) for photo in find_photos([given], self._output)}
+                for given in (self._args.images, self._args.masks)
+            )
             return file_batches(model, pair_files(images, masks))
         check_fit(model, self._shards, self._args.shards)
         return eval_batches(self._shards, self._args.split)

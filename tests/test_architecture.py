@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect",
     "subsets",
     "encoders",
+    "predict",
     "evaluate",
     "suggest",
     "pseudolabel",

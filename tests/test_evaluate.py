@@ -73,7 +73,7 @@ def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> 
             ["SHARDS", "--against", "BEST", "--group-by", "zzz"],
             "must match ids, but matches none; they look like 'test_",
         ),
-        (["--images", "no/where", "--masks", "no/where"], "no/where: must be a folder of images"),
+        (["--images", "no/where", "--masks", "no/where"], "no/where: must be a folder, a pattern, an image or a list"),
         (["OTHER"], "must have the model's classes in its order"),
     ],
 )

@@ -123,7 +123,7 @@ class Preflight:
 
     @property
     def filled(self) -> list[str]:
-        """By what files the encoders of the networks tried so far were filled, in words, each once."""
+        """Sentences on what files the encoders of the networks tried so far were filled by, each once."""
         networks = (network for network in self._networks.values() if isinstance(network, Segmenter))
         return [*dict.fromkeys(network.filled for network in networks if network.filled)]
 

@@ -37,7 +37,7 @@ class _Fill:
 
     prefix: str
     tensors: dict[str, Tensor]
-    """By the encoder's keys."""
+    """Key of the encoder -> tensor."""
     names: frozenset[str]
     """Of these tensors in the file."""
     fits: int

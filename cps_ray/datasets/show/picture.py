@@ -71,15 +71,18 @@ def paint_mask(mask: Pixels, palette: Sequence[PaletteColor], image: Pixels | No
     """Returns uint8 (H, W) train ids as uint8 (H, W, 3) RGB, over `image` (H, W, 3) if there is one; ignored pixels are hatched."""
     color_of = np.full((256, 3), _UNKNOWN_COLOR, np.uint8)
     color_of[: len(palette)] = palette
-    colors = color_of[mask].astype(np.float32)
-    grey = np.full((*mask.shape, 1), 128, np.float32)
+    colors = color_of[mask]
+    grey = np.full_like(mask, 128)
     if image is not None:
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
-        colors = _OVERLAY * colors + (1 - _OVERLAY) * grey
-    rows, columns = np.indices(mask.shape)
-    on_line = np.asarray((rows + columns) % 8 < 2)[..., None]
-    hatched = np.where(on_line, 205, 0.5 * grey + 20)
-    return np.asarray(np.where((mask == IGNORE)[..., None], hatched, colors).round(), np.uint8)
+        grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
+        # In 8 bits: of a photo of many megapixels, floats would take a gigabyte.
+        colors = np.asarray(
+            cv2.addWeighted(colors, _OVERLAY, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - _OVERLAY, 0), np.uint8
+        )
+    rows, columns = np.nonzero(mask == IGNORE)
+    hatched = np.where((rows + columns) % 8 < 2, 205, 0.5 * grey[rows, columns] + 20)
+    colors[rows, columns] = hatched.round()[:, None]
+    return colors
 
 
 def choose_examples(index: Index, rows: NDArray[np.int64], seed: int, count: int = NUM_EXAMPLES) -> NDArray[np.int64]:
