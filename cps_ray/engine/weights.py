@@ -39,7 +39,7 @@ class _Fill:
     tensors: dict[str, Tensor]
     """Key of the encoder -> tensor."""
     names: frozenset[str]
-    """Of these tensors in the file."""
+    """Names of these tensors in the file."""
     fits: int
     """Tensors of the encoder that are there as they must be, without counters."""
     fault: str
