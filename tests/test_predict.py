@@ -35,10 +35,10 @@ def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos of several sizes in subfolders."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
-    for number in range(120):
+    for number in range(60):
         path = folder / f"day {number % 3}" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40 + 40 * (number % 5), 48 + 8 * (number % 7), 3), np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (40 + 8 * (number % 5), 48 + 8 * (number % 7), 3), np.uint8)).save(path)
     return folder
 
 
@@ -58,7 +58,7 @@ def whole(best: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     command = [sys.executable, "-m", "cps_ray.predict", str(best), str(photos), str(out), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert done.stdout.startswith("120 images in ")
+    assert done.stdout.startswith("60 images in ")
     return contents(out)
 
 
@@ -68,13 +68,13 @@ def test_one_line_on_success_and_nothing_twice(best: Path, photos: Path, tmp_pat
     assert main(words) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out.startswith("40 images in ")
+    assert said.out.startswith("20 images in ")
     assert said.out.rstrip().endswith(f"images/s): {out}")
     assert said.out.count("\n") == 1
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"labels", "certainty"}
     assert main(words) == 0
     said = capsys.readouterr()
-    assert said.err == "40 of 40 images were done before.\n"
+    assert said.err == "20 of 20 images were done before.\n"
     assert said.out.startswith("0 images in ")
 
 
@@ -82,8 +82,8 @@ def test_bad_files_end_in_1_and_one_line(best: Path, photos: Path, tmp_path: Pat
     source, out = Path(shutil.copytree(photos / "day 1", tmp_path / "in")), tmp_path / "out"
     (source / "1.png").write_bytes(b"nothing")
     assert main([str(best), str(source), str(out), "--device", "cpu"]) == 1
-    assert capsys.readouterr().err == f"error: 1 of 40 images could not be read; {out}/failed.csv says why.\n"
-    assert len((out / "index.csv").read_text().splitlines()) == 40
+    assert capsys.readouterr().err == f"error: 1 of 20 images could not be read; {out}/failed.csv says why.\n"
+    assert len((out / "index.csv").read_text().splitlines()) == 20
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_stopped_it_goes_on(best: Path, photos: Path, tmp_path: Path, whole: dic
         assert said == "stopped; the same command continues from here.\n"
     assert not (out / "index.csv").exists()
     complete = {json.loads(line)["name"] for line in records.read_text().splitlines()}
-    assert 0 < len(complete) < 120
+    assert 0 < len(complete) < 60
     before = {name: (out / f"labels/{name}.png").stat().st_ino for name in complete}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr == f"{len(complete)} of 120 images were done before.\n"
-    assert done.stdout.startswith(f"{120 - len(complete)} images in ")
+    assert done.stderr == f"{len(complete)} of 60 images were done before.\n"
+    assert done.stdout.startswith(f"{60 - len(complete)} images in ")
     assert {name: (out / f"labels/{name}.png").stat().st_ino for name in complete} == before
     assert contents(out) == whole
 
@@ -181,8 +181,8 @@ def test_a_cluster_writes_the_same_bytes(
     finally:
         (photos / "bad.png").unlink()
     said = capsys.readouterr()
-    assert said.out.startswith("121 images in ")
-    assert "1 of 121 images could not be read" in said.err
+    assert said.out.startswith("61 images in ")
+    assert "1 of 61 images could not be read" in said.err
     found, expected = contents(tmp_path / "out"), dict(whole)
     assert found.pop("failed.csv").decode().splitlines()[1].startswith(f"{photos.name}/bad.png,the file is no image")
     index, alone = found.pop("index.csv").decode(), expected.pop("index.csv").decode()

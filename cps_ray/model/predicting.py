@@ -28,7 +28,7 @@ from cps_ray.model.photos import Photo, cut_into_chunks
 # N images, H W pixels, R rows of a strip, C classes.
 CHUNK_PX = {"cpu": 2**18, "cuda": 2**21}
 """Most pixels of photos that pass the networks together: on CPUs by caches, on GPUs launches cost more."""
-_AHEAD = 2
+_AHEAD = 1
 """Chunks that are read before they are predicted, and chunks whose files are still being written."""
 
 Record = dict[str, Any]
@@ -147,7 +147,13 @@ def _predict_chunk(
     # A size that was looked up in a header may be wrong.
     for _, group in groupby(good, key=lambda pair: pair[1].shape):
         batch = [*group]
-        image_N3HW = torch.from_numpy(np.stack([pixels for _, pixels in batch])).permute(0, 3, 1, 2)
+        # One alone is not copied, unless it is Pillow's, in which nobody may write.
+        stacked = (
+            np.stack([pixels for _, pixels in batch])
+            if len(batch) > 1
+            else np.require(batch[0][1], requirements="W")[None]
+        )
+        image_N3HW = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         found = _predict(model, options, image_N3HW.to(model.device))
         for n, (photo, pixels) in enumerate(batch):
             maps = {kind: whole[n] for kind, whole in found.maps.items()}
