@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support import changed
 
-from cps_ray import evaluate
+from cps_ray import evaluate, predict
 from cps_ray.config.train import SyntheticConfig, TrainConfig
 from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
@@ -90,3 +90,18 @@ def test_what_does_not_go_is_one_line(
     err = capsys.readouterr().err
     assert text in err
     assert err.count("\n") == 1
+
+
+def test_predictions_evaluated_as_masks_are_all_right(best: Path, shards: Path, tmp_path: Path) -> None:
+    """Both commands make the same labels; and what `predict` writes are masks that `evaluate` reads."""
+    index = open_shards(shards).index("test")
+    (tmp_path / "photos/drive").mkdir(parents=True)
+    for encoded in index.locations.read(range(len(index)), masks=False):
+        (tmp_path / f"photos/drive/{encoded.id}.png").write_bytes(encoded.image)
+    photos, predicted = str(tmp_path / "photos"), str(tmp_path / "predicted")
+    assert predict.main([str(best), photos, predicted, "--network", "b"]) == 0
+    words = ["--images", photos, "--masks", f"{predicted}/labels", "--network", "b", "--output", str(tmp_path / "o")]
+    assert evaluate.main([str(best), *words]) == 0
+    scores = json.loads((tmp_path / "o/scores.json").read_text())
+    assert (scores["miou"], scores["pixel_accuracy"], scores["images"]) == (1.0, 1.0, 6)
+    assert "drive/test_00000" in (tmp_path / "o/images.csv").read_text()
