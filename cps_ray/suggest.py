@@ -150,11 +150,10 @@ def _sheet(args: argparse.Namespace, model: "Model", drafts: Any) -> Any:
 
 
 def _say_next(console: Any, output: Path, count: int) -> None:
-    drafts, labelme, corrected, recipe, listed, coco = (
+    drafts, corrected, recipe, listed, coco = (
         shell_path(path)
         for path in (
             output / "drafts",
-            output / "drafts/labelme",
             output / "corrected",
             output / "drafts/recipe.yaml",
             output / "suggested.txt",
@@ -166,7 +165,7 @@ def _say_next(console: Any, output: Path, count: int) -> None:
         console,
         f"{count} images: {shell_path(output)}: suggested.txt, suggested.csv, sheet.png, drafts/",
         "Next:",
-        f"  correct the drafts: labelme {images} --output {labelme} --labels {labels} --nodata",
+        f"  correct the drafts: labelme {images} --labels {labels}",
         f"    (or import {coco} into CVAT and the like, or paint on masks/)",
         f"  check them: cps-ray prepare folder {drafts} {corrected} --recipe {recipe} && cps-ray inspect {corrected}",
         f"  put the masks where the recipe of your data finds them, `cps-ray prepare` it again, and append {listed} to the list of "

@@ -38,12 +38,13 @@ class Draft:
 def write_drafts(
     folder: Path, drafts: Iterable[Draft], classes: Sequence[str], palette: Sequence[PaletteColor]
 ) -> None:
-    """Writes images/, masks/ID.png, labelme/ID.json, coco.json, labels.txt and recipe.yaml into a folder; all say the same of every pixel.
+    """Writes images/ with labelme's files beside them, masks/ID.png, coco.json, labels.txt and recipe.yaml into a folder; all say the same of every pixel.
 
     Regions of fewer than SMALLEST_PX pixels are left out. COCO's polygons are without holes and do not overlap: a region with holes has
     several, cut through the holes. LabelMe's lie over each other, the smaller on top, in the order in which it paints them.
     Raises DataError for an id that leads out of the folder.
     """
+    suffixes: set[str] = set()
     coco: dict[str, list[Any]] = {"images": [], "annotations": []}
     colors = [channel for color in palette for channel in color]
     for number, draft in enumerate(drafts, start=1):
@@ -55,9 +56,10 @@ def write_drafts(
         name = f"{draft.id}.{'jpg' if is_jpeg(draft.image) else 'png'}"
         image_file, mask_file, labelme_file = (
             _made(folder / kind / file)
-            for kind, file in (("images", name), ("masks", f"{draft.id}.png"), ("labelme", f"{draft.id}.json"))
+            for kind, file in (("images", name), ("masks", f"{draft.id}.png"), ("images", f"{draft.id}.json"))
         )
         image_file.write_bytes(draft.image)
+        suffixes.add(image_file.suffix)
         picture = Image.fromarray(mask)
         picture.putpalette(colors)
         picture.save(mask_file)
@@ -77,7 +79,7 @@ def write_drafts(
                 }
             )
         about = {
-            "imagePath": "../" * len(path.parts) + f"images/{name}",
+            "imagePath": PurePosixPath(name).name,
             "imageData": None,
             "imageHeight": height,
             "imageWidth": width,
@@ -91,7 +93,7 @@ def write_drafts(
     recipe = {
         "classes": [{"name": name, "color": list(color)} for name, color in zip(classes, palette, strict=True)],
         "uncovered": "ignore",
-        "splits": {"train": {"images": "images/{id}.*", "masks": "labelme/{id}.json"}},
+        "splits": {"train": {"images": [f"images/{{id}}{suffix}" for suffix in sorted(suffixes)], "masks": "images/{id}.json"}},
     }
     write_text(folder / "recipe.yaml", dump_yaml(recipe, _RECIPE_SAYS))
 

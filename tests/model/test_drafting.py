@@ -76,7 +76,7 @@ def test_labelme_paints_the_masks(folder: Path) -> None:
     """As its `shape_to_mask` does, which is not installed here: a polygon of Pillow with its outline, shape after shape."""
     assert (folder / "labels.txt").read_text().splitlines() == list(CLASSES)
     for name in PREDICTED:
-        path = folder / f"labelme/{name}.json"
+        path = folder / f"images/{name}.json"
         document = json.loads(path.read_text())
         picture = Image.new("L", (document["imageWidth"], document["imageHeight"]), 255)
         for shape in document["shapes"]:
@@ -99,9 +99,9 @@ def test_index_pngs_have_the_palette(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("masks", "other"),
     [
-        ("masks: labelme/{id}.json", "masks: labelme/{id}.json"),
-        ("masks: labelme/{id}.json", "coco: coco.json"),
-        ("masks: labelme/{id}.json", 'masks: "masks/{id}.png"'),
+        ("masks: images/{id}.json", "masks: images/{id}.json"),
+        ("masks: images/{id}.json", "coco: coco.json"),
+        ("masks: images/{id}.json", 'masks: "masks/{id}.png"'),
     ],
 )
 def test_prepare_reads_the_masks(folder: Path, tmp_path: Path, masks: str, other: str) -> None:
