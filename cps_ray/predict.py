@@ -129,12 +129,14 @@ def _here(
     options: "OutputOptions",
 ) -> "Generator[list[Record], None, None]":
     """Predicts in this process, on all its cores or a GPU."""
+    import torch
+
     from cps_ray.engine.cpu.threads import tune_cpu
     from cps_ray.model.predicting import cut_work, predict_chunks
 
     threads = len(os.sched_getaffinity(0))
     if model.device.type == "cpu":
-        tune_cpu(threads)
+        tune_cpu(torch.get_num_threads())  # all cores, or as many as OMP_NUM_THREADS says
     chunks = cut_work(photos, complete, model.device.type, threads)
     yield from predict_chunks(model, chunks, args.out, options, threads)
 

@@ -184,7 +184,7 @@ def test_a_cluster_writes_the_same_bytes(
     assert said.out.startswith("61 images in ")
     assert "1 of 61 images could not be read" in said.err
     found, expected = contents(tmp_path / "out"), dict(whole)
-    assert found.pop("failed.csv").decode().splitlines()[1].startswith(f"{photos.name}/bad.png,the file is no image")
+    assert found.pop("failed.csv").decode().splitlines()[1].startswith(f'{photos.name}/bad.png,"the file is no image')
     index, alone = found.pop("index.csv").decode(), expected.pop("index.csv").decode()
     assert index == alone.replace(str(photos), photos.name)
     assert found == expected
