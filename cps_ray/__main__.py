@@ -15,6 +15,7 @@ COMMANDS = {
     "encoders": "encoders and pretrained weights: size, licence, whether they run at a crop",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
+    "export": "a model -> ONNX or torch.export, checked against the model on real images",
     "bench": "speed and memory, measured side by side",
     "schema": "JSON schema of a sweep or a training, for editors",
 }

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "cps_ray"
 MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = ("errors", "text", "files", "config", "engine", "datasets", "model", "runs", "on_ray", "search")
 """A layer imports only what stands left of it."""
-COMMANDS = {"init", "sweep", "train", "prepare", "inspect", "subsets", "encoders", "bench", "schema"}
+COMMANDS = {"init", "sweep", "train", "export", "prepare", "inspect", "subsets", "encoders", "bench", "schema"}
 HOMES = {"ray": {"on_ray", "search"}, "optuna": {"search"}}
 DATASETS = {"show": {"prepare", ""}, "prepare": {""}, "": {"prepare"}}
 """Room of datasets -> those that it may import beside itself; "" are the modules of datasets/ itself, of which only `synthetic`

@@ -20,6 +20,10 @@ from PIL import ExifTags, Image
 
 from cps_ray.errors import DataError
 
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".pnm", ".pgm", ".ppm", ".pbm"}
+)
+"""Suffixes, in lower case, by which images are known in a folder of all kinds of files."""
 AGAIN = "get the file again"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

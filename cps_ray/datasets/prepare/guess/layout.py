@@ -16,10 +16,10 @@ from cps_ray.datasets.prepare.annotations.yolo import read_yolo_names
 from cps_ray.datasets.prepare.findings import BadItemError
 from cps_ray.datasets.prepare.patterns import Pattern
 from cps_ray.datasets.prepare.recipe import REST, RecipeColor
+from cps_ray.datasets.raster import IMAGE_SUFFIXES
 from cps_ray.errors import DataError
 from cps_ray.text import first_few, printable
 
-_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".pnm", ".pgm", ".ppm", ".pbm"})
 _ARRAYS = frozenset({".npy", ".mat"})
 _SAME_SUFFIX = {".jpeg": ".jpg", ".tiff": ".tif"}
 _MASK_WORDS = (
@@ -80,7 +80,7 @@ def find_layout(photos: Path, masks: Path | None, unlabeled: Path | None, is_mas
     finder = _Finder(raw, photos, given[1] if masks is not None and given[1] != photos else None, is_mask)
     layout = finder.layout(given[-1] if unlabeled is not None else None)
     if unlabeled is not None and layout.splits:
-        more = [file for file in _files(raw, given[-1]) if _suffix(file) in _IMAGES]
+        more = [file for file in _files(raw, given[-1]) if _suffix(file) in IMAGE_SUFFIXES]
         if not more:
             raise DataError(f"{given[-1]}: --unlabeled must be a folder of photos, but holds none.")
         train = layout.splits["train"]
@@ -145,7 +145,7 @@ class _Finder:
         if unlabeled is not None:
             extra = {*_files(self.raw, unlabeled)}
             found, labels = ([file for file in files if file not in extra] for files in (found, labels))
-        images = [file for file in found if _suffix(file) in _IMAGES]
+        images = [file for file in found if _suffix(file) in IMAGE_SUFFIXES]
         if not images:
             raise DataError(f"{self.photos}: must hold photos (JPEG, PNG, TIFF, BMP, WebP), but holds none.")
         stems = {file.stem for file in images}
@@ -281,7 +281,7 @@ class _Finder:
         self, images: Sequence[PurePosixPath], labels: Sequence[PurePosixPath]
     ) -> tuple[list[PurePosixPath], list[PurePosixPath], list[tuple[str, str]]]:
         """Returns photos and masks, and what was assumed."""
-        rasters = [file for file in labels if _suffix(file) in _IMAGES | _ARRAYS]
+        rasters = [file for file in labels if _suffix(file) in IMAGE_SUFFIXES | _ARRAYS]
         if self.masks is not None:
             return list(images), rasters, []
         arrays = [file for file in rasters if _suffix(file) in _ARRAYS]
