@@ -120,7 +120,8 @@ def _run(args: argparse.Namespace) -> int:
     for name, file in given.items():
         target = Path(file) if file else default_file(model, name, options.precision)
         written = export_model(model, target, name, real, options)
-        say(Console(), *_summary(target, written), left_out(model), "Use it:", "", usage(target, written))
+        lines = [*_summary(target, written), left_out(model), "Use it:", "", *usage(target, written).splitlines()]
+        say(Console(), *lines, "")
     return 0
 
 

@@ -85,7 +85,8 @@ class Graph(nn.Module):
         x = F.pad((image_N3HW - segmenter.mean) / segmenter.std, (0, wide - width, 0, tall - height))
         logits = segmenter.network(x.to(self._dtype)).float()
         logits = F.interpolate(logits, (tall, wide), mode="bilinear", align_corners=True)
-        return logits[..., :height, :width].softmax(dim=1)
+        # Not a slice, whose memory depends on whether anything is cut off: torch.export would note that as a condition on the size.
+        return F.pad(logits, (0, width - wide, 0, height - tall)).softmax(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +155,11 @@ def find_real_images(
         )
     if images is not None:
         read = tuple(model.to_rgb(path) for path in _spread(_files(images)))
-        return RealImages(str(images), _fit(read, options.size), (), found, split)
+        return RealImages(images.name, _fit(read, options.size), (), found, split)
     assert found is not None
     calibration = _images(found, "train" if "train" in found.manifest.splits else split)
     return RealImages(
-        f"{split} of {found.folder}",
+        f"{split} of {found.folder.name}",
         _fit(_images(found, split), options.size),
         _fit(calibration, options.size) if options.precision == "int8" else (),
         found,
@@ -173,7 +174,7 @@ def _shards(model: Model, given: Path | None) -> Shards | None:
         try:
             # Not as a training, which would import the code that it names.
             data = yaml_reader.load(model.folder / "config.yaml").data["data"]["shards"]
-            folder = model.folder / data
+            folder = (model.folder / data).resolve()
         except (ConfigError, KeyError, TypeError):
             return None
         if not (folder / MANIFEST).is_file():
@@ -239,7 +240,7 @@ def export_model(
         if format == "onnx":
             opset = {"opset": _write_onnx(program, file, real, options)}
         else:
-            with _refused("torch cannot save this model"):
+            with _refused(f"torch cannot save this model{_hint(options)}"):
                 torch.export.save(program, file)
         parity = _compare(model, (_onnx_run if format == "onnx" else _torch_run)(file), real, options)
         entry = {
@@ -287,12 +288,16 @@ def _traced(model: Model, options: ExportOptions) -> torch.export.ExportedProgra
         example, sides = torch.zeros((*_TRACED, 3), dtype=torch.uint8), torch.export.Dim.DYNAMIC
         shapes, text = ({0: sides, 1: sides, 2: sides},), f"{forms} cannot be exported for images of any size"
         height, width = model.description.inference.crop_px
-        text += f"; give one, as --size {height} {width}"
+        text += f" (give one, as --size {height} {width})"
     else:
         example, shapes = torch.zeros((1, *options.size, 3), dtype=torch.uint8), None
         text = f"{forms} cannot be exported for images of {options.size[0]}x{options.size[1]} px"
     with _refused(text), torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def _hint(options: ExportOptions) -> str:
+    return "" if options.size else " for images of any size (give one: --size H W)"
 
 
 def _described(model: Model) -> list[Any]:
@@ -301,7 +306,7 @@ def _described(model: Model) -> list[Any]:
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, real: RealImages, options: ExportOptions) -> int:
     """Writes an ONNX file and returns its opset."""
-    with _refused("torch cannot write this model as ONNX"), torch.no_grad():
+    with _refused(f"torch cannot write this model as ONNX{_hint(options)}"), torch.no_grad():
         written = torch.onnx.export(
             program,
             input_names=["image"],
@@ -410,7 +415,7 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
         answers = []
         for which, each in enumerate((reference, run)):
             start = time.perf_counter()
-            answers.append(_answer(each, batch))
+            answers.append(_answer(each, batch, options))
             seconds[which] += time.perf_counter() - start if number < len(batches) else 0.0
         (labels, prob), (other_labels, other_prob) = answers
         if other_labels.shape != labels.shape or other_prob.shape != prob.shape:
@@ -441,7 +446,7 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
             )
         return parity
     assert real.shards is not None
-    before, after = _mean_ious(model, (reference, run), real.shards, real.split, options.size)
+    before, after = _mean_ious(model, (reference, run), real.shards, real.split, options)
     if not 100 * (before - after) <= options.tolerance_miou:
         raise CheckpointError(
             f"{options.precision} loses too much: mIoU {100 * after:.2f} % on {real.split} instead of {100 * before:.2f} % "
@@ -450,25 +455,25 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
     return parity | {"miou": after, "miou_of_model": before, "split": real.split}
 
 
-def _answer(run: Run, batch: Pixels) -> tuple[Pixels, NDArray[np.float32]]:
+def _answer(run: Run, batch: Pixels, options: ExportOptions) -> tuple[Pixels, NDArray[np.float32]]:
     try:
         return run(batch)
     except Exception as err:  # of many types; one size may fail where another one passes
         size = "x".join(map(str, batch.shape[1:3]))
         raise CheckpointError(
-            f"the exported file cannot predict {len(batch)} image(s) of {size} px; nothing is kept of it: {on_one_line(err, 200)}"
+            f"the exported file cannot predict {len(batch)} image(s) of {size} px{_hint(options)}; nothing is kept of it: {on_one_line(err, 200)}"
         ) from err
 
 
-def _mean_ious(model: Model, runs: tuple[Run, ...], shards: Shards, split: str, size: Size | None) -> list[float]:
+def _mean_ious(model: Model, runs: tuple[Run, ...], shards: Shards, split: str, options: ExportOptions) -> list[float]:
     """Returns the mIoU of several forms of a model on all images of a split that have masks."""
-    classes = len(model.classes)
+    classes, size = len(model.classes), options.size
     matrices = [torch.zeros(classes, classes, dtype=torch.int64) for _ in runs]
     for batch in eval_batches(shards, split, size_px=1):
         image, mask = batch.image[0].permute(1, 2, 0).numpy(), batch.mask[0].numpy()
         image, mask = (_resized(image, size), _resized(mask, size, mask=True)) if size else (image, mask)
         for matrix, run in zip(matrices, runs, strict=True):
-            labels, _ = _answer(run, np.ascontiguousarray(image[None]))
+            labels, _ = _answer(run, np.ascontiguousarray(image[None]), options)
             matrix += confusion(torch.from_numpy(labels), torch.from_numpy(np.array(mask))[None], classes)[0]
     if not matrices[0].any():
         raise DataError(f"{shards.folder}: {split} must have images with masks, but has none.")
