@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
 import time
@@ -35,7 +36,7 @@ from cps_ray.engine.networks import Segmenter
 from cps_ray.errors import CheckpointError, ConfigError, DataError
 from cps_ray.model.description import read_description, write_description
 from cps_ray.model.model import Model, Pixels
-from cps_ray.text import on_one_line
+from cps_ray.text import on_one_line, printable
 
 # N images, C classes, H W pixels.
 Format = Literal["onnx", "torch"]
@@ -273,12 +274,16 @@ def _versions(format: Format) -> dict[str, str]:
 @contextmanager
 def _refused(text: str) -> Iterator[None]:
     """Makes one line of whatever torch's exporters raise, and lets nothing else of theirs through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    logged = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # tracebacks of ways that they try before they find one
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        except Exception as err:
-            raise ConfigError(f"{text}: {on_one_line(err, 200)}") from err
+    except Exception as err:
+        raise ConfigError(f"{text}: {printable(on_one_line(err, 200))}") from err
+    finally:
+        logging.disable(logged)
 
 
 def _traced(model: Model, options: ExportOptions) -> torch.export.ExportedProgram:
@@ -319,7 +324,10 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, real: RealIma
         written.save(file, external_data=False)
         if options.precision == "int8":
             _quantise(file, real.calibration)
-    return int(written.model.opset_imports[""])
+    opset = int(written.model.opset_imports[""])
+    if options.opset not in (None, opset):
+        raise ConfigError(f"--opset {options.opset}: torch can make opset {opset} of this model alone.")
+    return opset
 
 
 def _quantise(file: Path, images: Iterable[Pixels]) -> None:
