@@ -22,7 +22,8 @@ examples:
   python -m cps_ray.export runs/mine/best --onnx
   python -m cps_ray.export runs/mine/best --onnx --network ensemble --shards data/mine/shards --split test
   python -m cps_ray.export runs/mine/best --onnx --size 512 1024 --int8
-  python -m cps_ray.export runs/mine/best --torch segmenter.pt2 --images photos"""
+  python -m cps_ray.export runs/mine/best --torch segmenter.pt2 --images photos
+Real images are those of val that trained the model, where they still are; else --shards or --images names some."""
 
 
 def _positive(text: str) -> int:

@@ -52,7 +52,7 @@ LEAST_EQUAL = 0.9999
 """Fraction of the pixels whose labels must be the model's."""
 _IMAGES = 16
 _LONGEST_SIDE_PX = 2048
-"""Of larger images the middle is compared: a graph holds the scores of all pixels at once."""
+"""Larger images are compared by their middle: a graph holds the scores of all pixels at once."""
 _TRACED = (2, 160, 224)
 """Images, height and width with which a graph of any size is traced. None is 1, which torch would take for fixed."""
 _EXTRA = "pip install 'cps_ray[onnx]'"
