@@ -53,8 +53,8 @@ LEAST_EQUAL = 0.9999
 _IMAGES = 16
 _LONGEST_SIDE_PX = 2048
 """Larger images are compared by their middle: a graph holds the scores of all pixels at once."""
-_TRACED = (2, 160, 224)
-"""Images, height and width with which a graph of any size is traced. None is 1, which torch would take for fixed."""
+_TRACED = (2, 288, 416)
+"""Images, height and width with which a graph of any size is traced. No map of a network may be 1 px, which torch would take for fixed."""
 _EXTRA = "pip install 'cps_ray[onnx]'"
 
 
