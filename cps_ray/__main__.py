@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "a model on images with masks: scores per class, confusion, worst images",
     "suggest": "which images to label next, with drafts of their masks",
     "pseudolabel": "a model's confident labels as masks of a data set to train on",
+    "export": "a model -> ONNX or torch.export, checked against the model on real images",
     "bench": "speed and memory, measured side by side",
     "schema": "JSON schema of a sweep or a training, for editors",
 }

@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     failed = folder.write_tables(photos)
     rate = f" ({count / seconds:.1f} images/s)" if count else ""
-    say(Console(), f"{count} images in {seconds:.1f} s{rate}: {display_path(args.out)}")
+    say(Console(), f"{count} image(s) in {seconds:.1f} s{rate}: {display_path(args.out)}")
     if failed:
         listed = display_path(args.out / FAILED_FILE)
         raise CpsRayError(f"{failed} of {len(photos)} images could not be read; {listed} says why.")

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate",
     "suggest",
     "pseudolabel",
+    "export",
     "bench",
     "schema",
 }

@@ -208,7 +208,7 @@ def test_commands_work_as_printed(
     elif words[:2] == ["bench", "methods"]:
         methods._training(args)
         methods._chosen(args)
-    if given.get("shards") is not None:
+    if given.get("shards"):
         shutil.copytree(data_set, args.shards)
     if "lists" in given:
         (args.lists / "1_8").mkdir(parents=True)

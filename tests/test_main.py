@@ -26,7 +26,7 @@ def test_the_version_is_that_of_the_package(
         ("swep", "Did you mean sweep?"),
         (
             "foo",
-            "There are init, prepare, inspect, subsets, encoders, sweep, train, predict, evaluate, suggest, pseudolabel, bench, schema.",
+            "There are init, prepare, inspect, subsets, encoders, sweep, train, predict, evaluate, suggest, pseudolabel, export, bench, schema.",
         ),
     ],
 )

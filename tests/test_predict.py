@@ -58,7 +58,7 @@ def whole(best: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     command = [sys.executable, "-m", "cps_ray.predict", str(best), str(photos), str(out), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert done.stdout.startswith("60 images in ")
+    assert done.stdout.startswith("60 image(s) in ")
     return contents(out)
 
 
@@ -68,14 +68,14 @@ def test_one_line_on_success_and_nothing_twice(best: Path, photos: Path, tmp_pat
     assert main(words) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out.startswith("20 images in ")
+    assert said.out.startswith("20 image(s) in ")
     assert said.out.rstrip().endswith(f"images/s): {out}")
     assert said.out.count("\n") == 1
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"labels", "certainty"}
     assert main(words) == 0
     said = capsys.readouterr()
     assert said.err == "20 of 20 images were done before.\n"
-    assert said.out.startswith("0 images in ")
+    assert said.out.startswith("0 image(s) in ")
 
 
 def test_bad_files_end_in_1_and_one_line(best: Path, photos: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -154,7 +154,7 @@ def test_stopped_it_goes_on(best: Path, photos: Path, tmp_path: Path, whole: dic
     before = {name: (out / f"labels/{name}.png").stat().st_ino for name in complete}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == f"{len(complete)} of 60 images were done before.\n"
-    assert done.stdout.startswith(f"{60 - len(complete)} images in ")
+    assert done.stdout.startswith(f"{60 - len(complete)} image(s) in ")
     assert {name: (out / f"labels/{name}.png").stat().st_ino for name in complete} == before
     assert contents(out) == whole
 
@@ -181,7 +181,7 @@ def test_a_cluster_writes_the_same_bytes(
     finally:
         (photos / "bad.png").unlink()
     said = capsys.readouterr()
-    assert said.out.startswith("61 images in ")
+    assert said.out.startswith("61 image(s) in ")
     assert "1 of 61 images could not be read" in said.err
     found, expected = contents(tmp_path / "out"), dict(whole)
     assert found.pop("failed.csv").decode().splitlines()[1].startswith(f'{photos.name}/bad.png,"the file is no image')

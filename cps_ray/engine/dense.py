@@ -26,7 +26,9 @@ Rule = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 def padded(size: tuple[int, int], divisor: int = STRIDE) -> tuple[int, int]:
     """(height, width) in px with each side a multiple of `divisor`."""
-    return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
+    # Not -(-side // divisor): where this becomes part of an ONNX graph, a division rounds toward zero.
+    height, width = ((side + divisor - 1) // divisor * divisor for side in size)
+    return height, width
 
 
 def upsample(coarse_BChw: Tensor, size: tuple[int, int]) -> Tensor:

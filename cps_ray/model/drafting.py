@@ -93,7 +93,9 @@ def write_drafts(
     recipe = {
         "classes": [{"name": name, "color": list(color)} for name, color in zip(classes, palette, strict=True)],
         "uncovered": "ignore",
-        "splits": {"train": {"images": [f"images/{{id}}{suffix}" for suffix in sorted(suffixes)], "masks": "images/{id}.json"}},
+        "splits": {
+            "train": {"images": [f"images/{{id}}{suffix}" for suffix in sorted(suffixes)], "masks": "images/{id}.json"}
+        },
     }
     write_text(folder / "recipe.yaml", dump_yaml(recipe, _RECIPE_SAYS))
 
