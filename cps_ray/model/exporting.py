@@ -34,6 +34,7 @@ from cps_ray.engine.inference import label_strips
 from cps_ray.engine.metrics import confusion, mean_iou
 from cps_ray.engine.networks import Segmenter
 from cps_ray.errors import CheckpointError, ConfigError, DataError
+from cps_ray.model.data import check_fit
 from cps_ray.model.description import read_description, write_description
 from cps_ray.model.model import Model, Pixels
 from cps_ray.text import on_one_line, printable
@@ -181,10 +182,7 @@ def _shards(model: Model, given: Path | None) -> Shards | None:
         if not (folder / MANIFEST).is_file():
             return None
     shards = open_shards(folder)
-    if shards.classes != model.classes:
-        raise DataError(
-            f"{folder}: must have the model's classes, {', '.join(model.classes)}, but has {', '.join(shards.classes)}."
-        )
+    check_fit(model, shards, folder)
     return shards
 
 

@@ -230,7 +230,7 @@ def test_real_images_must_be_there(folder: Path, shards: Path, tmp_path: Path) -
 def test_shards_of_other_classes_are_refused(folder: Path, shards: Path) -> None:
     model = load_model(folder, device="cpu")
     model.description = model.description.model_copy(update={"classes": ("a", "b")})
-    with pytest.raises(DataError, match="must have the model's classes, a, b, but has"):
+    with pytest.raises(DataError, match="must have the model's classes in its order, a, b, but has"):
         find_real_images(model, FIXED, shards=shards)
 
 
