@@ -30,6 +30,8 @@ CHUNK_PX = {"cpu": 2**18, "cuda": 2**21}
 """Most pixels of photos that pass the networks together: on CPUs by caches, on GPUs launches cost more."""
 _AHEAD = 1
 """Chunks that are read before they are predicted, and chunks whose files are still being written."""
+_PAINTED_PX = 2**20
+"""Pixels of an overlay that are painted at once."""
 
 Record = dict[str, Any]
 """What is known of a photo when its files are complete, or why there are none (`error`); a line of JSON."""
@@ -231,8 +233,14 @@ def _write(
         path = out / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "overlays":
-            overlay = paint_mask(maps["labels"], palette, pixels)
-            _, encoded = cv2.imencode(".jpg", cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
+            overlay = np.empty_like(pixels)  # BGR
+            # Some rows at a time: on the way, painting takes four times what it paints.
+            rows = max(1, _PAINTED_PX // pixels.shape[1])
+            for first in range(0, len(pixels), rows):
+                part = slice(first, first + rows)
+                overlay[part] = paint_mask(maps["labels"][part], palette, pixels[part])[..., ::-1]
+            _, encoded = cv2.imencode(".jpg", overlay, [cv2.IMWRITE_JPEG_QUALITY, 90])
+            del overlay
             write_whole(path, partial(_write_bytes, data=encoded.tobytes()))
         elif kind == "probabilities":
             write_whole(path, partial(_write_npz, probabilities=maps[kind]))
