@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cps_ray.engine.passes import second_view, strong_views, student_logits, teacher_logits, weak_view
     from cps_ray.errors import CpsRayError
     from cps_ray.model.model import Model, load_model
+    from cps_ray.results import open_sweep
 
 # albumentations asks the package index for a newer version when it is imported: in each worker, behind whatever firewall.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -34,6 +35,7 @@ _HOMES = {
     "cps_ray.engine.passes": ["second_view", "strong_views", "student_logits", "teacher_logits", "weak_view"],
     "cps_ray.errors": ["CpsRayError"],
     "cps_ray.model.model": ["Model", "load_model"],
+    "cps_ray.results": ["open_sweep"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -54,6 +56,7 @@ __all__ = [
     "load_train",
     "loss_on_labels",
     "loss_on_masks",
+    "open_sweep",
     "second_view",
     "strong_views",
     "student_logits",

@@ -15,6 +15,10 @@ COMMANDS = {
     "encoders": "encoders and pretrained weights: size, licence, whether they run at a crop",
     "sweep": "search, compare and export: one YAML file to best.yaml",
     "train": "one training, such as best.yaml",
+    "predict": "a model and photos -> label maps, overlays and a table",
+    "evaluate": "a model on images with masks: scores per class, confusion, worst images",
+    "suggest": "which images to label next, with drafts of their masks",
+    "pseudolabel": "a model's confident labels as masks of a data set to train on",
     "export": "a model -> ONNX or torch.export, checked against the model on real images",
     "bench": "speed and memory, measured side by side",
     "schema": "JSON schema of a sweep or a training, for editors",
@@ -35,7 +39,7 @@ def main() -> int:
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(
-            "usage: cps-ray COMMAND ...\n", *(f"  {name:<10}{summary}" for name, summary in COMMANDS.items()), sep="\n"
+            "usage: cps-ray COMMAND ...\n", *(f"  {name:<13}{summary}" for name, summary in COMMANDS.items()), sep="\n"
         )
         print("\n`cps-ray COMMAND --help` shows its options.")
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2

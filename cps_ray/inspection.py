@@ -19,7 +19,7 @@ from cps_ray.datasets.prepare.verification import damage_finding, verify
 from cps_ray.datasets.shards import Index, Manifest, Shards, open_shards
 from cps_ray.datasets.show import page, picture
 from cps_ray.datasets.show.statistics import Statistics, percent, size_text, statistics
-from cps_ray.datasets.subsets import labeled_rows, read_ids, subset_folder
+from cps_ray.datasets.subsets import named_rows
 from cps_ray.errors import DataError
 from cps_ray.text import first_few, printable
 
@@ -56,28 +56,8 @@ def _indexes(shards: Shards) -> tuple[dict[str, Index], list[Finding]]:
 
 def _labeled_rows(shards: Shards, index: Index, which: str, seed: int) -> SplitRows:
     """Returns the images that `--labeled` names. Raises DataError if there are no such images."""
-    # A subset whose name is a number comes before a count, and before a list file of the same name.
-    if subset_folder(shards.folder, which).is_dir():
-        rows = labeled_rows(shards.folder, index, which, seed)
-    elif Path(which).is_file() or which.endswith(".txt"):
-        rows = read_ids(Path(which), index)
-    else:
-        rows = labeled_rows(shards.folder, index, _number_or_name(which), seed)
+    rows = named_rows(shards.folder, index, which, seed)
     return SplitRows(f"labelled: {which}", "train-labeled", index, np.sort(rows))
-
-
-def _number_or_name(text: str) -> int | float | str:
-    """Returns a count of at least 1, a fraction in (0, 1], or, if the text is no number, the text: a name.
-
-    Raises DataError for other numbers.
-    """
-    try:
-        value = float(text) if "." in text else int(text)
-    except ValueError:
-        return text
-    if value <= 0 or (isinstance(value, float) and value > 1):
-        raise DataError(f"--labeled must be a count of at least 1 or a fraction in (0, 1], but is {text}.")
-    return value
 
 
 def _label_findings(part: SplitRows, classes: Sequence[str]) -> list[Finding]:

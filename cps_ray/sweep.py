@@ -4,7 +4,7 @@
     python -m cps_ray.sweep sweeps/cityscapes.yaml --dry-run 5
     python -m cps_ray.sweep sweeps/camvid.yaml --set budget.trials=30 --name camvid-long
     python -m cps_ray.sweep resume runs/camvid-long --trials 50
-    python -m cps_ray.sweep status runs/camvid-long
+    python -m cps_ray.sweep status runs/camvid-long --watch
 
 If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
 
@@ -13,10 +13,13 @@ Exit codes: 0 done; 1 a bug, a full disk and the like; 2 wrong input; 3 no trial
 """
 
 import argparse
+import contextlib
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cps_ray.command import checked, command_parser, entry, reported, run_command, say
 from cps_ray.config.reader import read_sweep, sweep_file
@@ -27,11 +30,17 @@ from cps_ray.errors import ConfigError, DataError
 from cps_ray.text import did_you_mean, nearest, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cps_ray.datasets.shards import Shards
     from cps_ray.engine.preflight import Preflight
+    from cps_ray.results import SweepResults
 
 _VERBS = ("run", "resume", "status", "best")
 _DRAWS = "5"
+_REDRAW_S = 2
+_COLUMNS = ("number", "state", "steps", "score_best", "seconds")
+_PARAMS = "params."
 _WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time")
 
 
@@ -90,8 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("--address")
     resume.set_defaults(run=_resume)
-    status = verbs.add_parser("status", help="show the trials so far; only reads files")
+    status = verbs.add_parser(
+        "status", help="show the trials so far, and the verdict; only reads, also while the sweep runs"
+    )
     status.add_argument("folder", type=Path)
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON document, for scripts")
+    form.add_argument(
+        "--watch", action="store_true", help=f"draw it again every {_REDRAW_S} s, until the sweep ends, or Ctrl-C"
+    )
     status.set_defaults(run=_status)
     best = verbs.add_parser("best", help="print the best configuration, a file that trains as it is")
     best.add_argument("folder", type=Path)
@@ -140,7 +156,8 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
     from cps_ray.engine.preflight import check_sweep, searched_networks
 
     shards, data = _data(config, hashes_in)
-    check_sweep(_preflight(config, shards), config, where)
+    preflight = _preflight(config, shards)
+    check_sweep(preflight, config, where)
     console = Console()
     table = Table(
         title=f"{config.name}: {draws} random draws of {config.budget.trials} trials", title_justify="left", box=None
@@ -155,7 +172,8 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
     finals = 0 if config.final.retrain == "none" else finals
     plan = f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
-    say(console, f"{plan} Every draw is a valid training.", *normalised, *data.split("\n"))
+    filled = (f"{text}." for text in preflight.filled)
+    say(console, f"{plan} Every draw is a valid training.", *normalised, *filled, *data.split("\n"))
     return 0
 
 
@@ -198,14 +216,17 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 def _resume(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from cps_ray.results import SWEEP_FILE, open_sweep
+
+    open_sweep(args.folder)  # ConfigError where there is no sweep, before torch and Ray are imported
+
     from cps_ray.datasets.open import write_image_hashes
     from cps_ray.search import sweep, sweep_folder
     from cps_ray.search.study import SweepStudy
 
-    _need_sweep_folder(args.folder)
     changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
     sets = [args.set] if args.set else []
-    config, where = read_sweep(args.folder / sweep_folder.SWEEP_FILE, sets, changes)
+    config, where = read_sweep(args.folder / SWEEP_FILE, sets, changes)
     root = args.folder.absolute()
     study = SweepStudy(config, root)
     study.check_space(where)
@@ -227,38 +248,70 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+
+    from cps_ray.results import open_sweep
+
+    sweep = open_sweep(args.folder)
+    if args.json:
+        print(_status_json(sweep))
+        return 0
+    console = Console()
+    if args.watch:
+        _watch(sweep, console)
+    say(console, *_status_lines(sweep, sweep.summary))
+    return 0
+
+
+def _status_json(sweep: "SweepResults") -> str:
+    summary = sweep.summary
+    document = {
+        "name": summary["name"],
+        "status": summary["status"],
+        "counts": summary["trials"],
+        "trials": sweep.trials.to_pylist(),
+        "best": summary["best"],
+        "final": summary["final"],
+        "verdict": sweep.verdict,
+    }
+    # JSON has no NaN, which a training that has diverged may have measured.
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=2)
+
+
+def _watch(sweep: "SweepResults", console: "Console") -> None:
+    """Draws the status again and again, until the sweep ends or Ctrl-C, and wipes it out at the end."""
+    from rich.live import Live
     from rich.text import Text
 
-    from cps_ray.files import read_json
-    from cps_ray.search import records, sweep_folder
-    from cps_ray.search.study import SweepStudy
-    from cps_ray.search.verdict import verdict_lines
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live,
+    ):
+        while (summary := sweep.summary)["status"] == "running":
+            # rich cannot redraw what has scrolled out of the window: the trials that fit into it, those that run as the last ones.
+            lines = [printable(line) for line in _status_lines(sweep, summary, max(1, console.height - 6))]
+            live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+            time.sleep(_REDRAW_S)
 
-    _need_sweep_folder(args.folder)
-    config, _ = read_sweep(args.folder / sweep_folder.SWEEP_FILE)
-    study = SweepStudy(config, args.folder.absolute())
-    summary = read_json(args.folder / records.SUMMARY_FILE) or {}
-    console = Console()
-    counts = "  ".join(f"{count} {state}" for state, count in study.counts().items())
-    say(console, f"{config.name}: {summary.get('status', 'begun')}, {counts}, of {config.budget.trials} trials")
-    table = Table(box=None)
-    for name in ("number", "state", "steps", "score_best", "seconds", *config.search_space):
-        table.add_column(Text(name), justify="right")
-    for row in records.trial_rows(study, config):
-        keys = (
-            "number",
-            "state",
-            "steps",
-            "score_best",
-            "seconds",
-            *(f"params.{name}" for name in config.search_space),
-        )
-        table.add_row(*(Text("-" if row[key] is None else _cell(row[key])) for key in keys))
-    console.print(table)
-    if summary.get("best"):
-        say(console, *verdict_lines(args.folder, summary))
-    return 0
+
+def _status_lines(sweep: "SweepResults", summary: dict[str, Any], limit: int | None = None) -> list[str]:
+    """Returns a line about the sweep, a table of its trials (at most the last `limit`, those that run behind the others), and its verdict."""
+    from rich.cells import cell_len
+
+    counts = "  ".join(f"{count} {state}" for state, count in summary["trials"].items() if state != "budget" and count)
+    table = sweep.trials
+    names = [*_COLUMNS, *(name for name in table.column_names if name.startswith(_PARAMS))]
+    rows = table.select(names).to_pylist()
+    if limit is not None:
+        rows = sorted(rows, key=lambda row: bool(row["state"] == "running"))[-limit:]
+    cells = [[printable(name.removeprefix(_PARAMS)) for name in names]]
+    cells += [["-" if row[name] is None else _cell(row[name]) for name in names] for row in rows]
+    # Not by rich's Table, which takes a second for a thousand rows, and breaks them where there is no terminal.
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    return [
+        f"{summary['name']}: {summary['status']}, {counts or 'none begun'}, of {summary['trials']['budget']} trials",
+        *("  ".join(" " * (n - cell_len(cell)) + cell for n, cell in zip(widths, line, strict=True)) for line in cells),
+        *sweep.verdict.split("\n"),
+    ]
 
 
 def _best(args: argparse.Namespace) -> int:
@@ -267,13 +320,6 @@ def _best(args: argparse.Namespace) -> int:
         raise ConfigError(f"{path}: no trial of this sweep has completed yet, or this is no sweep folder.")
     print(path.read_text(), end="")
     return 0
-
-
-def _need_sweep_folder(folder: Path) -> None:
-    from cps_ray.search.sweep_folder import SWEEP_FILE, is_sweep_folder
-
-    if not is_sweep_folder(folder):
-        raise ConfigError(f"{folder}: must be the folder of a sweep (with {SWEEP_FILE} and study.db), but is not.")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _MAX_NAMES = 3
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -77,6 +78,15 @@ def first_few(names: Sequence[str]) -> str:
 def spaced(number: int) -> str:
     """Returns a count with a space before each three digits: `2 000`."""
     return f"{number:,}".replace(",", " ")
+
+
+def show_params(params: Mapping[str, Any]) -> str:
+    """Parameters in one line: `optim.lr 0.0021  cps.weight 1.3`."""
+    return "  ".join(f"{name} {_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def display_path(path: Path) -> str:

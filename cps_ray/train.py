@@ -195,7 +195,7 @@ def _method(config: TrainConfig) -> str:
 
 
 def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]]:
-    """Yields each network's name with its form and size, and what its images are normalised by."""
+    """Yields each network's name with its form and size, what a file filled, and what its images are normalised by."""
     from cps_ray.engine.networks import build_networks
     from cps_ray.engine.normalisation import planned_normalisation
 
@@ -209,6 +209,8 @@ def _networks(config: TrainConfig, num_classes: int) -> Iterator[tuple[str, str]
         weights = form.weights_file.name if form.weights_file else form.weights
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         yield f"network {name}", f"{form.architecture}, {form.encoder}, weights {weights}: {millions:.1f} M parameters"
+        if network.filled:
+            yield "weights", network.filled
         yield "normalised", planned_normalisation(form)
 
 

@@ -286,6 +286,15 @@ def test_a_resume_in_a_space_that_optuna_cannot_go_on_in(
     assert sweep.main(["status", str(root)]) == 0
 
 
+def test_a_table_that_was_cut_short_is_written_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "trials.parquet").write_bytes(b"PAR1cut")
+    assert sweep.main(["status", str(finished)]) == 2
+    assert "written again by: python -m cps_ray.sweep resume runs/bad\n" in one_line(capsys)
+    assert sweep.main(["resume", str(finished)]) == 0
+    assert sweep.main(["status", str(finished)]) == 0
+    assert "finished, 2 complete, of 2 trials" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["best", "best.yaml", "study.db"])
 def test_what_is_missing_or_has_changed_is_made_again(finished: Path, name: str) -> None:
     """A deleted result, and another best trial than the summary's."""

@@ -37,6 +37,7 @@ HELP = [*ROOT.glob("cps_ray/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("cps
 NEITHER = (
     "Best trial 0: val/miou ",
     "runs/NAME/ ",
+    "best/model.safetensors ",
     "cps_ray/errors.py ",
     "train/ trainannot/ ",
     "leftImg8bit/{train",
@@ -45,7 +46,7 @@ NEITHER = (
 )
 """Beginnings of printed text that is neither commands nor YAML: output, and folders."""
 OURS = re.compile(r"(?:\.venv/bin/)?(?:python -m cps_ray\.|cps-ray )")
-OTHERS = re.compile(r"make [a-z]|\.ci/run|git clone |pip install |\. \.venv/bin/activate")
+OTHERS = re.compile(r"make [a-z]|\.ci/run|git clone |pip install |labelme |\. \.venv/bin/activate")
 BESIDE: list[dict[str, Any]] = [
     {},
     {"ema.decay": 0.99},

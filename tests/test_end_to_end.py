@@ -10,14 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 from support import TINY_DATA, changed, without_a_cluster
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.datasets.loader import eval_batches
+from cps_ray.datasets.shards import open_shards
+from cps_ray.model.evaluating import evaluate_model
+from cps_ray.model.model import load_model
 
 pytestmark = pytest.mark.ray
 
@@ -158,11 +162,15 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert baseline.method == "supervised"
     assert (baseline.optim, baseline.schedule, baseline.model) == (best.optim, best.schedule, best.model)
 
-    model = json.loads((root / "best" / "model.json").read_text())
-    assert len(model["classes"]) == 7
-    assert [model["weights"]] == summary["weights"]
-    assert model["weights"]["sentence"].endswith("none, trained from scratch")
-    assert load_file(root / "best" / "model.safetensors")
+    model = load_model(root / "best", device="cpu")
+    assert len(model.classes) == 7
+    weights = [network.weights for network in model.description.networks.values()]
+    assert summary["weights"] == weights[:1] == weights[1:]
+    assert weights[0]["sentence"].endswith("none, trained from scratch")
+    assert_scores_are_the_models(root / "best", "test")
+    # What a person sees in the card is what was measured.
+    metrics = json.loads((root / "best" / "metrics.json").read_text())
+    assert f"This model: mIoU {100 * metrics['test/miou']:.1f} %" in (root / "best" / "README.md").read_text()
     assert cv2.imread(str(root / "best" / "examples.png")).shape[1] > 4 * 200
     seeds = (root / "best" / "seeds.csv").read_text().splitlines()
     assert len(seeds) == 5
@@ -175,6 +183,21 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert code == 0, out
     again = max(record["val/miou"] for record in records(root / "train-best"))
     assert f"{again:.4f}" == f"{summary['best']['value']:.4f}"
+    assert "Model: runs/tiny/train-best/best" in out
+    assert_scores_are_the_models(root / "train-best/best", "val")
+
+
+def assert_scores_are_the_models(folder: Path, split: str) -> None:
+    """The confusion matrices in a model's folder are those of the model in it."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config = load_train(folder / "config.yaml")
+    assert set(metrics["confusion"]) == {"a", "b", "ensemble"}
+    for network, matrix in metrics["confusion"].items():
+        model = load_model(folder, device="cpu", network=network)
+        found = evaluate_model(model, eval_batches(open_shards(config.data.shards), split))
+        # Threads may sum in another order: then a pixel between two classes may change.
+        assert abs(found.matrix - np.array(matrix)).sum() <= 2 * found.matrix.sum() * 1e-4, network
+    assert cv2.imread(str(folder / "examples.png")) is not None
 
 
 def test_ctrl_c_leaves_nothing_running_and_resume_finishes(sweep_file: Path) -> None:

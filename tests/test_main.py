@@ -24,7 +24,10 @@ def test_the_version_is_that_of_the_package(
     ("word", "hint"),
     [
         ("swep", "Did you mean sweep?"),
-        ("foo", "There are init, prepare, inspect, subsets, encoders, sweep, train, export, bench, schema."),
+        (
+            "foo",
+            "There are init, prepare, inspect, subsets, encoders, sweep, train, predict, evaluate, suggest, pseudolabel, export, bench, schema.",
+        ),
     ],
 )
 def test_what_is_no_command_is_said_to_be_none(

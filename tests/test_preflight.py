@@ -242,7 +242,11 @@ WRONG: dict[str, tuple[list[Change], str, str, str]] = {
             (ENCODER, f"{ENCODER}\n    weights_file: resnet18.pt"),
             searched(choice("model.encoder", "resnet18", "resnet34")),
         ],
-        *("model.encoder:", "search_space.model.encoder.values[1]", "every key must fit the encoder resnet34"),
+        *(
+            "model.encoder:",
+            "search_space.model.encoder.values[1]",
+            "every tensor of the encoder resnet34 must be in it",
+        ),
     ),
 }
 
@@ -304,6 +308,20 @@ RIGHT: dict[str, list[Change]] = {
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_runs_passes(case: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([str(write(*RIGHT[case])), "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_a_weights_file_fills_and_what_is_left_over(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write((ENCODER, f"{ENCODER}\n    weights_file: resnet18.pt"))
+    _save_encoder(Path("resnet18.pt"))
+    state = torch.load("resnet18.pt")
+    torch.save(
+        {"state_dict": {**{f"net.{key}": v for key, v in state.items()}, "fc.bias": torch.ones(1)}}, "resnet18.pt"
+    )
+    assert sweep.main([str(path), "--dry-run"]) == 0
+    said = "resnet18 filled by 120 tensors of resnet18.pt under state_dict.net.; 1 tensor not used: state_dict.fc.*."
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_all_commands_refuse_alike(write: Write, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

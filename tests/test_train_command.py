@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import segmentation_models_pytorch as smp
 
 from cps_ray import train
 
@@ -70,6 +71,17 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
     assert rows["batch"] == "4 + 4 crops of 32x48 px (labelled + unlabelled), 2 + 2 per worker"
     assert rows["workers"] == "2, each 0.5 CPUs, 0 GPUs"
     assert "once it runs" in rows["speed"]
+
+
+def test_a_dry_run_says_what_a_weights_file_fills(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "tu-test_efficientnet"
+    smp.create_model("unet", name, encoder_weights=None).save_pretrained("mine")
+    words = small(model__weights_file="mine")
+    assert train.main(["reference/voc", "--set", f"data.shards={shards}", "--dry-run", *words]) == 0
+    rows = plan(capsys)
+    assert rows["network a"].startswith(f"deeplabv3plus, {name}, weights mine: ")
+    assert rows["weights"].startswith(f"{name} filled by 80 tensors of mine under encoder.model.; ")
+    assert rows["weights"].endswith(" tensors not used: decoder.* (60), segmentation_head.* (2)")
 
 
 def test_the_size_of_a_network_is_that_of_its_parameters(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

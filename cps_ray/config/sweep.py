@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.section import RelativePath, Section
-from cps_ray.config.train import NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
+from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -102,6 +102,12 @@ class ObjectiveConfig(Section):
                 f"must be better the higher it is, such as val/miou, but got {metric!r}, an error: 0 is best."
             )
         return metric
+
+
+def measured_network(metric: str) -> str:
+    """Returns the name of the network that a metric is of: `b` of val/b/miou, ENSEMBLE of val/ensemble/miou, `a` of all others."""
+    name = metric.split("/")[1]  # slices never have a network's name
+    return name if name in {*NETWORK_NAMES, ENSEMBLE} else "a"
 
 
 class BudgetConfig(Section):

@@ -22,6 +22,8 @@ Fingerprint = Annotated[str, Field(pattern=r"^[0-9]+-[0-9a-f]{32}$", strict=True
 SubsetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", strict=True)]
 NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
+ENSEMBLE = "ensemble"
+"""The mean of all networks' probabilities is reported under this name."""
 Precision = Literal["none", "bf16", "fp16"]
 
 
@@ -138,10 +140,11 @@ class NetworkConfig(Section):
     weights: str = "none"
     """`none`, or a tag of the encoder's hub weights, such as `imagenet`."""
     weights_file: RelativePath | None = None
-    """Local file (.pt, .pth, .safetensors) with the encoder's weights, instead of `weights`. Every key must fit."""
+    """Local file of torch.save or safetensors, or a folder with a model.safetensors, that holds every tensor of the encoder, instead of
+    `weights`; what else it holds is left out."""
     mean: ColorMean | None = None
     """Mean of images per RGB channel, for values in 0..1, that the weights were trained with. None: that of the `weights`; with a
-    weights_file, timm's for a `tu-` encoder; else ImageNet's."""
+    weights_file, that of its model.json, or timm's for a `tu-` encoder; else ImageNet's."""
     std: ColorStd | None = None
     """Standard deviation per RGB channel, for values in 0..1; given with `mean` or not at all."""
     freeze_encoder: bool = False

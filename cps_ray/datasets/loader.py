@@ -25,7 +25,7 @@ from cps_ray.datasets.images import decode_image, decode_mask
 from cps_ray.datasets.order import LABELED, UNLABELED, ShardPositions, image_at, positions
 from cps_ray.datasets.shards import Encoded, ImageLocations, Index, Shards
 from cps_ray.datasets.subsets import LabeledSubset, labeled_subset
-from cps_ray.engine.batch import Batch, EvalBatch
+from cps_ray.engine.batch import IGNORE, Batch, EvalBatch
 from cps_ray.errors import DataError
 
 _BATCHES_AHEAD = 2
@@ -374,6 +374,14 @@ def eval_batches(
     yield from _eval_batches(index, np.flatnonzero(index.labeled), batch_shard, num_batch_shards, size_px, threads)
 
 
+def image_batches(
+    index: Index, rows: NDArray[np.int64], *, masks: bool = False, size_px: int = EVAL_BATCH_PX, threads: int = 2
+) -> Iterator[EvalBatch]:
+    """Yields the images in these rows in batches of one size, as `eval_batches` does. All pixels are IGNORE where there is no mask, or
+    where `masks` are not read."""
+    yield from _eval_batches(index, rows, 0, 1, size_px, threads, masks=masks)
+
+
 def hidden_batches(
     data: TrainData, hidden_images: int, *, batch_shard: int = 0, num_batch_shards: int = 1, threads: int = 2
 ) -> Iterator[EvalBatch]:
@@ -389,7 +397,14 @@ def hidden_batches(
 
 
 def _eval_batches(
-    index: Index, rows: NDArray[np.int64], batch_shard: int, num_batch_shards: int, size_px: int, threads: int
+    index: Index,
+    rows: NDArray[np.int64],
+    batch_shard: int,
+    num_batch_shards: int,
+    size_px: int,
+    threads: int,
+    *,
+    masks: bool = True,
 ) -> Iterator[EvalBatch]:
     # By size, so that images of one size come together although they lie far apart. The largest first: if memory does not
     # suffice, that shows at once. Every n-th of them, so that all batch shards have about as many pixels.
@@ -402,14 +417,16 @@ def _eval_batches(
         members, count = list(same_size), max(1, size_px // (tall * wide))
         chunks += [members[first : first + count] for first in range(0, len(members), count)]
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        yield from _decode_ahead(pool, index, chunks, threads)
+        yield from _decode_ahead(pool, index, chunks, threads, masks)
 
 
-def _decode_ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], depth: int) -> Iterator[EvalBatch]:
+def _decode_ahead(
+    pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]], depth: int, masks: bool
+) -> Iterator[EvalBatch]:
     """Yields the batches in order, while the pool works on the next `depth` of them."""
     pending: list[Future[EvalBatch]] = []
     for chunk in chunks:
-        pending.append(pool.submit(eval_batch, index, chunk))
+        pending.append(pool.submit(eval_batch, index, chunk, masks=masks))
         # Only so many at a time: a pool takes any number of tasks, and would hold the whole split in memory.
         if len(pending) > depth:
             yield pending.pop(0).result()
@@ -417,9 +434,12 @@ def _decode_ahead(pool: ThreadPoolExecutor, index: Index, chunks: list[list[int]
         yield future.result()
 
 
-def eval_batch(index: Index, rows: list[int]) -> EvalBatch:
-    """Reads and decodes these rows of an index, which have masks and one size."""
-    encoded = index.locations.read(rows)
+def eval_batch(index: Index, rows: list[int], *, masks: bool = True) -> EvalBatch:
+    """Reads and decodes these rows of an index, which have one size; without a mask, or with `masks` not read, all pixels are IGNORE."""
+    encoded = index.locations.read(rows, masks=masks)
     images = [torch.from_numpy(decode_image(item.image)).permute(2, 0, 1) for item in encoded]
-    masks = [torch.from_numpy(decode_mask(item.mask)) for item in encoded if item.mask is not None]
-    return EvalBatch(tuple(item.id for item in encoded), torch.stack(images), torch.stack(masks))
+    target_NHW = torch.full((len(rows), *images[0].shape[1:]), IGNORE, dtype=torch.uint8)  # noqa: N806
+    for number, item in enumerate(encoded):
+        if item.mask is not None:
+            target_NHW[number] = torch.from_numpy(decode_mask(item.mask))
+    return EvalBatch(tuple(item.id for item in encoded), torch.stack(images), target_NHW)

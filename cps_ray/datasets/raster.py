@@ -162,7 +162,8 @@ def open_raster(data: bytes, name: str = "") -> Raster:
         raise UnreadableError("the file needs more memory than there is", "cut it into tiles") from None
     # Decoders of third parties trip over damaged bytes in any way: TypeError, KeyError, cv2.error and others were seen.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
+        # Pillow names the memory that it reads from.
+        reason = " ".join(re.sub(r"<_io\.BytesIO[^>]*>", "", str(error)).split())[:120]
         raise UnreadableError(f"the file cannot be decoded ({type(error).__name__}: {reason})", _DAMAGED) from None
 
 

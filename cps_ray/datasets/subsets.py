@@ -93,6 +93,31 @@ def labeled_rows(shards: Path, index: Index, wanted: int | float | str, seed: in
     return stratified_order(index, seed, count)
 
 
+def named_rows(shards: Path, index: Index, which: str, seed: int) -> NDArray[np.int64]:
+    """Returns the rows of the labelled images that the flag `--labeled` names, int64: a count, a fraction, the name of a subset, or a list
+    file. Raises DataError if there are no such images."""
+    # A subset whose name is a number comes before a count, and before a list file of the same name.
+    if subset_folder(shards, which).is_dir():
+        return labeled_rows(shards, index, which, seed)
+    if Path(which).is_file() or which.endswith(".txt"):
+        return read_ids(Path(which), index)
+    return labeled_rows(shards, index, _number_or_name(which), seed)
+
+
+def _number_or_name(text: str) -> int | float | str:
+    """Returns a count of at least 1, a fraction in (0, 1], or, if the text is no number, the text: a name.
+
+    Raises DataError for other numbers.
+    """
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        return text
+    if value <= 0 or (isinstance(value, float) and value > 1):
+        raise DataError(f"--labeled must be a count of at least 1 or a fraction in (0, 1], but is {text}.")
+    return value
+
+
 def _refuse_without_masks(path: Path, rows: NDArray[np.int64], index: Index) -> None:
     without = [index.ids[row] for row in rows if not index.labeled[row]]
     if without:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
+from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, EvaluationConfig, TrainConfig
 from cps_ray.engine.batch import IGNORE, EvalBatch
-from cps_ray.engine.inference import ENSEMBLE, Labels, label_strips
+from cps_ray.engine.inference import Labels, label_strips
 from cps_ray.engine.metrics import (
     CALIBRATION_BINS,
     calibration,
@@ -105,7 +105,7 @@ def evaluate(
             if counts:
                 matrices_NCC = confusion(found.labels, target_NRW, num_classes)
                 tally.add(_network(name), matrices_NCC.sum(0))
-                tally.add(_calibration(name), _calibration_sums(found, target_NRW))
+                tally.add(_calibration(name), calibration_sums(found, target_NRW))
             if name == "a":
                 _count_slices(tally, slices, batch.ids, matrices_NCC)
             if name in ("a", "b"):
@@ -121,7 +121,7 @@ def evaluate(
     return _counts(tally.reduce(ranks), slices)
 
 
-def _calibration_sums(found: Labels, target_NRW: Tensor) -> Tensor:
+def calibration_sums(found: Labels, target_NRW: Tensor) -> Tensor:
     """Returns the sums of `calibration` over a strip."""
     chunk = _CHUNK_PX.get(target_NRW.device.type, 2**15)
     flat = (torch.split(each.reshape(-1), chunk) for each in (found.certainty, found.labels, target_NRW))

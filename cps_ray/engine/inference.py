@@ -8,15 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cps_ray.config.train import InferenceConfig
+from cps_ray.config.train import ENSEMBLE, InferenceConfig
 from cps_ray.engine.dense import upsample
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import autocast
 
 # N images, C classes, H W pixels, R rows of a strip, h w pixels of a window, B windows, P pixels in a row of memory.
-ENSEMBLE = "ensemble"
-"""Name of what all networks predict together: the mean of their probabilities."""
 _CROPS_AT_ONCE = 8
 """Crops whose pixels an image has at most to be predicted in one piece by default: a training step holds about as many."""
 _CHUNK_PX = {"cpu": 2**15, "cuda": 2**21}
@@ -172,28 +170,25 @@ def _sliding(config: InferenceConfig, network: Segmenter, image_N3HW: Tensor) ->
     seen_H, seen_W = (_times_seen(*side, network.mean.device) for side in ((tall, rows, h), (wide, columns, w)))
     # Row by row, so that what no later window sees is complete, and memory holds a few rows of windows whatever the image's size.
     corners = [(n, y, x) for y in rows for n in range(images) for x in columns]
-    sums_NRWC: Tensor | None = None
-    first_row = 0  # of `sums_NRWC` in the image
+    sums_NhWC: Tensor | None = None  # of the rows that the present windows see
     for first in range(0, len(corners), config.window_batch):
-        chunk, following = corners[first : first + config.window_batch], corners[first + config.window_batch :][:1]
+        chunk = corners[first : first + config.window_batch]
         image_B3hw = torch.stack([image_N3HW[n, :, y : y + h, x : x + w] for n, y, x in chunk])
         scores_BhwC = _forward(config, network, image_B3hw).movedim(1, -1)
-        held = 0 if sums_NRWC is None else sums_NRWC.shape[1]
-        lacking = chunk[-1][1] + h - first_row - held
-        if lacking > 0:
-            more = scores_BhwC.new_zeros(images, lacking, wide, scores_BhwC.shape[-1])
-            sums_NRWC = more if sums_NRWC is None else torch.cat([sums_NRWC, more], dim=1)
-        assert sums_NRWC is not None
-        for (n, y, x), scores_hwC in zip(chunk, scores_BhwC, strict=True):
-            sums_NRWC[n, y - first_row : y - first_row + h, x : x + w] += scores_hwC
-        complete = following[0][1] if following else tall
-        if complete > first_row:
-            strip_NRWC = sums_NRWC[:, : complete - first_row]
-            strip_NRWC /= (seen_H[first_row:complete, None] * seen_W).unsqueeze(-1)
-            sums_NRWC = sums_NRWC[:, complete - first_row :].clone()
+        if sums_NhWC is None:
+            sums_NhWC = scores_BhwC.new_zeros(images, h, wide, scores_BhwC.shape[-1])
+        for number, (n, y, x) in enumerate(chunk, start=first):
+            sums_NhWC[n, :, x : x + w] += scores_BhwC[number - first]
+            complete = corners[number + 1][1] if number + 1 < len(corners) else tall
+            if complete == y:
+                continue
+            strip_NRWC = sums_NhWC[:, : complete - y] / (seen_H[y:complete, None] * seen_W).unsqueeze(-1)
+            # In place: buffers that come and go would leave holes in a heap that keeps what is freed (`tune_cpu`).
+            rest = h - (complete - y)
+            sums_NhWC[:, :rest] = sums_NhWC[:, complete - y :].clone()
+            sums_NhWC[:, rest:] = 0
             # A padded image has one row of windows, hence one strip.
             yield strip_NRWC[:, top : top + height, left : left + width].movedim(-1, 1)
-            first_row = complete
             del strip_NRWC
 
 

@@ -40,16 +40,18 @@ class Segmenter(nn.Module):
         *,
         divisor: int = STRIDE,
         freeze_encoder: bool = False,
+        filled: str = "",
     ) -> None:
         """`mean`, `std`: per RGB channel, for values in 0..1. They are part of the state, so that a checkpoint is evaluated as it was trained.
 
         `divisor`: what the sides in px of the network's own input must be multiples of. `freeze_encoder`: `network.encoder`
-        does not learn. The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few
+        does not learn. `filled`: by what file the encoder was filled, in words. The bilinear upsampling at a network's end is taken out of it (it has no weights): losses do it, a few
         images at a time.
         """
         super().__init__()
         self.network = _without_upsampling(network)
         self.divisor = divisor
+        self.filled = filled
         self._freeze_encoder = freeze_encoder
         if freeze_encoder:
             # Autograd then keeps none of the encoder's activations: nothing that goes into it needs a gradient.
@@ -135,12 +137,15 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int) -> Segm
                 f"model.weights: the {config.weights!r} weights of {config.encoder} could not be fetched from the hub "
                 f"({first_line(err)[:200]}). Give a local file as model.weights_file, or weights: none."
             ) from err
+    filled = ""
     if config.weights_file is not None:
-        load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
+        filled = load_encoder(network.encoder, config.encoder, config.weights_file)  # type: ignore[arg-type]
     normalised = normalisation(config)
     strides = network.encoder.output_strides if config.architecture.lower() == DPT else ()  # type: ignore[union-attr]
     divisor = image_divisor(strides[-1], len(strides)) if strides else STRIDE  # type: ignore[index, arg-type]
-    return Segmenter(network, normalised.mean, normalised.std, divisor=divisor, freeze_encoder=config.freeze_encoder)
+    return Segmenter(
+        network, normalised.mean, normalised.std, divisor=divisor, freeze_encoder=config.freeze_encoder, filled=filled
+    )
 
 
 def _create(config: NetworkConfig, weights: str | None, num_classes: int) -> nn.Module:

@@ -1,10 +1,13 @@
 """What images are normalised by: mean and standard deviation of the data that an encoder's weights were trained with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cps_ray.config.train import ModelConfig, NetworkConfig
 from cps_ray.engine.names import timm_cfg
+from cps_ray.errors import CheckpointError
+from cps_ray.files import read_json
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation per RGB channel."""
@@ -33,6 +36,9 @@ def normalisation(config: NetworkConfig) -> Normalisation:
         return Normalisation(config.mean, config.std, "model.mean and model.std")
     if config.weights == "none" and config.weights_file is None:
         return Normalisation(*IMAGENET, "ImageNet's, for an encoder without weights")
+    own = _of_model_folder(config.weights_file)
+    if own is not None:
+        return own
     cfg = timm_cfg(config)
     if cfg is not None:
         name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
@@ -46,6 +52,21 @@ def normalisation(config: NetworkConfig) -> Normalisation:
     params: dict[str, Any] = smp.encoders.get_preprocessing_params(config.encoder, pretrained=config.weights)
     mean, std = params.get("mean") or IMAGENET[0], params.get("std") or IMAGENET[1]
     return Normalisation(tuple(mean), tuple(std), f"smp's of the {config.weights} weights")
+
+
+def _of_model_folder(file: Path | None) -> Normalisation | None:
+    """Returns what model.json says beside weights of ours, a folder such as best/ or its model.safetensors; None for any other file."""
+    if file is None:
+        return None
+    folder = file if file.is_dir() else file.parent
+    path = folder / "model.json"
+    if not (file.is_dir() or file.name == "model.safetensors") or not path.is_file():
+        return None
+    try:
+        network = read_json(path)["networks"]["a"]
+        return Normalisation(tuple(network["mean"]), tuple(network["std"]), f"those of {folder.name}/model.json")
+    except (ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(f"{path}: must be that of a model, with mean and std of network a, but is not.") from err
 
 
 def planned_normalisation(config: NetworkConfig) -> str:

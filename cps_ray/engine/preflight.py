@@ -121,6 +121,12 @@ class Preflight:
         self._networks: dict[str, Segmenter | TrialFault] = {}
         self._trainings: dict[str, TrialFault | None] = {}
 
+    @property
+    def filled(self) -> list[str]:
+        """Sentences on what files the encoders of the networks tried so far were filled by, each once."""
+        networks = (network for network in self._networks.values() if isinstance(network, Segmenter))
+        return [*dict.fromkeys(network.filled for network in networks if network.filled)]
+
     def fault(self, config: TrainConfig) -> TrialFault | None:
         """Returns why this training cannot run, or None: its networks are built, take one micro-batch forward and back as the method has
         it, and predict images of the smallest and the largest size, in the evaluation's way."""
@@ -257,7 +263,7 @@ def _fault_of_build(place: str, form: NetworkConfig, text: str) -> _DoesNotRunEr
     if setting != name and name in settings(NetworkConfig):
         return _DoesNotRunError(rest, f"{place}.{name}")
     if form.weights_file is not None and text.startswith(str(form.weights_file)):
-        if not form.weights_file.is_file():
+        if not form.weights_file.exists():
             return _DoesNotRunError(text, f"{place}.weights_file")
         return _DoesNotRunError(text, f"{place}.weights_file", f"{place}.encoder")
     return _DoesNotRunError(

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from cps_ray.config.sweep import BEST_ARM
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.datasets.shards import Manifest
-from cps_ray.engine.inference import ENSEMBLE
+from cps_ray.engine.metrics import iou
 from cps_ray.model.description import ModelDescription
 
 Arms = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -125,16 +127,18 @@ def _scores(description: ModelDescription, metrics: Mapping[str, Any], arms: Arm
     yield ""
     yield " | ".join(["| class", "this model", *(["all seeds"] if seeds else []), *others]) + " |"
     yield "|---" * (2 + bool(seeds) + len(others)) + "|"
+    matrix = metrics.get("confusion", {}).get(description.network)
+    exact = dict(zip(description.classes, iou(torch.tensor(matrix)).tolist(), strict=True)) if matrix else {}
     rows = [("**mean IoU**", f"{split}/{inner}miou", f"{split}/miou")]
-    rows += [(_cell(name), f"{split}/iou/{name}", f"{split}/iou/{name}") for name in description.classes]
+    rows += [(name, f"{split}/iou/{name}", f"{split}/iou/{name}") for name in description.classes]
     for title, own, compared in rows:
-        cells = [_percent(metrics.get(own))]
+        cells = [_percent(exact.get(title, metrics.get(own)))]
         cells += [_spread(over.get(own) or over.get(compared))] if seeds else []
         cells += [_spread((arms or {})[arm].get(own) or (arms or {})[arm].get(compared)) for arm in others]
-        yield f"| {title} | {' | '.join(cells)} |"
-    if inner and description.classes:
+        yield f"| {_cell(title)} | {' | '.join(cells)} |"
+    if inner and seeds:
         yield ""
-        yield "IoUs of single classes are those of network a."
+        yield "IoUs of single classes over all seeds are those of network a."
     ece = metrics.get(f"{split}/{inner}ece")
     if ece is not None:
         yield ""
@@ -146,7 +150,7 @@ def _cell(text: str) -> str:
 
 
 def _percent(value: Any) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    return "-" if value is None or value != value else f"{100 * value:.1f}"
 
 
 def _spread(row: Mapping[str, Any] | None) -> str:

@@ -22,6 +22,8 @@ from cps_ray.config.train import (
 from cps_ray.errors import CheckpointError, ConfigError
 from cps_ray.files import write_json
 
+MODEL_FOLDER = "best"
+"""Name of the folder of a sweep's or a training's model."""
 MODEL_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
 """Weights of network a, under the name that smp and the Hugging Face hub expect."""

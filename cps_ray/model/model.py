@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.images import to_rgb
 from cps_ray.datasets.raster import Raster, open_raster
-from cps_ray.engine.inference import ENSEMBLE, Labels, label_strips
+from cps_ray.engine.inference import Labels, label_strips, window_of
 from cps_ray.engine.networks import Segmenter, build_network
 from cps_ray.errors import CheckpointError, ConfigError, DataError
 from cps_ray.model.description import ModelDescription, NetworkDescription, read_description
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112  # EXIF
+_WINDOWS_PX = 2**19
+"""Most pixels of windows that pass a network at once on a CPU, where more are no faster, but take memory: two of 512x512."""
 
 
 class Model:
@@ -74,7 +77,12 @@ class Model:
         """Yields what `label_strips` does of images of one size on the model's device: of `network` alone, or of `all_networks` each
         and together."""
         networks = self.networks(ENSEMBLE if all_networks and len(self.description.networks) > 1 else self.network)
-        for name, found in label_strips(self.description.inference, networks, image_N3HW):
+        inference = self.description.inference
+        if self.device.type == "cpu":
+            height, width = window_of(inference, *image_N3HW.shape[-2:]) or (1, 1)
+            at_once = max(1, _WINDOWS_PX // (height * width))
+            inference = inference.model_copy(update={"window_batch": min(inference.window_batch, at_once)})
+        for name, found in label_strips(inference, networks, image_N3HW):
             if all_networks or name == self.network:
                 yield name, found
 

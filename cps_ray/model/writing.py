@@ -22,7 +22,6 @@ from cps_ray.files import write_json, write_text
 from cps_ray.model.card import Arms, model_card
 from cps_ray.model.description import WEIGHTS_FILE, ModelDescription, NetworkDescription, write_description
 
-MODEL_FOLDER = "best"
 CARD_FILE = "README.md"
 METRICS_FILE = "metrics.json"
 _HUB_CONFIG = "config.json"

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from cps_ray.config.reader import parse_train
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.datasets.loader import eval_batch, eval_batches
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, summarise
-from cps_ray.engine.inference import ENSEMBLE, label_strips
+from cps_ray.engine.inference import label_strips
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks

@@ -1,5 +1,6 @@
 """The model of a training, made from its best checkpoint."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.state import load_networks
 from cps_ray.model.card import Arms
+from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.model.writing import MODEL_FOLDER, replaced_folder, write_model
+from cps_ray.model.writing import replaced_folder, write_model
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
-from cps_ray.runs import best_checkpoint, read_checkpoint
+from cps_ray.runs import META_FILE, best_checkpoint, read_checkpoint
 
 _EXAMPLES = 5
 
@@ -26,7 +28,7 @@ def export_best(
         return None
     checkpoint, meta = found
     (scores,) = evaluate_checkpoints([(config, checkpoint, network)], "val", _EXAMPLES)
-    facts = {"step": meta["step"], "seed": config.seed, **meta["metrics"]}
+    facts = {"step": meta["step"], "seed": config.seed}
     with replaced_folder(root / MODEL_FOLDER) as folder:
         write_checkpoint_model(folder, config, checkpoint, shards, scores, facts, network=network)
         write_examples(folder / "examples.png", {config.method: scores.examples}, shards.manifest.palette)
@@ -44,7 +46,9 @@ def write_checkpoint_model(
     network: str,
     arms: Arms | None = None,
 ) -> None:
-    """Writes a checkpoint's model into an empty folder; `facts` come first in its metrics. For the rest see `write_model`."""
+    """Writes a checkpoint's model into an empty folder. Its metrics are `facts`, what the training measured then, and `scores`. For the
+    rest see `write_model`."""
+    measured = json.loads((checkpoint / META_FILE).read_text())["metrics"]
     networks = load_networks(config, read_checkpoint(checkpoint), len(shards.classes), source=checkpoint)
-    metrics = {**facts, **scores.metrics, "confusion": scores.confusion}
+    metrics = {**facts, **measured, **scores.metrics, "confusion": scores.confusion}
     write_model(folder, config, networks, shards.manifest, metrics, network=network, arms=arms)

@@ -194,7 +194,9 @@ def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state:
         *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
         *(len(data.subset.labeled), len(data.subset.unlabeled), ", ".join(sizes)),
     )
-    for name in state.networks:
+    for name, network in state.networks.items():
+        if network.filled:
+            log.info("network %s: %s", name, network.filled)
         log.info("network %s: images normalised by %s", name, normalisation(config.model.of(NETWORK_NAMES.index(name))))
 
 

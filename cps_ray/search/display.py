@@ -1,7 +1,6 @@
 """What a sweep shows while it runs: a live table on a terminal, one line per event elsewhere."""
 
 import time
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cps_ray.search.records import Event
-from cps_ray.text import printable
+from cps_ray.text import printable, show_params
 
 _FINISHED_SHOWN = 8
 _STYLES = {"finished": "green", "pruned": "yellow", "collapsed": "magenta", "failed": "red", "running": "cyan"}
@@ -32,15 +31,6 @@ class Display(Protocol):
 def make_display(name: str, console: Console) -> Display:
     """Returns a live table on a terminal, lines elsewhere."""
     return LiveTable(name, console) if console.is_terminal else Lines(console)
-
-
-def show_params(params: Mapping[str, Any]) -> str:
-    """Parameters in one line: `optim.lr 0.0021  cps.weight 1.3`."""
-    return "  ".join(f"{name} {_short(value)}" for name, value in params.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _clock(seconds: float) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.files import write_text
-
-BEST_FILE = "best.yaml"
+from cps_ray.results import BEST_FILE
 
 
 def write_best(root: Path, config: TrainConfig, header: str) -> Path:

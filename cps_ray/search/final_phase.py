@@ -13,13 +13,14 @@ from typing import Any
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
-from cps_ray.config.sweep import BEST_ARM, SweepConfig
+from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.telemetry import Metrics, vanishing
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
+from cps_ray.results import FINAL_FOLDER
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE, best_checkpoint, checkpoints, read_metrics
-from cps_ray.search.objective import measured_network, own_metric
-from cps_ray.search.records import FINAL_FOLDER, Events
+from cps_ray.search.objective import own_metric
+from cps_ray.search.records import Events
 from cps_ray.search.tune_session import TrainingJob
 
 _EXAMPLES = 5

@@ -2,19 +2,11 @@
 
 from collections.abc import Iterable
 
+from cps_ray.config.sweep import measured_network
 from cps_ray.config.train import NETWORK_NAMES, EvaluationConfig, TrainConfig
 from cps_ray.engine.evaluation import further_scores
-from cps_ray.engine.inference import ENSEMBLE
 from cps_ray.on_ray.trainer import DEFAULT_METRIC
-
-HEADLINE = "test/miou"
-"""Score by which arms are compared, if the objective does not name another network than a."""
-
-
-def measured_network(metric: str) -> str:
-    """Returns the name of the network that a metric is of: `b` of val/b/miou, ENSEMBLE of val/ensemble/miou, `a` of all others."""
-    name = metric.split("/")[1]  # slices never have a network's name
-    return name if name in {*NETWORK_NAMES, ENSEMBLE} else "a"
+from cps_ray.results import HEADLINE
 
 
 def own_metric(metric: str, config: TrainConfig) -> str:

@@ -10,20 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from optuna.trial import TrialState
 
 from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SweepConfig
 from cps_ray.files import read_json, write_json, write_whole
-from cps_ray.runs import read_metrics
+from cps_ray.results import SUMMARY_FILE, TRIAL_COLUMNS, TRIALS_FILE, history_table, table_of
 from cps_ray.search.study import SweepStudy, state_name
 
 EVENTS_FILE = "events.jsonl"
-SUMMARY_FILE = "summary.json"
-TRIALS_FOLDER = "trials"
-FINAL_FOLDER = "final"
 
 Event = dict[str, Any]
 
@@ -42,11 +38,6 @@ class Events:
             file.write(json.dumps(event) + "\n")
         for notify in self.subscribers:
             notify(event)
-
-
-def trial_folder(root: Path, number: int) -> Path:
-    """Folder of a trial: `trials/0007`, numbered as in the study."""
-    return root / TRIALS_FOLDER / f"{number:04d}"
 
 
 def trial_rows(study: SweepStudy, config: SweepConfig) -> list[dict[str, Any]]:
@@ -86,19 +77,18 @@ def _cell(value: Any, param: Param) -> Any:
 
 def write_tables(root: Path, study: SweepStudy, config: SweepConfig) -> None:
     """Writes trials.parquet, trials.csv and history.parquet, whole and new each time: derived, they cannot drift from the study."""
-    rows = trial_rows(study, config)
-    if rows:  # a table without rows would have no columns
-        table = pa.Table.from_pylist(rows)
-        write_whole(root / "trials.parquet", lambda path: pq.write_table(table, path))
+    write_trials(root, study, config)
+    history = history_table(root)
+    if history.num_rows:
+        write_whole(root / "history.parquet", lambda path: pq.write_table(history, path))
+
+
+def write_trials(root: Path, study: SweepStudy, config: SweepConfig) -> None:
+    """Writes trials.parquet and trials.csv, once there is a trial."""
+    table = table_of(trial_rows(study, config), TRIAL_COLUMNS)
+    if table.num_rows:
+        write_whole(root / TRIALS_FILE, lambda path: pq.write_table(table, path))
         write_whole(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))
-    history: list[dict[str, Any]] = []
-    for folder in sorted([*root.glob(f"{TRIALS_FOLDER}/*"), *root.glob(f"{FINAL_FOLDER}/*")]):
-        history += [{"run": folder.name, **record} for record in read_metrics(folder)]
-    if history:
-        # Runs of several methods measure different things: a column for each name, empty where a run has none.
-        names = list(dict.fromkeys(name for record in history for name in record))
-        columns = {name: [record.get(name) for record in history] for name in names}
-        write_whole(root / "history.parquet", lambda path: pq.write_table(pa.table(columns), path))
 
 
 def write_summary(root: Path, study: SweepStudy, config: SweepConfig, status: str, **facts: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.results import COLLAPSED, COMPLETE, FAILED, RUNNING, trial_folder
 from cps_ray.runs import drop_checkpoints
-from cps_ray.search.display import show_params
 from cps_ray.search.export import write_best
-from cps_ray.search.records import Events, trial_folder, write_summary, write_tables
-from cps_ray.search.study import COLLAPSED, COMPLETE, FAILED, SweepStudy
+from cps_ray.search.records import Events, write_summary, write_tables, write_trials
+from cps_ray.search.study import SweepStudy
 from cps_ray.search.tune_session import TrainingJob
-from cps_ray.text import shell_path
+from cps_ray.text import shell_path, show_params
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class SearchPhase:
             return None
         number, config = found
         job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config, self.config.objective.metric)
+        write_trials(self.root, self.study, self.config)  # who looks on has the drawn values from there
         params = self.study.study.trials[number].params  # after `ask`, which draws them
         self.events("started", run=job.name, params=params, steps=config.schedule.steps)
         self._publish()
@@ -83,7 +84,7 @@ class SearchPhase:
             self._write_best()
         self.tidy()
         write_tables(self.root, self.study, self.config)
-        write_summary(self.root, self.study, self.config, "running")
+        write_summary(self.root, self.study, self.config, RUNNING)
         self._publish()
 
     def end_cut_trials(self) -> None:

@@ -23,11 +23,10 @@ from cps_ray.config.space import apply, draw
 from cps_ray.config.sweep import ChoiceParam, EarlyStoppingConfig, Param, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import ConfigError, at
+from cps_ray.results import COLLAPSED, COMPLETE, FAILED, PRUNED, RUNNING, STATES, STUDY_FILE
 
-STUDY_FILE = "study.db"
 WORST = 0.0
 """Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
-COMPLETE, PRUNED, COLLAPSED, FAILED, RUNNING = STATES = ("complete", "pruned", "collapsed", "failed", "running")
 
 
 def state_name(trial: FrozenTrial) -> str:

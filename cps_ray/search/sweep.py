@@ -12,20 +12,34 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cps_ray.config.sweep import BEST_ARM, SweepConfig
+from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
 from cps_ray.files import read_json
 from cps_ray.model.card import Arms
+from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.model.writing import MODEL_FOLDER, replaced_folder
+from cps_ray.model.writing import replaced_folder
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.results import (
+    BEST_FILE,
+    COLLAPSED,
+    FAILED,
+    INTERRUPTED,
+    RESUME,
+    RUNNING,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    progress_lines,
+    trial_folder,
+    verdict_lines,
+)
 from cps_ray.search.display import make_display
-from cps_ray.search.export import BEST_FILE, write_best, write_seeds
+from cps_ray.search.export import write_best, write_seeds
 from cps_ray.search.final_phase import (
     EvaluatedRun,
     FinalPhase,
@@ -36,13 +50,12 @@ from cps_ray.search.final_phase import (
     is_stale,
     plan_final_runs,
 )
-from cps_ray.search.objective import measured_network
-from cps_ray.search.records import SUMMARY_FILE, Events, trial_folder, write_summary, write_tables
+from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.search_phase import SearchPhase, best_config, best_header
-from cps_ray.search.study import COLLAPSED, FAILED, RUNNING, SweepStudy
-from cps_ray.search.sweep_folder import RESUME, SWEEP_FILE, final_training_configs, locked
+from cps_ray.search.study import SweepStudy
+from cps_ray.search.sweep_folder import final_training_configs, locked
 from cps_ray.search.tune_session import Phase, TuneSession
-from cps_ray.search.verdict import compare, verdict_lines
+from cps_ray.search.verdict import compare
 from cps_ray.text import display_path, printable, shell_path
 
 
@@ -90,6 +103,7 @@ class Sweep:
         with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
             self._events = Events(self._root)
+            write_tables(self._root, self._study, self._config)  # they may be deleted, or damaged
             summary = read_json(self._root / SUMMARY_FILE) or {}
             if self._is_finished(summary):
                 self._say("Nothing to do: the sweep is finished. More trials: --trials N.")
@@ -146,6 +160,7 @@ class Sweep:
         return min(each, default=1)
 
     def _work(self, shards: Shards) -> None:
+        write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
         display = make_display(self._config.name, self._console)
         self._events.subscribers.append(display.on_event)
         with display:
@@ -249,7 +264,7 @@ class Sweep:
         # Of the seeds the one that is best on val: choosing by test would make its test score too good.
         top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
         job = top.run.job
-        facts = {"step": top.step, "seed": top.run.seed, job.metric: top.validation}
+        facts = {"step": top.step, "seed": top.run.seed}
         columns = {one.run.arm: one.scores.examples for one in evaluated if one.run.seed == top.run.seed}
         # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
         columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
@@ -280,11 +295,8 @@ class Sweep:
         return write_summary(self._root, self._study, self._config, status, **facts)
 
     def _interrupted(self) -> int:
-        summary = self._save("interrupted")
-        best = summary["best"]
-        so_far = f", best {self._config.objective.metric} {best['value']:.4f} (trial {best['trial']})" if best else ""
-        self._say(f"interrupted: {self._num_ended()} of {self._config.budget.trials} trials done{so_far}.")
-        self._say(f"Resume: {RESUME} {shell_path(self._root)}")
+        for line in progress_lines(self._root, self._save(INTERRUPTED)):
+            self._say(line)
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 
     def _say(self, text: str) -> None:

@@ -19,14 +19,21 @@ from cps_ray.engine.evaluation import further_scores
 from cps_ray.engine.preflight import Preflight, check_sweep
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_text
-from cps_ray.search.records import EVENTS_FILE, SUMMARY_FILE, TRIALS_FOLDER
-from cps_ray.search.study import STUDY_FILE
+from cps_ray.results import (
+    LOCK_FILE,
+    RESUME,
+    STUDY_FILE,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
+)
+from cps_ray.search.records import EVENTS_FILE
 from cps_ray.text import did_you_mean, shell_path
 
-SWEEP_FILE = "sweep.yaml"
 SOURCE_FILE = "sweep.source.yaml"
-LOCK_FILE = ".lock"
-RESUME = "python -m cps_ray.sweep resume"
+_LOCK_S = 0.2
+"""How long a lock is asked for: those who only look at a sweep hold it for microseconds."""
 
 
 def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
@@ -63,7 +70,7 @@ def _clear(root: Path) -> None:
             f"{root}: already holds a sweep ({state}). Continue: {RESUME} {shell_path(root)}. "
             "Start again: --name NEW, or --fresh to move it aside."
         )
-    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, EVENTS_FILE, HASHES_FILE):
+    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE, EVENTS_FILE, HASHES_FILE):
         (root / name).unlink(missing_ok=True)
 
 
@@ -130,12 +137,12 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def _lock(file: TextIO, root: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        raise ConfigError(f"{root}: another process is running this sweep. Wait for it, or stop it.") from err
-
-
-def is_sweep_folder(path: Path) -> bool:
-    """Whether a sweep lies there."""
-    return (path / SWEEP_FILE).is_file() and (path / STUDY_FILE).is_file()
+    until = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as err:
+            if time.monotonic() > until:
+                raise ConfigError(f"{root}: another process is running this sweep. Wait for it, or stop it.") from err
+        time.sleep(0.01)

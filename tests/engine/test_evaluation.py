@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from support import changed
 from torch import Tensor, nn
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.datasets.loader import eval_batches, metrics_of
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine import evaluation
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.evaluation import Counts, Tally, evaluate, evaluate_hidden, further_scores, summarise
-from cps_ray.engine.inference import ENSEMBLE, predict, windows
+from cps_ray.engine.inference import predict, windows
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 

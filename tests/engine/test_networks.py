@@ -103,14 +103,14 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.pt"
     other = NetworkConfig(encoder="tu-test_resnet", options={"decoder_channels": 16})
     torch.save(build_network(other, 2, seed=0).network.encoder.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"encoder\.pt: every key must fit"):
+    with pytest.raises(CheckpointError, match=r"encoder\.pt: every tensor of the encoder tu-test_efficientnet"):
         build_network(TINY.model_copy(update={"weights_file": path}), 2, seed=0)
 
 
 def test_a_weight_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.pt"
     torch.save({"conv": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+    with pytest.raises(CheckpointError, match=r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\)"):
         build_network(TINY.model_copy(update={"weights_file": path}), 2, seed=0)
 
 

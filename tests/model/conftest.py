@@ -1,4 +1,4 @@
-"""Models to take home, made by the engine from networks that nobody has trained."""
+"""Models to take home, made by the engine: of networks that nobody has trained, or hardly."""
 
 from pathlib import Path
 
@@ -6,9 +6,13 @@ import pytest
 from support import changed
 
 from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import train_batches, train_data
 from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.loop import fit
 from cps_ray.engine.networks import build_networks
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import build_state
 from cps_ray.model.writing import replaced_folder, write_model
 
 
@@ -28,4 +32,16 @@ def exported(pair: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     manifest = open_shards(pair.data.shards).manifest
     with replaced_folder(folder) as new:
         write_model(new, pair, networks, manifest, {"val/miou": 0.5, "step": 6})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def taught(pair: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that has learnt for a moment, so that it predicts several classes."""
+    config = changed(pair, optim__name="adamw", optim__lr=0.003, schedule__steps=40, schedule__eval_every=40)
+    shards, state = open_shards(config.data.shards), build_state(config, 7, Ranks())
+    fit(config, state, train_batches(train_data(shards, config), config), lambda _: {}, lambda _, __: True)
+    folder = tmp_path_factory.mktemp("taught") / "best"
+    with replaced_folder(folder) as new:
+        write_model(new, config, state.evaluated, shards.manifest, {"val/iou/road": 0.5})
     return folder

@@ -15,6 +15,7 @@ from cps_ray.config.reader import load_train
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.networks import build_networks
+from cps_ray.errors import CheckpointError
 from cps_ray.model.model import load_model
 from cps_ray.model.writing import replaced_folder, write_model
 
@@ -102,3 +103,19 @@ def test_a_kill_leaves_the_model_of_before(tmp_path: Path) -> None:
         (new / "z").write_text("3")
     assert [path.name for path in folder.iterdir()] == ["z"]
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_it_is_a_weights_file_with_its_normalisation(tiny: TrainConfig, tmp_path: Path) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    trained = changed(tiny, method="supervised", seed=5, model__mean=mean, model__std=std)
+    folder = written(trained, tmp_path / "best")
+    expected = build_networks(trained, 7)["a"]
+    for file in (folder, folder / "model.safetensors"):
+        found = build_networks(changed(tiny, model__weights_file=str(file)), 7)["b"]
+        own = found.network.encoder.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in expected.network.encoder.state_dict().items())
+        assert torch.equal(found.mean, expected.mean)
+        assert torch.equal(found.std, expected.std)
+    (folder / "model.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model\.json: must be that of a model"):
+        build_networks(changed(tiny, model__weights_file=str(folder)), 7)

@@ -1,14 +1,20 @@
-"""What a worker writes into the run's log at an evaluation."""
+"""What a worker writes into the run's log."""
 
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import segmentation_models_pytorch as smp
+import torch
+from support import changed
 
 from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import train_data
+from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.ranks import Ranks
-from cps_ray.on_ray.worker import WorkerReport
+from cps_ray.engine.state import build_state
+from cps_ray.on_ray.worker import WorkerReport, _log_start
 
 
 def test_the_log_names_classes_that_vanish_and_leaves_the_others_to_the_records(
@@ -24,4 +30,19 @@ def test_the_log_names_classes_that_vanish_and_leaves_the_others_to_the_records(
     assert caplog.messages[1:] == [
         "pseudo labels: coverage 0.900",
         "step 20: pseudo labels hold less than half of the pixels that the masks have of: pole (0.04), sign (0.12)",
+    ]
+
+
+def test_the_log_says_what_a_weights_file_filled(
+    tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = smp.encoders.get_encoder(tiny.model.encoder, weights=None)
+    torch.save({"model": {**encoder.state_dict(), "head.bias": torch.ones(1)}}, tmp_path / "w.pt")
+    config = changed(tiny, model__weights_file=str(tmp_path / "w.pt"))
+    data = train_data(open_shards(config.data.shards), config)
+    with caplog.at_level(logging.INFO):
+        _log_start(logging.getLogger("test"), config, data, build_state(config, 7, Ranks()))
+    said = "filled by 80 tensors of w.pt under model.model.; 1 tensor not used: model.head.*"
+    assert [line for line in caplog.messages if "filled" in line] == [
+        f"network {name}: {tiny.model.encoder} {said}" for name in "ab"
     ]

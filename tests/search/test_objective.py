@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import changed
 
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import eval_batch
 from cps_ray.datasets.shards import open_shards
@@ -21,13 +21,14 @@ from cps_ray.engine.state import build_state, load_networks
 from cps_ray.model.model import load_model
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
 from cps_ray.on_ray.export import write_checkpoint_model
+from cps_ray.results import verdict_lines
 from cps_ray.runs import META_FILE, STATE_FILE, best_checkpoint, read_checkpoint, write_checkpoint
 from cps_ray.search.final_phase import EvaluatedRun, FinalPhase, FinalRun, is_done, plan_final_runs
-from cps_ray.search.objective import headline_score, measured_network, own_metric
+from cps_ray.search.objective import headline_score, own_metric
 from cps_ray.search.records import Events
 from cps_ray.search.tune_session import TrainingJob, TuneSession
 from cps_ray.search.tune_trial import COLLAPSED, FAILURE, TuneTrial
-from cps_ray.search.verdict import compare, verdict_lines
+from cps_ray.search.verdict import compare
 
 
 @pytest.mark.parametrize(

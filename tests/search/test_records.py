@@ -15,12 +15,13 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
+from cps_ray.results import verdict_lines
 from cps_ray.search.display import LiveTable, make_display
 from cps_ray.search.final_phase import EvaluatedRun, FinalRun, drop_stale, plan_final_runs
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.tune_session import TrainingJob
-from cps_ray.search.verdict import compare, spread, verdict_lines
+from cps_ray.search.verdict import compare, spread
 
 
 @pytest.fixture

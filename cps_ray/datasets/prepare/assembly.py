@@ -356,8 +356,8 @@ def _write_indexes(
         classes=plan.classes,
         palette=plan.palette,
         splits=splits,
-        bands=make_item.bands if isinstance(make_item := plan.make_item, FromFiles) else None,
-        value_range=make_item.value_range if isinstance(make_item, FromFiles) else None,
+        bands=getattr(plan.make_item, "bands", None),  # what is drawn has none
+        value_range=getattr(plan.make_item, "value_range", None),
         tiles=plan.tiles,
         notes=(*plan.notes, *warnings),
         left_out=tuple(LeftOut(file=finding.where, why=f"{finding.found}; {finding.remedy}") for finding in left_out),

@@ -14,7 +14,7 @@ from cps_ray.engine.batch import IGNORE
 from cps_ray.text import first_few
 
 SAME_IMAGE = "one image in two splits"
-_MAX_NEAR_BITS = 6
+MAX_NEAR_BITS = 6
 """Largest number of differing bits between the perceptual hashes of two images that look alike. Copies of CamVid images at
 JPEG quality 50, at 0.37 of their size or a fifth brighter differ in at most 8 bits, 3 on average; of its pairs of images
 from different splits none differs in fewer than 7."""
@@ -86,7 +86,7 @@ def near_pairs(first: Index, second: Index) -> list[tuple[int, int, int]]:
     for start in range(0, len(first), _ROWS_AT_ONCE):
         hashes = first.perceptual_hash[start : start + _ROWS_AT_ONCE]
         bits: NDArray[np.uint8] = np.bitwise_count(hashes[:, None] ^ second.perceptual_hash[None])
-        rows, columns = np.nonzero(bits <= _MAX_NEAR_BITS)
+        rows, columns = np.nonzero(bits <= MAX_NEAR_BITS)
         near += [(start + int(r), int(c), int(bits[r, c])) for r, c in zip(rows, columns, strict=True)]
     a, b = first.locations.image_sha256, second.locations.image_sha256
     return [(r, c, bits) for r, c, bits in near if not np.array_equal(a[r], b[c])]

@@ -62,6 +62,8 @@ class Source:
     """Path of a mask in which 0 marks pixels that count in no loss and no metric."""
     tile: tuple[int, int, int, int] | None = None
     """(top, left, height, width) in px of the part of the upright image that is used. None: all of it."""
+    num_bytes: int = 0
+    """Size of what is in no file of its own."""
 
     @property
     def mask(self) -> str | None:

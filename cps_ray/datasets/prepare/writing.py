@@ -110,7 +110,7 @@ def cut_into_jobs(
     batches: list[list[Source]] = []
     batch_bytes = 0
     for source in sources:
-        source_bytes = sum(_file_state(path)[1] for path in source.paths)
+        source_bytes = source.num_bytes + sum(_file_state(path)[1] for path in source.paths)
         if not batches or batch_bytes + source_bytes > _SHARD_BYTES or len(batches[-1]) == _SHARD_IMAGES:
             batches.append([])
             batch_bytes = 0

@@ -71,15 +71,18 @@ def paint_mask(mask: Pixels, palette: Sequence[PaletteColor], image: Pixels | No
     """Returns uint8 (H, W) train ids as uint8 (H, W, 3) RGB, over `image` (H, W, 3) if there is one; ignored pixels are hatched."""
     color_of = np.full((256, 3), _UNKNOWN_COLOR, np.uint8)
     color_of[: len(palette)] = palette
-    colors = color_of[mask].astype(np.float32)
-    grey = np.full((*mask.shape, 1), 128, np.float32)
+    colors = color_of[mask]
+    grey = np.full_like(mask, 128)
     if image is not None:
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
-        colors = _OVERLAY * colors + (1 - _OVERLAY) * grey
-    rows, columns = np.indices(mask.shape)
-    on_line = np.asarray((rows + columns) % 8 < 2)[..., None]
-    hatched = np.where(on_line, 205, 0.5 * grey + 20)
-    return np.asarray(np.where((mask == IGNORE)[..., None], hatched, colors).round(), np.uint8)
+        grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
+        # In 8 bits: of a photo of many megapixels, floats would take a gigabyte.
+        colors = np.asarray(
+            cv2.addWeighted(colors, _OVERLAY, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - _OVERLAY, 0), np.uint8
+        )
+    rows, columns = np.nonzero(mask == IGNORE)
+    hatched = np.where((rows + columns) % 8 < 2, 205, 0.5 * grey[rows, columns] + 20)
+    colors[rows, columns] = hatched.round()[:, None]
+    return colors
 
 
 def choose_examples(index: Index, rows: NDArray[np.int64], seed: int, count: int = NUM_EXAMPLES) -> NDArray[np.int64]:
@@ -248,10 +251,10 @@ def _system_fonts(characters: str) -> list[str]:
 
 def shorten_text(text: str, width_px: int, size: int) -> str:
     """Returns the text, or as much of its head and tail as fits: file names differ at both ends."""
-    return _fit(text, width_px, size)[0]
+    return fit_text(text, width_px, size)[0]
 
 
-def _fit(text: str, width_px: int, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+def fit_text(text: str, width_px: int, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     """Returns what `shorten_text` does, and the font to draw it in."""
     font = _font(size, _font_file(_characters(text)) or "")
     keep, short = len(text), text
@@ -273,7 +276,7 @@ def _blank_strip(width_px: int, height_px: int) -> tuple[Image.Image, ImageDraw.
 def _draw_heading(title: str, width_px: int) -> Image.Image:
     strip, draw = _blank_strip(width_px, 30)
     title = _drawable(title) or "".join(c if c.isspace() or _has_glyphs("", c) else "?" for c in title)
-    text, font = _fit(title, width_px, 22)
+    text, font = fit_text(title, width_px, 22)
     draw.text((0, 15), text, fill=_INK, font=font, anchor="lm")
     return strip
 
@@ -285,7 +288,7 @@ def _draw_legend(entries: Sequence[tuple[Pixels, str]], width_px: int) -> Image.
     placed = []
     # Where everything goes comes first: the strip's height depends on the number of lines.
     for colors, name in entries:
-        name, font = _fit(name, width_px - text_offset_px, size)
+        name, font = fit_text(name, width_px - text_offset_px, size)
         tabs = math.ceil((text_offset_px + font.getlength(name) + gap_px) / _TAB_PX)
         # The last gap of a line may lie beyond its end.
         if left and left + tabs * _TAB_PX > width_px + gap_px:
@@ -334,7 +337,7 @@ def _draw_line(line: Sequence[Thumbnail], captions: Mapping[int, str], width_px:
             draw.text((text_left, tallest + caption_px // 2), NO_MASK, fill=_ACCENT, font=_font(size), anchor="lm")
             mark_px = round(_font(size).getlength(f"{NO_MASK}  "))
             text_left, text_px = text_left + mark_px, text_px - mark_px
-        name, font = _fit(captions[id(thumbnail)], text_px, size)
+        name, font = fit_text(captions[id(thumbnail)], text_px, size)
         draw.text((text_left, tallest + caption_px // 2), name, fill=_FAINT, font=font, anchor="lm")
         left += _captioned_width(thumbnail) + _GAP_PX
     return strip

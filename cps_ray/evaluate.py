@@ -1,0 +1,277 @@
+"""`python -m cps_ray.evaluate MODEL SHARDS`: how well a model predicts images whose masks are known.
+
+    python -m cps_ray.evaluate runs/quickstart/best runs/quickstart/shards --split test
+    python -m cps_ray.evaluate runs/camvid/best --images photos --masks masks
+    python -m cps_ray.evaluate runs/camvid/best data/camvid/shards --against runs/old/best --group-by '^(seq\\d+)'
+
+Prints scores per class, and writes scores.json, images.csv, a picture of the confusion matrix and the worst images. With `--against` the
+difference of two models has an interval, by drawing images with replacement; frames of one video are then to be drawn together: `--group-by`.
+
+Exit codes: 0 done; 2 wrong input; 130 interrupted.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cps_ray.command import checked, command_parser, entry, run_command, say
+from cps_ray.errors import ConfigError, DataError
+from cps_ray.text import display_path, printable
+
+if TYPE_CHECKING:
+    from cps_ray.engine.batch import EvalBatch
+    from cps_ray.model.evaluating import ModelScores
+    from cps_ray.model.model import Model
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("evaluate", __doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a model, such as runs/NAME/best")
+    parser.add_argument(
+        "shards", type=Path, nargs="?", metavar="SHARDS", help="prepared data set with the model's classes"
+    )
+    parser.add_argument("--split", default="test", help="split of SHARDS (default test)")
+    parser.add_argument("--images", help="folder, pattern or list of image files, instead of SHARDS")
+    parser.add_argument(
+        "--masks",
+        help="their masks, of the same names: PNG with positions of classes, as predict writes",
+    )
+    parser.add_argument("--network", help="a, b, ... or ensemble (default: the one that the training measured)")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="another model, on the same images")
+    parser.add_argument("--against-network", metavar="NETWORK", help="the other model's network")
+    parser.add_argument(
+        "--group-by",
+        type=_pattern,
+        metavar="REGEX",
+        help="images whose ids agree in its first group, or in all it matches, are drawn together",
+    )
+    parser.add_argument(
+        "--worst", type=_count, default=8, metavar="N", help="number of worst images in the picture (default 8)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: MODEL-SPLIT beside the model, such as runs/NAME/best-test",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, if there is one)")
+    parser.add_argument("--plugins", action="store_true", help="run code that the model names by import path")
+    return parser
+
+
+def _count(text: str) -> int:
+    return checked(int, text, lambda count: count >= 0, "a whole number of at least 0")
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as err:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, but {text!r} is none: {err}.") from err
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates, and returns the exit code: 0, or that of the error it printed."""
+    return run_command(_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    of_files = args.images is not None and args.masks is not None
+    if (args.shards is None) != of_files or (args.images is None) != (args.masks is None):
+        raise ConfigError("either SHARDS, or both --images and --masks must be given.")
+    if args.against_network and args.against is None:
+        raise ConfigError("--against-network needs --against MODEL.")
+    # Imported only now, because torch takes seconds, and --help needs none of it.
+    from rich.console import Console
+
+    from cps_ray.files import write_json
+    from cps_ray.model.evaluating import difference_in_words, evaluate_model, paired_difference
+    from cps_ray.model.examples import confusion_picture, write_examples
+    from cps_ray.model.model import load_model
+
+    model = load_model(args.model, device=args.device, network=args.network, plugins=args.plugins)
+    other = None
+    if args.against is not None:
+        other = load_model(args.against, device=args.device, network=args.against_network, plugins=args.plugins)
+        if other.classes != model.classes:
+            raise ConfigError(
+                f"{args.against}: must have the classes of {args.model}, but has {', '.join(other.classes)}."
+            )
+    console = Console()
+    split = Path(args.masks).name if of_files else args.split
+    output = args.output or args.model.absolute().with_name(f"{args.model.absolute().name}-{split}")
+    images = _Images(args, output)
+    scores = evaluate_model(model, images.of(model), args.worst)
+    metrics = scores.metrics()
+    result: dict[str, Any] = {
+        "model": str(args.model),
+        "network": model.network,
+        "data": str(args.shards or args.images),
+        "split": None if of_files else args.split,
+        "images": len(scores.ids),
+        **metrics,
+        "confusion": scores.matrix.tolist(),
+        "networks": {name: _miou(matrix) for name, matrix in scores.others.items()},
+    }
+    theirs = None
+    if other is not None:
+        theirs = evaluate_model(other, images.of(other))
+        if theirs.ids != scores.ids:
+            raise DataError(
+                f"{args.against}: both models must be evaluated on the same images in the same order, but are not."
+            )
+        difference = paired_difference(scores.counts, theirs.counts, _groups(args.group_by, scores.ids))
+        result["against"] = {
+            "model": str(args.against),
+            "network": other.network,
+            **theirs.metrics(),
+            "difference": difference,
+        }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "scores.json", result)
+    _write_images(output / "images.csv", scores, theirs)
+    confusion_picture(scores.matrix, model.classes).save(output / "confusion.png")
+    if scores.worst:
+        notes = [f"mIoU {100 * value:.1f} %" for value, _ in scores.worst]
+        examples = [example for _, example in scores.worst]
+        write_examples(
+            output / "worst.png",
+            {"all networks" if model.network == "ensemble" else f"network {model.network}": examples},
+            model.palette,
+            notes,
+        )
+    _print_table(console, model, metrics, None if theirs is None else theirs.metrics())
+    for name, value in result["networks"].items():
+        say(console, f"mIoU of network {name} alone: {_percent(value)} %")
+    if theirs is not None:
+        say(
+            console,
+            f"{args.model} ({model.network}) against {args.against} ({other and other.network}): {difference_in_words(difference)}",
+        )
+    for line in images.warnings(model):
+        say(console, line)
+    say(
+        console,
+        f"{len(scores.ids)} images: {display_path(output)}: scores.json, images.csv, confusion.png"
+        + (", worst.png" if scores.worst else ""),
+    )
+    return 0
+
+
+class _Images:
+    """The images to evaluate on, which each model reads in its own way."""
+
+    def __init__(self, args: argparse.Namespace, output: Path) -> None:
+        from cps_ray.datasets.shards import open_shards
+
+        self._args, self._output = args, output
+        self._shards = None if args.shards is None else open_shards(args.shards)
+        if self._shards is not None and not self._shards.index(args.split).labeled.any():
+            raise DataError(f"{args.shards}: split {args.split!r} must have masks to be evaluated on, but has none.")
+
+    def of(self, model: "Model") -> Iterable["EvalBatch"]:
+        from cps_ray.datasets.loader import eval_batches
+        from cps_ray.model.data import check_fit
+        from cps_ray.model.evaluating import file_batches, pair_files
+        from cps_ray.model.photos import find_photos
+
+        if self._shards is None:
+            images, masks = (
+                {photo.name: Path(photo.path) for photo in find_photos([given], self._output)}
+                for given in (self._args.images, self._args.masks)
+            )
+            return file_batches(model, pair_files(images, masks))
+        check_fit(model, self._shards, self._args.shards)
+        return eval_batches(self._shards, self._args.split)
+
+    def warnings(self, model: "Model") -> list[str]:
+        """Returns what makes the scores of this model better than they are."""
+        if self._shards is None or model.description.fingerprint is None:
+            return []
+        own = self._shards.manifest.splits[self._args.split].fingerprint
+        reasons = {
+            "train": "was trained on these very images",
+            "val": "had its checkpoint, and in a sweep its settings, chosen by these very images",
+        }
+        return [
+            f"{model.folder} {reason}: on new ones it is worse."
+            for split, reason in reasons.items()
+            if model.description.fingerprint.get(split) == own
+        ]
+
+
+def _groups(pattern: re.Pattern[str] | None, ids: Sequence[str]) -> list[str] | None:
+    if pattern is None:
+        return None
+    matches = [pattern.search(image_id) for image_id in ids]
+    if not any(matches):
+        raise ConfigError(
+            f"--group-by {pattern.pattern!r} must match ids, but matches none; they look like {ids[0]!r}."
+        )
+    named = [match and match[match.re.groups and 1] for match in matches]
+    # An image that the pattern does not match is a group of its own.
+    return [f"={image_id}" if name is None else f"~{name}" for image_id, name in zip(ids, named, strict=True)]
+
+
+def _miou(matrix: Any) -> float | None:
+    import numpy as np
+
+    from cps_ray.model.evaluating import mean_iou
+
+    value = float(mean_iou(np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])))
+    return None if np.isnan(value) else value
+
+
+def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None") -> None:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    from cps_ray.files import write_whole
+    from cps_ray.model.evaluating import mean_iou
+
+    def columns(each: "ModelScores", suffix: str) -> dict[str, list[float | None]]:
+        values = [float(mean_iou(counts)) for counts in each.counts]
+        hits: list[float | None] = [float(counts[0].sum() / max(1, counts[1].sum())) for counts in each.counts]
+        return {
+            f"miou{suffix}": [None if value != value else value for value in values],
+            f"pixel_accuracy{suffix}": hits,
+        }
+
+    table = {"id": scores.ids, **columns(scores, ""), **(columns(theirs, "_other") if theirs else {})}
+    write_whole(path, lambda temporary: csv.write_csv(pa.table(table), temporary))
+
+
+def _print_table(console: Any, model: "Model", metrics: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None)
+    table.add_column("class")
+    for name in ("IoU", *(["other"] if theirs else []), "recall", "precision", "of all pixels"):
+        table.add_column(f"{name} %", justify="right")
+    for name, row in metrics["classes"].items():
+        own = [_percent(row["iou"]), *([_percent(theirs["classes"][name]["iou"])] if theirs else [])]
+        table.add_row(Text(printable(name)), *own, *(_percent(row[key]) for key in ("recall", "precision", "fraction")))
+    table.add_section()
+    table.add_row(
+        "mean",
+        _percent(metrics["miou"]),
+        *([_percent(theirs["miou"])] if theirs else []),
+        _percent(metrics["class_accuracy"]),
+    )
+    console.print(table)
+    say(
+        console,
+        f"Network {model.network}: mIoU {_percent(metrics['miou'])} %, pixels right {_percent(metrics['pixel_accuracy'])} %, "
+        f"calibration error {_percent(metrics['ece'])} %",
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,184 @@
+"""Scores of a model: against a count by hand, the interval of a difference, masks that are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cps_ray.config.train import TrainConfig
+from cps_ray.datasets.loader import eval_batches
+from cps_ray.datasets.shards import open_shards
+from cps_ray.engine.evaluation import evaluate, summarise
+from cps_ray.engine.networks import build_networks
+from cps_ray.engine.ranks import Ranks
+from cps_ray.errors import DataError
+from cps_ray.model.evaluating import (
+    difference_in_words,
+    evaluate_model,
+    file_batches,
+    mean_iou,
+    pair_files,
+    paired_difference,
+    read_labels,
+)
+from cps_ray.model.examples import confusion_picture
+from cps_ray.model.model import load_model
+
+
+@pytest.mark.parametrize("network", ["a", "b", "ensemble"])
+def test_scores_are_those_of_the_training(exported: Path, pair: TrainConfig, network: str) -> None:
+    shards = open_shards(pair.data.shards)
+    expected = summarise(
+        evaluate(pair, build_networks(pair, 7), eval_batches(shards, "test"), 7, Ranks()), shards.classes, "test"
+    )
+    scores = evaluate_model(load_model(exported, device="cpu", network=network), eval_batches(shards, "test"), 3)
+    found = scores.metrics()
+    prefix = "test" if network == "a" else f"test/{network}"
+    assert found["miou"] == pytest.approx(expected[f"{prefix}/miou"], abs=1e-12)
+    assert found["ece"] == pytest.approx(expected[f"{prefix}/ece"], abs=1e-9)
+    assert scores.matrix.sum() == sum(each[1].sum() for each in scores.counts)
+    if network == "a":
+        for name in ("iou_micro", "pixel_accuracy", "class_accuracy"):
+            assert found[name] == pytest.approx(expected[f"test/{name}"])
+        ious = {name: row["iou"] for name, row in found["classes"].items() if row["iou"] is not None}
+        assert ious == pytest.approx({name: expected[f"test/iou/{name}"] for name in ious})
+    if network == "ensemble":
+        for name in "ab":
+            matrix = scores.others[name]
+            value = mean_iou(np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
+            assert value == pytest.approx(expected["test/miou" if name == "a" else "test/b/miou"])
+
+
+def test_the_worst_images_are_the_worst(exported: Path, pair: TrainConfig) -> None:
+    shards = open_shards(pair.data.shards)
+    model = load_model(exported, device="cpu")
+    scores = evaluate_model(model, eval_batches(shards, "test"), 3)
+    by_image = dict(zip(scores.ids, (float(mean_iou(each)) for each in scores.counts), strict=True))
+    assert [value for value, _ in scores.worst] == sorted(by_image.values())[:3]
+    for value, (image_id, image, mask, predicted) in scores.worst:
+        assert by_image[image_id] == value
+        assert np.array_equal(model.predict(image), predicted)
+        assert mask.shape == predicted.shape
+
+
+def counts(hit: list[int], true: list[int], predicted: list[int]) -> np.ndarray:
+    return np.array([hit, true, predicted])
+
+
+def test_mean_iou_leaves_out_what_is_nowhere() -> None:
+    assert mean_iou(counts([2, 0, 0], [4, 0, 0], [2, 2, 0])) == pytest.approx((2 / 4 + 0) / 2)
+    assert np.isnan(mean_iou(counts([0], [0], [0])))
+
+
+def simulated(rng: np.random.Generator, images: int, accuracy: float) -> list[np.ndarray]:
+    """Images of 3 classes of which a fraction of the pixels is found."""
+    made = []
+    for _ in range(images):
+        true = rng.multinomial(1000, rng.dirichlet([2.0, 1.0, 0.5]))
+        hit = rng.binomial(true, np.clip(accuracy + 0.1 * rng.standard_normal(), 0.05, 0.95))
+        missed = (true - hit).sum()
+        made.append(np.stack([hit, true, hit + rng.multinomial(missed, [1 / 3] * 3)]))
+    return made
+
+
+def test_a_difference_has_an_interval_that_holds_it() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = simulated(rng, 80, 0.75), simulated(rng, 80, 0.65)
+    found = paired_difference(ours, theirs, draws=2000)
+    assert found["gain"] == pytest.approx(mean_iou(sum(ours)) - mean_iou(sum(theirs)))
+    assert 0 < found["low"] < found["gain"] < found["high"]
+    assert found["images"] == found["groups"] == 80
+    assert difference_in_words(found).startswith(f"better by {100 * found['gain']:.1f} points")
+    back = paired_difference(theirs, ours, draws=2000)
+    assert difference_in_words(back).startswith("worse by")
+    equal = paired_difference(ours, ours, draws=100)
+    assert (equal["gain"], equal["low"], equal["high"], equal["better"]) == (0, 0, 0, 0)
+    assert difference_in_words(equal).startswith("not distinguishable")
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Copies of one image in one group say no more than the image itself; taken for images of their own, they would."""
+    rng = np.random.default_rng(1)
+    ours, theirs = simulated(rng, 12, 0.7), simulated(rng, 12, 0.66)
+    alone = paired_difference(ours, theirs)
+    frames = {"groups": [f"{n:02}" for n in range(12) for _ in range(9)]}
+    many = [each for each in ours for _ in range(9)], [each for each in theirs for _ in range(9)]
+    grouped, apart = paired_difference(*many, **frames), paired_difference(*many)
+    assert grouped["groups"] == 12
+    assert (grouped["low"], grouped["high"]) == pytest.approx((alone["low"], alone["high"]), abs=1e-9)
+    assert apart["high"] - apart["low"] < 0.6 * (grouped["high"] - grouped["low"])
+    single = paired_difference(*many, groups=["x"] * 108)
+    assert (single["low"], single["high"]) == (None, None)
+    assert "gives no interval" in difference_in_words(single)
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """400 draws of 40 images from two models whose difference is known."""
+    rng = np.random.default_rng(2)
+    ours, theirs = np.stack(simulated(rng, 4000, 0.72)), np.stack(simulated(rng, 4000, 0.70))
+    truth = float(mean_iou(ours.sum(0)) - mean_iou(theirs.sum(0)))
+    covered = 0
+    for _ in range(400):
+        rows = rng.integers(0, 4000, 40)
+        found = paired_difference([*ours[rows]], [*theirs[rows]], draws=400)
+        covered += found["low"] <= truth <= found["high"]
+    assert 0.90 <= covered / 400 <= 0.98
+
+
+def test_files_are_evaluated_as_shards_are(exported: Path, pair: TrainConfig, tmp_path: Path) -> None:
+    shards = open_shards(pair.data.shards)
+    images, masks = {}, {}
+    for batch in eval_batches(shards, "test", size_px=1):
+        name = batch.ids[0]
+        images[name], masks[name] = tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"
+        Image.fromarray(batch.image[0].permute(1, 2, 0).numpy()).save(images[name])
+        labels = Image.fromarray(batch.mask[0].numpy())
+        labels.putpalette([channel for color in shards.manifest.palette for channel in color])
+        labels.save(masks[name])
+    model = load_model(exported, device="cpu")
+    found = evaluate_model(model, file_batches(model, pair_files(images, masks)))
+    expected = evaluate_model(model, eval_batches(shards, "test", size_px=1))
+    assert np.array_equal(found.matrix, expected.matrix)
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (np.full((4, 4), 9, np.uint8), "holds also 9"),
+        (np.zeros((4, 4, 3), np.uint8), "holds an RGB PNG"),
+        (np.full((4, 4), 300, np.uint16), "holds also 300"),
+    ],
+)
+def test_masks_of_other_kinds_are_refused(tmp_path: Path, mask: np.ndarray, text: str) -> None:
+    path = tmp_path / "m.png"
+    Image.fromarray(mask).save(path)
+    with pytest.raises(DataError) as err:
+        read_labels(path, [*"abcdefg"])
+    assert f"{path}: a mask must hold positions of the model's 7 classes, 0 to 6, or 255, but" in str(err.value)
+    assert text in str(err.value)
+
+
+def test_a_mask_of_another_size_is_named(exported: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "i.png")
+    Image.new("L", (8, 7)).save(tmp_path / "m.png")
+    model = load_model(exported, device="cpu")
+    with pytest.raises(DataError, match=r"m\.png: a mask must be as large as its image, but is 8x7 px for 8x6 px"):
+        list(file_batches(model, [("x", tmp_path / "i.png", tmp_path / "m.png")]))
+
+
+def test_masks_need_images() -> None:
+    with pytest.raises(DataError, match="1 have none: b"):
+        pair_files({"a": Path()}, {"a": Path(), "b": Path()})
+    with pytest.raises(DataError, match="there are no masks"):
+        pair_files({"a": Path()}, {})
+
+
+@pytest.mark.parametrize("classes", [2, 19, 30, 150])
+def test_a_matrix_of_any_size_is_drawn(classes: int) -> None:
+    matrix = torch.randint(0, 50, (classes, classes), generator=torch.Generator().manual_seed(0)).numpy()
+    matrix[1] = 0
+    picture = confusion_picture(matrix, [f"class {n}" for n in range(classes)])
+    assert picture.width < 2400
+    assert picture.getextrema() != ((255, 255),) * 3

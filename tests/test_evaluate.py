@@ -1,0 +1,107 @@
+"""`cps-ray evaluate` from its arguments to its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import changed
+
+from cps_ray import evaluate, predict
+from cps_ray.config.train import SyntheticConfig, TrainConfig
+from cps_ray.datasets.open import fingerprints
+from cps_ray.datasets.shards import open_shards
+from cps_ray.datasets.synthetic import write_synthetic
+from cps_ray.engine.networks import build_networks
+from cps_ray.model.writing import replaced_folder, write_model
+
+
+@pytest.fixture(scope="module")
+def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shards = open_shards(tiny.data.shards)
+    config = changed(tiny, data__fingerprint=fingerprints(shards))
+    folder = tmp_path_factory.mktemp("evaluate") / "best"
+    with replaced_folder(folder) as new:
+        write_model(new, config, build_networks(config, 7), shards.manifest, {})
+    return folder
+
+
+def test_a_split(best: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(best), str(shards), "--against", str(best), "--against-network", "b"]) == 0
+    out = best.with_name("best-test")
+    assert {path.name for path in out.iterdir()} == {"scores.json", "images.csv", "confusion.png", "worst.png"}
+    scores = json.loads((out / "scores.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"mIoU {100 * scores['miou']:.1f} %" in printed
+    assert "(a) against" in printed
+    assert scores["against"]["network"] == "b"
+    assert scores["against"]["difference"]["images"] == scores["images"] == 6
+    assert len((out / "images.csv").read_text().splitlines()) == 7
+    assert Image.open(out / "worst.png").height > 6 * 192
+    assert "trained on" not in printed
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "was trained on these very images"), ("val", "chosen by")])
+def test_known_images_are_said_to_be_known(
+    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, words: str
+) -> None:
+    assert (
+        evaluate.main([str(best), str(shards), "--split", split, "--output", str(tmp_path / "o"), "--worst", "0"]) == 0
+    )
+    assert words in capsys.readouterr().out
+    assert not (tmp_path / "o/worst.png").exists()
+
+
+def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> None:
+    words = [str(best), str(shards), "--against", str(best), "--output", str(tmp_path / "o"), "--group-by"]
+    assert evaluate.main([*words, r"_0000([0-4])|_(0000)5"]) == 0
+    assert json.loads((tmp_path / "o/scores.json").read_text())["against"]["difference"]["groups"] == 6
+    assert evaluate.main([*words, r"^test"]) == 0
+    assert json.loads((tmp_path / "o/scores.json").read_text())["against"]["difference"]["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "either SHARDS, or both --images and --masks must be given"),
+        (["--images", "x"], "either SHARDS, or both --images and --masks must be given"),
+        (["SHARDS", "--images", "x", "--masks", "y"], "either SHARDS, or both --images and --masks must be given"),
+        (["SHARDS", "--split", "no"], "no"),
+        (["SHARDS", "--network", "c"], "network must be one of a, b, ensemble, but got 'c'"),
+        (["SHARDS", "--against-network", "a"], "--against-network needs --against MODEL"),
+        (
+            ["SHARDS", "--against", "BEST", "--group-by", "zzz"],
+            "must match ids, but matches none; they look like 'test_",
+        ),
+        (["--images", "no/where", "--masks", "no/where"], "no/where: must be a folder, a pattern, an image or a list"),
+        (["OTHER"], "must have the model's classes in its order"),
+    ],
+)
+def test_what_does_not_go_is_one_line(
+    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+) -> None:
+    other = tmp_path / "other"
+    write_synthetic(other, SyntheticConfig(train=4, val=1, test=1, height_px=32, width_px=32))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest |= {"classes": [*"abcdefg"], "sha256": ""}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    given = {"SHARDS": str(shards), "BEST": str(best), "OTHER": str(other)}
+    assert evaluate.main([str(best), *(given.get(word, word) for word in words)]) == 2
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_predictions_evaluated_as_masks_are_all_right(best: Path, shards: Path, tmp_path: Path) -> None:
+    """Both commands make the same labels; and what `predict` writes are masks that `evaluate` reads."""
+    index = open_shards(shards).index("test")
+    (tmp_path / "photos/drive").mkdir(parents=True)
+    for encoded in index.locations.read(range(len(index)), masks=False):
+        (tmp_path / f"photos/drive/{encoded.id}.png").write_bytes(encoded.image)
+    photos, predicted = str(tmp_path / "photos"), str(tmp_path / "predicted")
+    assert predict.main([str(best), photos, predicted, "--network", "b"]) == 0
+    words = ["--images", photos, "--masks", f"{predicted}/labels", "--network", "b", "--output", str(tmp_path / "o")]
+    assert evaluate.main([str(best), *words]) == 0
+    scores = json.loads((tmp_path / "o/scores.json").read_text())
+    assert (scores["miou"], scores["pixel_accuracy"], scores["images"]) == (1.0, 1.0, 6)
+    assert "drive/test_00000" in (tmp_path / "o/images.csv").read_text()
