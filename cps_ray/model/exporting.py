@@ -411,17 +411,17 @@ def _odd(image: Pixels) -> Pixels:
 
 def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -> dict[str, Any]:
     """Returns how far a file differs from the model. Raises CheckpointError where that is too far."""
-    reference = _model_run(model)
     batches = [np.ascontiguousarray(image[None]) for image in real.images]
-    for each in (reference, run):
-        each(batches[0])  # the first call of either is slow
+    runs = {"the model itself": _model_run(model), "the exported file": run}
+    for name, each in runs.items():
+        _answer(name, each, batches[0], options)  # the first call of either is slow
     seconds, largest, equal, equal_to_predict, pixels = [0.0, 0.0], 0.0, 0, 0, 0
     extra = [_odd(real.images[0])] if options.size is None else []
     for number, batch in enumerate([*batches, *extra]):
         answers = []
-        for which, each in enumerate((reference, run)):
+        for which, (name, each) in enumerate(runs.items()):
             start = time.perf_counter()
-            answers.append(_answer(each, batch, options))
+            answers.append(_answer(name, each, batch, options))
             seconds[which] += time.perf_counter() - start if number < len(batches) else 0.0
         (labels, prob), (other_labels, other_prob) = answers
         if other_labels.shape != labels.shape or other_prob.shape != prob.shape:
@@ -431,7 +431,7 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
         # A nan differs from everything: max would pass it by.
         largest = max(largest, float(np.nan_to_num(np.abs(prob - other_prob), nan=np.inf).max()))
         equal += int((labels == other_labels).sum())
-        predicted = np.concatenate([found.labels.numpy() for name, found in model.strips(_tensor(batch))], axis=1)
+        predicted = np.concatenate([found.labels.numpy() for _, found in model.strips(_tensor(batch))], axis=1)
         equal_to_predict += int((predicted == other_labels).sum())
         pixels += labels.size
     parity = {
@@ -452,7 +452,7 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
             )
         return parity
     assert real.shards is not None
-    before, after = _mean_ious(model, (reference, run), real.shards, real.split, options)
+    before, after = _mean_ious(model, runs, real.shards, real.split, options)
     if not 100 * (before - after) <= options.tolerance_miou:
         raise CheckpointError(
             f"{options.precision} loses too much: mIoU {100 * after:.2f} % on {real.split} instead of {100 * before:.2f} % "
@@ -461,25 +461,27 @@ def _compare(model: Model, run: Run, real: RealImages, options: ExportOptions) -
     return parity | {"miou": after, "miou_of_model": before, "split": real.split}
 
 
-def _answer(run: Run, batch: Pixels, options: ExportOptions) -> tuple[Pixels, NDArray[np.float32]]:
+def _answer(name: str, run: Run, batch: Pixels, options: ExportOptions) -> tuple[Pixels, NDArray[np.float32]]:
     try:
         return run(batch)
     except Exception as err:  # of many types; one size may fail where another one passes
         size = "x".join(map(str, batch.shape[1:3]))
         raise CheckpointError(
-            f"the exported file cannot predict {len(batch)} image(s) of {size} px{_hint(options)}; nothing is kept of it: {on_one_line(err, 200)}"
+            f"{name} cannot predict {len(batch)} image(s) of {size} px{_hint(options)}; nothing is kept: {on_one_line(err, 200)}"
         ) from err
 
 
-def _mean_ious(model: Model, runs: tuple[Run, ...], shards: Shards, split: str, options: ExportOptions) -> list[float]:
+def _mean_ious(
+    model: Model, runs: Mapping[str, Run], shards: Shards, split: str, options: ExportOptions
+) -> list[float]:
     """Returns the mIoU of several forms of a model on all images of a split that have masks."""
     classes, size = len(model.classes), options.size
     matrices = [torch.zeros(classes, classes, dtype=torch.int64) for _ in runs]
     for batch in eval_batches(shards, split, size_px=1):
         image, mask = batch.image[0].permute(1, 2, 0).numpy(), batch.mask[0].numpy()
         image, mask = (_resized(image, size), _resized(mask, size, mask=True)) if size else (image, mask)
-        for matrix, run in zip(matrices, runs, strict=True):
-            labels, _ = _answer(run, np.ascontiguousarray(image[None]), options)
+        for matrix, (name, run) in zip(matrices, runs.items(), strict=True):
+            labels, _ = _answer(name, run, np.ascontiguousarray(image[None]), options)
             matrix += confusion(torch.from_numpy(labels), torch.from_numpy(np.array(mask))[None], classes)[0]
     if not matrices[0].any():
         raise DataError(f"{shards.folder}: {split} must have images with masks, but has none.")
