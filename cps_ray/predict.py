@@ -28,7 +28,8 @@ examples:
   python -m cps_ray.predict runs/mine/best photos predicted
   python -m cps_ray.predict runs/mine/best 'drive/**/*.png' more.txt predicted --certainty --no-overlays
   python -m cps_ray.predict runs/mine/best photos predicted --network ensemble --disagreement
-  python -m cps_ray.predict runs/mine/best photos predicted --ray --address auto"""
+  python -m cps_ray.predict runs/mine/best photos predicted --ray --address auto
+The same command goes on with what was stopped, and predicts photos that are new or have changed."""
 
 
 def _parser() -> argparse.ArgumentParser:
