@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112  # EXIF
-_WINDOWS_PX = 2**19
-"""Most pixels of windows that pass a network at once on a CPU, where more are no faster, but take memory: two of 512x512."""
+_WINDOWS_PX = 2**18
+"""Most pixels of windows that pass a network at once on a CPU, where more are no faster, but take memory: one of 512x512."""
 
 
 class Model:
