@@ -7,7 +7,9 @@ import hashlib
 import importlib.util
 import logging
 import os
+import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +58,8 @@ _LONGEST_SIDE_PX = 2048
 """Larger images are compared by their middle: a graph holds the scores of all pixels at once."""
 _TRACED = (2, 288, 416)
 """Images, height and width with which a graph of any size is traced. No map of a network may be 1 px, which torch would take for fixed."""
+_LONGEST_S = 120
+"""Time that torch may take to trace a network."""
 _EXTRA = "pip install 'cps_ray[onnx]'"
 
 
@@ -284,6 +288,26 @@ def _refused(text: str) -> Iterator[None]:
         logging.disable(logged)
 
 
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Raises TimeoutError in a block that takes more than _LONGEST_S: of sizes that a network computes with (the padding of `tf_` encoders),
+    torch may work out what holds for all of them for hours. In the main thread, which alone can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"torch was not done after {_LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _traced(model: Model, options: ExportOptions) -> torch.export.ExportedProgram:
     graph = Graph(model.networks().values(), half=options.precision == "fp16")
     forms = ", ".join(f"{each.architecture} with {each.encoder}" for each in _described(model))
@@ -295,7 +319,7 @@ def _traced(model: Model, options: ExportOptions) -> torch.export.ExportedProgra
     else:
         example, shapes = torch.zeros((1, *options.size, 3), dtype=torch.uint8), None
         text = f"{forms} cannot be exported for images of {options.size[0]}x{options.size[1]} px"
-    with _refused(text), torch.no_grad():
+    with _refused(text), _in_time(), torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=shapes, strict=False)
 
 

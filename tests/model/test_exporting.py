@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,12 @@ def test_a_model_in_windows_is_compared_in_one_piece(folder: Path, shards: Path)
     assert not np.allclose(
         model.probabilities(image), exporting._model_run(model)(image[None])[1][0].transpose(1, 2, 0)
     )
+
+
+def test_torch_may_not_trace_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_LONGEST_S", 1)
+    with pytest.raises(TimeoutError, match="not done after 1 s"), exporting._in_time():
+        time.sleep(5)
+    with exporting._in_time():
+        pass
+    time.sleep(1.1)  # the alarm is off
