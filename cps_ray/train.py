@@ -7,6 +7,8 @@
 
 If there is no such file, FILE is the name of a preset (docs/presets.md); its paths are relative to the working directory.
 
+When it ends, the run folder also has best/, the model: docs/models.md.
+
 Exit codes: 0 done; 1 the training failed, or a bug, a full disk and the like; 2 wrong input; 5 can never be scheduled; 130/143 interrupted, resumable.
 """
 
