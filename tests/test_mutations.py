@@ -88,7 +88,7 @@ BUGS = {
         "state.py", "load", "A.load_state_dict(B['average'])", "A.load_state_dict(B['network'])", LOOP
     ),
     "both networks start alike": Bug("networks.py", "build_networks", "A * B + C", "A * B", NETWORKS),
-    "overlapping windows count once": Bug("evaluation.py", "_times_seen", "A[B:C] += 1", "A[B:C] = 1", EVALUATION),
+    "overlapping windows count once": Bug("inference.py", "_times_seen", "A[B:C] += 1", "A[B:C] = 1", EVALUATION),
     "absent classes count as zero": Bug("metrics.py", "mean_iou", "A.nanmean()", "A.nan_to_num().mean()", METRICS),
     "dropout draws the same in no second run": Bug(
         "step.py", "_begin_step", "torch.manual_seed(A)", "torch.seed()", LOOP
