@@ -86,9 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     # Imported only now, because torch takes seconds, and --help needs none of it.
     from rich.console import Console
 
-    from cps_ray.files import write_json
-    from cps_ray.model.evaluating import difference_in_words, evaluate_model, paired_difference
-    from cps_ray.model.examples import confusion_picture, write_examples
+    from cps_ray.model.evaluating import evaluate_model
     from cps_ray.model.model import load_model
 
     model = load_model(args.model, device=args.device, network=args.network, plugins=args.plugins)
@@ -99,65 +97,65 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{args.against}: must have the classes of {args.model}, but has {', '.join(other.classes)}."
             )
-    console = Console()
     split = Path(args.masks).name if of_files else args.split
     output = args.output or args.model.absolute().with_name(f"{args.model.absolute().name}-{split}")
     images = _Images(args, output)
     scores = evaluate_model(model, images.of(model), args.worst)
-    metrics = scores.metrics()
+    theirs = None if other is None else evaluate_model(other, images.of(other))
+    result = _result(args, scores, theirs)
+    _write(output, result, scores, theirs, model)
+    console = Console()
+    _print_table(console, result)
+    for each in (model, other):
+        say(console, *(images.warnings(each) if each is not None else []))
+    files = ", ".join(["scores.json", "images.csv", "confusion.png", *(["worst.png"] if scores.worst else [])])
+    say(console, f"{len(scores.ids)} image(s): {display_path(output)}: {files}")
+    return 0
+
+
+def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScores | None") -> dict[str, Any]:
+    """Returns what scores.json holds."""
+    import torch
+
+    from cps_ray.engine.metrics import mean_iou
+    from cps_ray.model.evaluating import paired_difference
+
     result: dict[str, Any] = {
         "model": str(args.model),
-        "network": model.network,
+        "network": scores.network,
         "data": str(args.shards or args.images),
-        "split": None if of_files else args.split,
+        "split": args.split if args.shards else None,
         "images": len(scores.ids),
-        **metrics,
+        **scores.metrics(),
         "confusion": scores.matrix.tolist(),
-        "networks": {name: _miou(matrix) for name, matrix in scores.others.items()},
+        "networks": {name: mean_iou(torch.from_numpy(matrix)) for name, matrix in scores.others.items()},
     }
-    theirs = None
-    if other is not None:
-        theirs = evaluate_model(other, images.of(other))
+    if theirs is not None:
         if theirs.ids != scores.ids:
-            raise DataError(
-                f"{args.against}: both models must be evaluated on the same images in the same order, but are not."
-            )
-        difference = paired_difference(scores.counts, theirs.counts, _groups(args.group_by, scores.ids))
+            raise DataError(f"{args.against}: both models must see the same images in the same order, but do not.")
         result["against"] = {
             "model": str(args.against),
-            "network": other.network,
+            "network": theirs.network,
             **theirs.metrics(),
-            "difference": difference,
+            "difference": paired_difference(scores.counts, theirs.counts, _groups(args.group_by, scores.ids)),
         }
+    return result
+
+
+def _write(
+    output: Path, result: dict[str, Any], scores: "ModelScores", theirs: "ModelScores | None", model: "Model"
+) -> None:
+    from cps_ray.files import write_json
+    from cps_ray.model.examples import confusion_picture, write_examples
+
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "scores.json", result)
     _write_images(output / "images.csv", scores, theirs)
     confusion_picture(scores.matrix, model.classes).save(output / "confusion.png")
     if scores.worst:
         notes = [f"mIoU {100 * value:.1f} %" for value, _ in scores.worst]
-        examples = [example for _, example in scores.worst]
-        write_examples(
-            output / "worst.png",
-            {"all networks" if model.network == "ensemble" else f"network {model.network}": examples},
-            model.palette,
-            notes,
-        )
-    _print_table(console, model, metrics, None if theirs is None else theirs.metrics())
-    for name, value in result["networks"].items():
-        say(console, f"mIoU of network {name} alone: {_percent(value)} %")
-    if theirs is not None:
-        say(
-            console,
-            f"{args.model} ({model.network}) against {args.against} ({other and other.network}): {difference_in_words(difference)}",
-        )
-    for line in images.warnings(model):
-        say(console, line)
-    say(
-        console,
-        f"{len(scores.ids)} images: {display_path(output)}: scores.json, images.csv, confusion.png"
-        + (", worst.png" if scores.worst else ""),
-    )
-    return 0
+        title = "all networks" if model.network == "ensemble" else f"network {model.network}"
+        write_examples(output / "worst.png", {title: [example for _, example in scores.worst]}, model.palette, notes)
 
 
 class _Images:
@@ -165,40 +163,51 @@ class _Images:
 
     def __init__(self, args: argparse.Namespace, output: Path) -> None:
         from cps_ray.datasets.shards import open_shards
-
-        self._args, self._output = args, output
-        self._shards = None if args.shards is None else open_shards(args.shards)
-        if self._shards is not None and not self._shards.index(args.split).labeled.any():
-            raise DataError(f"{args.shards}: split {args.split!r} must have masks to be evaluated on, but has none.")
-
-    def of(self, model: "Model") -> Iterable["EvalBatch"]:
-        from cps_ray.datasets.loader import eval_batches
-        from cps_ray.model.data import check_fit
-        from cps_ray.model.evaluating import file_batches, pair_files
+        from cps_ray.model.evaluating import pair_files
         from cps_ray.model.photos import find_photos
 
+        self._args = args
+        self._shards = None if args.shards is None else open_shards(args.shards)
+        self._notes: list[str] = []
+        if self._shards is not None:
+            if not self._shards.index(args.split).labeled.any():
+                raise DataError(
+                    f"{args.shards}: split {args.split!r} must have masks to be evaluated on, but has none."
+                )
+            if args.split == "train":  # where alone masks may be a model's
+                self._notes = [note for note in self._shards.manifest.notes if note.startswith("pseudo labels")]
+            return
+        images, masks = (
+            {photo.name: Path(photo.path) for photo in find_photos([given], output)}
+            for given in (args.images, args.masks)
+        )
+        self._pairs = pair_files(images, masks)
+        if len(images) > len(masks):
+            self._notes = [f"{len(images) - len(masks)} of {len(images)} images have no mask and were left out."]
+
+    def of(self, model: "Model") -> Iterable["EvalBatch"]:
+        """Returns the images with their masks. Raises DataError for shards that do not fit the model."""
+        from cps_ray.datasets.loader import eval_batches
+        from cps_ray.model.data import check_fit
+        from cps_ray.model.evaluating import file_batches
+
         if self._shards is None:
-            images, masks = (
-                {photo.name: Path(photo.path) for photo in find_photos([given], self._output)}
-                for given in (self._args.images, self._args.masks)
-            )
-            return file_batches(model, pair_files(images, masks))
+            return file_batches(model, self._pairs)
         check_fit(model, self._shards, self._args.shards)
         return eval_batches(self._shards, self._args.split)
 
     def warnings(self, model: "Model") -> list[str]:
-        """Returns what makes the scores of this model better than they are."""
-        if self._shards is None or model.description.fingerprint is None:
-            return []
-        own = self._shards.manifest.splits[self._args.split].fingerprint
+        """Returns what makes the scores of this model better than they are, or what else one must know of them."""
+        own = self._shards and self._shards.manifest.splits[self._args.split].fingerprint
         reasons = {
             "train": "was trained on these very images",
             "val": "had its checkpoint, and in a sweep its settings, chosen by these very images",
         }
-        return [
+        known = model.description.fingerprint or {}
+        return self._notes + [
             f"{model.folder} {reason}: on new ones it is worse."
             for split, reason in reasons.items()
-            if model.description.fingerprint.get(split) == own
+            if own is not None and known.get(split) == own
         ]
 
 
@@ -215,24 +224,15 @@ def _groups(pattern: re.Pattern[str] | None, ids: Sequence[str]) -> list[str] | 
     return [f"={image_id}" if name is None else f"~{name}" for image_id, name in zip(ids, named, strict=True)]
 
 
-def _miou(matrix: Any) -> float | None:
-    import numpy as np
-
-    from cps_ray.model.evaluating import mean_iou
-
-    value = float(mean_iou(np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])))
-    return None if np.isnan(value) else value
-
-
 def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None") -> None:
     import pyarrow as pa
     from pyarrow import csv
 
     from cps_ray.files import write_whole
-    from cps_ray.model.evaluating import mean_iou
+    from cps_ray.model.evaluating import image_ious
 
     def columns(each: "ModelScores", suffix: str) -> dict[str, list[float | None]]:
-        values = [float(mean_iou(counts)) for counts in each.counts]
+        values = [float(image_ious(counts)) for counts in each.counts]
         hits: list[float | None] = [float(counts[0].sum() / max(1, counts[1].sum())) for counts in each.counts]
         return {
             f"miou{suffix}": [None if value != value else value for value in values],
@@ -243,30 +243,33 @@ def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None
     write_whole(path, lambda temporary: csv.write_csv(pa.table(table), temporary))
 
 
-def _print_table(console: Any, model: "Model", metrics: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+def _print_table(console: Any, result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from cps_ray.model.evaluating import difference_in_words
+
+    theirs = result.get("against")
     table = Table(box=None)
     table.add_column("class")
     for name in ("IoU", *(["other"] if theirs else []), "recall", "precision", "of all pixels"):
         table.add_column(f"{name} %", justify="right")
-    for name, row in metrics["classes"].items():
+    for name, row in result["classes"].items():
         own = [_percent(row["iou"]), *([_percent(theirs["classes"][name]["iou"])] if theirs else [])]
         table.add_row(Text(printable(name)), *own, *(_percent(row[key]) for key in ("recall", "precision", "fraction")))
     table.add_section()
-    table.add_row(
-        "mean",
-        _percent(metrics["miou"]),
-        *([_percent(theirs["miou"])] if theirs else []),
-        _percent(metrics["class_accuracy"]),
-    )
+    means = [result["miou"], *([theirs["miou"]] if theirs else []), result["class_accuracy"]]
+    table.add_row("mean", *map(_percent, means))
     console.print(table)
     say(
         console,
-        f"Network {model.network}: mIoU {_percent(metrics['miou'])} %, pixels right {_percent(metrics['pixel_accuracy'])} %, "
-        f"calibration error {_percent(metrics['ece'])} %",
+        f"Network {result['network']}: mIoU {_percent(result['miou'])} %, pixels right {_percent(result['pixel_accuracy'])} %, "
+        f"calibration error {_percent(result['ece'])} %",
+        *(f"mIoU of network {name} alone: {_percent(value)} %" for name, value in result["networks"].items()),
     )
+    if theirs:
+        names = (f"{each['model']} ({each['network']})" for each in (result, theirs))
+        say(console, f"{' against '.join(names)}: {difference_in_words(theirs['difference'])}")
 
 
 def _percent(value: float | None) -> str:

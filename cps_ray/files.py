@@ -1,8 +1,10 @@
-"""Files that are complete or not there at all, even if the process is killed. Imports the standard library only."""
+"""Files and folders that are complete or not there at all, even if the process is killed. Imports the standard library only."""
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +24,21 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
         temporary.unlink(missing_ok=True)
         raise
     return result
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Gives a new folder to write into, which takes the place of `folder` when the block ends well; else `folder` stays as it was."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        # A folder cannot replace a full one at once; between these two lines there is none, but never half of one.
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -251,6 +251,7 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
                 f"Vanished from the pseudo labels (fraction there by that in the masks), seed {seed}: {classes}"
             )
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
+    lines.append(f"Predict photos: python -m cps_ray.predict {shell_path(root / MODEL_FOLDER)} PHOTOS OUT")
     # A network learns from its peers' labels: the licence of any one's weights may bind it.
     lines += [each["sentence"] for each in summary.get("weights", [])]
     lines.append(f"Train the best again: python -m cps_ray.train {shell_path(root / BEST_FILE)}")

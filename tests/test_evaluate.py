@@ -13,7 +13,8 @@ from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.engine.networks import build_networks
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.files import replaced_folder
+from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,9 @@ def test_what_does_not_go_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_predictions_evaluated_as_masks_are_all_right(best: Path, shards: Path, tmp_path: Path) -> None:
+def test_predictions_evaluated_as_masks_are_all_right(
+    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both commands make the same labels; and what `predict` writes are masks that `evaluate` reads."""
     index = open_shards(shards).index("test")
     (tmp_path / "photos/drive").mkdir(parents=True)
@@ -101,7 +104,9 @@ def test_predictions_evaluated_as_masks_are_all_right(best: Path, shards: Path, 
     photos, predicted = str(tmp_path / "photos"), str(tmp_path / "predicted")
     assert predict.main([str(best), photos, predicted, "--network", "b"]) == 0
     words = ["--images", photos, "--masks", f"{predicted}/labels", "--network", "b", "--output", str(tmp_path / "o")]
+    (tmp_path / "photos/more.png").write_bytes(encoded.image)
     assert evaluate.main([str(best), *words]) == 0
+    assert "1 of 7 images have no mask and were left out." in capsys.readouterr().out
     scores = json.loads((tmp_path / "o/scores.json").read_text())
     assert (scores["miou"], scores["pixel_accuracy"], scores["images"]) == (1.0, 1.0, 6)
     assert "drive/test_00000" in (tmp_path / "o/images.csv").read_text()

@@ -10,7 +10,8 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.networks import build_networks
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.files import replaced_folder
+from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.subsets import labeled_rows, labeled_subset, read_ids
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.engine.networks import build_networks
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.files import replaced_folder
+from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="module")

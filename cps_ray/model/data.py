@@ -1,6 +1,5 @@
 """Prepared data that a model is applied to: whether they fit it, and which of their training images it was trained on with masks."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from cps_ray.config.reader import load_train
 from cps_ray.datasets.shards import Index, Shards
 from cps_ray.datasets.subsets import labeled_subset, named_rows
 from cps_ray.errors import ConfigError, DataError
+from cps_ray.files import replaced_folder
 from cps_ray.model.model import Model
 
 
@@ -71,13 +71,8 @@ def check_new(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into, which becomes `folder` when the block ends well; else nothing is left. Raises as `check_new` does."""
     check_new(folder)
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.rename(folder)
+        with replaced_folder(folder) as unfinished:
+            yield unfinished
     except OSError as err:
         raise DataError(f"{folder}: cannot be written ({err.strerror or err}).") from err
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

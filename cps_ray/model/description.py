@@ -134,7 +134,7 @@ def read_description(folder: Path) -> ModelDescription:
             else "no version: an export of an earlier cps_ray, or another file"
         )
         raise CheckpointError(
-            f"{path}: must be of version 1, but has {what}. Export it again, or use the cps_ray that made it."
+            f"{path}: must be of version 1, but has {what}. Remove {folder} and resume its sweep or training, which writes it again."
         )
     try:
         return parse(ModelDescription, raw, base=folder, where=lambda loc: str(path))

@@ -1,6 +1,7 @@
 """How well a model predicts images whose masks are known: counts per image, scores, and which images it fails on."""
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,10 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from cps_ray.config.train import ENSEMBLE
-from cps_ray.datasets.raster import open_raster
+from cps_ray.datasets.raster import open_raster, turned
 from cps_ray.engine.batch import IGNORE, EvalBatch
 from cps_ray.engine.evaluation import calibration_sums
-from cps_ray.engine.metrics import calibration_error, confusion
+from cps_ray.engine.metrics import (
+    calibration_error,
+    class_accuracy,
+    confusion,
+    iou,
+    mean_iou,
+    micro_iou,
+    pixel_accuracy,
+)
 from cps_ray.errors import DataError
 from cps_ray.model.examples import Example
 from cps_ray.model.model import Model
@@ -44,41 +53,38 @@ class ModelScores:
 
     def metrics(self) -> dict[str, Any]:
         """Returns mIoU, IoU, precision and recall per class, accuracies and calibration error, all in 0..1; None where nothing was counted."""
-        hit, true, predicted = np.stack([self.matrix.diagonal(), self.matrix.sum(1), self.matrix.sum(0)]).astype(float)
-        with np.errstate(invalid="ignore"):
-            recall = hit / true
-            per_class = {
-                "iou": hit / (true + predicted - hit),
-                "recall": recall,
-                "precision": hit / predicted,
-                "fraction": true / true.sum(),
-            }
-            rows = {
-                name: {key: _or_none(values[n]) for key, values in per_class.items()}
+        matrix_CC = torch.from_numpy(self.matrix)
+        hit, true, predicted = (each.double() for each in (matrix_CC.diagonal(), matrix_CC.sum(1), matrix_CC.sum(0)))
+        per_class = {
+            "iou": iou(matrix_CC),
+            "recall": hit / true,
+            "precision": hit / predicted,
+            "fraction": true / true.sum(),
+        }
+        return {
+            "miou": _or_none(mean_iou(matrix_CC)),
+            "iou_micro": _or_none(micro_iou(matrix_CC)),
+            "pixel_accuracy": _or_none(pixel_accuracy(matrix_CC)),
+            "class_accuracy": _or_none(class_accuracy(matrix_CC)),
+            "ece": None if self.calibration is None else _or_none(calibration_error(self.calibration)),
+            "classes": {
+                name: {key: _or_none(float(values[n])) for key, values in per_class.items()}
                 for n, name in enumerate(self.classes)
-            }
-            return {
-                "miou": _or_none(mean_iou(np.stack([hit, true, predicted]))),
-                "iou_micro": _or_none(hit.sum() / (true + predicted - hit).sum()),
-                "pixel_accuracy": _or_none(hit.sum() / true.sum()),
-                "class_accuracy": _or_none(np.nanmean(recall)),
-                "ece": None if self.calibration is None else _or_none(calibration_error(self.calibration)),
-                "classes": rows,
-            }
+            },
+        }
 
 
 def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return None if math.isnan(value) else value
 
 
-def mean_iou(counts_3C: NDArray[Any]) -> Any:
-    """Mean IoU over the classes that are true or predicted somewhere, of (..., 3, C) found, true and predicted pixels; nan where none is."""
-    hit, true, predicted = np.moveaxis(counts_3C.astype(np.float64), -2, 0)
+def image_ious(counts_I3C: NDArray[Any]) -> NDArray[np.float64]:
+    """Returns the mean IoU, as `metrics.mean_iou` does, of (..., 3, C) found, true and predicted pixels; nan where nothing was counted."""
+    hit, true, predicted = np.moveaxis(counts_I3C.astype(np.float64), -2, 0)
     union = true + predicted - hit
-    there = union > 0
-    total = np.divide(hit, union, out=np.zeros_like(hit), where=there).sum(-1)
-    number = there.sum(-1)
-    return np.divide(total, number, out=np.full(np.shape(number), np.nan), where=number > 0)
+    total = np.divide(hit, union, out=np.zeros_like(hit), where=union > 0).sum(-1)
+    number = (union > 0).sum(-1)
+    return np.asarray(np.divide(total, number, out=np.full(np.shape(number), np.nan), where=number > 0))
 
 
 @torch.inference_mode()
@@ -108,14 +114,14 @@ def evaluate_model(model: Model, batches: Iterable[EvalBatch], num_worst: int = 
             counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
             scores.ids.append(image_id)
             scores.counts.append(counts)
-            value = mean_iou(counts)
+            value = float(image_ious(counts))
             # A heap with the best of the worst on top, which gives way to a worse one.
-            if num_worst and not np.isnan(value) and (len(worst) < num_worst or -value > worst[0][0]):
+            if num_worst and not math.isnan(value) and (len(worst) < num_worst or -value > worst[0][0]):
                 pixels = np.ascontiguousarray(batch.image[number].permute(1, 2, 0).numpy())
                 predicted = np.concatenate([each[number] for each in labels])
                 example = (image_id, pixels, batch.mask[number].numpy(), predicted)
                 push = heapq.heappush if len(worst) < num_worst else heapq.heapreplace
-                push(worst, (-float(value), len(scores.ids), example))
+                push(worst, (-value, len(scores.ids), example))
     scores.worst = [(-value, example) for value, _, example in sorted(worst, reverse=True)]
     return scores
 
@@ -129,7 +135,7 @@ def file_batches(model: Model, pairs: Sequence[tuple[str, Path, Path]], threads:
     def read(pair: tuple[str, Path, Path]) -> EvalBatch:
         image_id, image_path, mask_path = pair
         pixels = torch.from_numpy(np.array(model.to_rgb(image_path)))
-        mask = torch.from_numpy(read_labels(mask_path, model.classes))
+        mask = torch.from_numpy(read_labels(mask_path, model))
         if mask.shape != pixels.shape[:2]:
             sizes = (f"{size[1]}x{size[0]}" for size in (mask.shape, pixels.shape))
             raise DataError(
@@ -147,24 +153,32 @@ def file_batches(model: Model, pairs: Sequence[tuple[str, Path, Path]], threads:
             yield future.result()
 
 
-def read_labels(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
-    """Returns a mask file of train ids, as `cps-ray predict` writes them: uint8 (H, W). Raises DataError for other values."""
+def read_labels(path: Path, model: Model) -> NDArray[np.uint8]:
+    """Returns a mask file of train ids, as `cps-ray predict` writes them, upright: uint8 (H, W). Raises DataError for any other."""
     try:
         raster = open_raster(path.read_bytes(), path.name)
     except OSError as err:
         raise DataError(f"{path}: cannot be read: {err.strerror or err}.") from err
     except DataError as err:
         raise DataError(f"{path}: {err}") from err
-    values = np.asarray(raster.samples)
-    found = np.unique(values) if values.shape[2] == 1 and values.dtype.kind == "u" else None
-    wrong = [] if found is None else [str(v) for v in found if v >= len(classes) and v != IGNORE]
+    values, count = np.asarray(raster.samples), len(model.classes)
+    found = np.unique(values) if values.shape[2] == 1 and values.dtype.kind == "u" and not raster.lossy else None
+    wrong = [] if found is None else [f"also {value}" for value in found if value >= count and value != IGNORE]
+    if found is not None and raster.palette is not None and not wrong:
+        # Labels of another order have the same numbers, but the colours of other classes.
+        class_of = {color: name for name, color in zip(model.classes, model.palette, strict=True)}
+        colors = {int(value): tuple(raster.palette[value].tolist()) for value in found if value < count}
+        wrong = [
+            f"{model.classes[value]} in the colour of {class_of[color]}"
+            for value, color in colors.items()
+            if class_of.get(color, model.classes[value]) != model.classes[value] and model.palette[value] != color
+        ]
     if found is None or wrong:
-        what = raster.words if found is None else f"also {first_few(wrong)}"
         raise DataError(
-            f"{path}: a mask must hold positions of the model's {len(classes)} classes, 0 to {len(classes) - 1}, or {IGNORE}, but holds {what}. "
-            "`cps-ray prepare` reads masks of all kinds into shards."
+            f"{path}: a mask must hold positions of the model's {count} classes, 0 to {count - 1}, or {IGNORE}, "
+            f"but holds {first_few(wrong) or raster.words}. `cps-ray prepare` reads masks of all kinds into shards."
         )
-    return np.array(values[..., 0], np.uint8)
+    return np.array(turned(values[..., 0], raster.orientation), np.uint8)
 
 
 def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[tuple[str, Path, Path]]:
@@ -191,7 +205,7 @@ def paired_difference(
     each image; a group is drawn as a whole. No interval (None) with fewer than two groups.
     """
     both = np.stack([np.stack(ours), np.stack(theirs)], axis=1)  # (I, 2, 3, C)
-    per_image = mean_iou(both)
+    per_image = image_ious(both)
     gain_of = per_image[:, 0] - per_image[:, 1]
     if groups is not None:
         _, number = np.unique(np.asarray(groups), return_inverse=True)
@@ -199,7 +213,7 @@ def paired_difference(
         np.add.at(summed, number, both)
         both = summed
     flat = both.reshape(len(both), -1).astype(np.float64)
-    total = mean_iou(flat.sum(0).reshape(both.shape[1:]))
+    total = image_ious(both.sum(0))
     found: dict[str, Any] = {
         "gain": float(total[0] - total[1]),
         "low": None,
@@ -213,7 +227,7 @@ def paired_difference(
         rng, differences = np.random.default_rng(seed), []
         for first in range(0, draws, 500):
             times = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=min(500, draws - first))
-            drawn = mean_iou((times @ flat).reshape(len(times), *both.shape[1:]))
+            drawn = image_ious((times @ flat).reshape(len(times), *both.shape[1:]))
             differences.append(drawn[:, 0] - drawn[:, 1])
         found["low"], found["high"] = (float(each) for each in np.percentile(np.concatenate(differences), [2.5, 97.5]))
     return found

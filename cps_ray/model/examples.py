@@ -91,16 +91,16 @@ def confusion_picture(matrix_CC: NDArray[np.int64], classes: Sequence[str]) -> I
         ImageDraw.Draw(upright).text((0, cell_px // 2), name, fill=_INK, font=font, anchor="lm")
         picture.paste(upright.rotate(90, expand=True), (left + row * cell_px, top - 8 - upright.width))
         for column in range(count):
-            share = matrix_CC[row, column] / true_C[row] if true_C[row] else 0.0
+            fraction = matrix_CC[row, column] / true_C[row] if true_C[row] else 0.0
             tint = _RIGHT if row == column else _WRONG
             # The root lets small mistakes be seen.
-            color = tuple(int(value) for value in np.array(_PAPER) + (tint - 255) * share**0.5)
+            color = tuple(int(value) for value in np.array(_PAPER) + (tint - 255) * fraction**0.5)
             x, y = left + column * cell_px, top + row * cell_px
             draw.rectangle((x, y, x + cell_px - 2, y + cell_px - 2), fill=color)  # type: ignore[arg-type]
-            if count <= _MOST_NUMBERS and true_C[row] and share >= 0.0005:
-                text = f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}"
+            if count <= _MOST_NUMBERS and true_C[row] and fraction >= 0.0005:
+                text = f"{100 * fraction:.0f}" if fraction >= 0.0995 else f"{100 * fraction:.1f}"
                 number, font_of_cell = fit_text(text, cell_px, size)
-                ink = _PAPER if share > 0.5 else _INK
+                ink = _PAPER if fraction > 0.5 else _INK
                 draw.text(
                     (x + cell_px // 2 - 1, y + cell_px // 2 - 1), number, fill=ink, font=font_of_cell, anchor="mm"
                 )

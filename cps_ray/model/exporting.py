@@ -291,7 +291,7 @@ def _refused(text: str) -> Iterator[None]:
 @contextmanager
 def _in_time() -> Iterator[None]:
     """Raises TimeoutError in a block that takes more than _LONGEST_S: of sizes that a network computes with (the padding of `tf_` encoders),
-    torch may work out what holds for all of them for hours. In the main thread, which alone can be interrupted."""
+    torch may work out what holds for all of them and not end. In the main thread, which alone can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -424,6 +424,8 @@ def left_out(model: Model) -> str:
         height, width = inference.window_px or inference.crop_px
         large = "" if inference.window_px else " of larger images"
         parts.append(f"windows of {height}x{width} px{large}")
+    if model.description.bands or model.description.value_range:
+        parts.append("bands and value_range of model.json, by which raw images become 8-bit RGB")
     return f"The file predicts an image in one piece. Left out: {', '.join(parts)}." if parts else ""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cps_ray.config.train import ENSEMBLE
 from cps_ray.datasets.images import to_rgb
-from cps_ray.datasets.raster import Raster, open_raster
+from cps_ray.datasets.raster import Raster, UnreadableError, open_raster
 from cps_ray.engine.inference import Labels, label_strips, window_of
 from cps_ray.engine.networks import Segmenter, build_network
 from cps_ray.errors import CheckpointError, ConfigError, DataError
@@ -69,8 +69,8 @@ class Model:
         """Returns the probability of each class at each pixel: float32 (H, W, C). `image`: as in `predict`."""
         parts = []
         for name, found in self.strips(self.to_tensor(image)):
-            shared = len(self.networks(name)) if name == ENSEMBLE else 1
-            parts.append((found.prob[0] / shared).cpu().numpy())
+            summed = len(self.networks(name)) if name == ENSEMBLE else 1
+            parts.append((found.prob[0] / summed).cpu().numpy())
         return np.concatenate(parts)
 
     def strips(self, image_N3HW: Tensor, *, all_networks: bool = False) -> Iterator[tuple[str, Labels]]:
@@ -80,15 +80,18 @@ class Model:
         inference = self.description.inference
         if self.device.type == "cpu":
             height, width = window_of(inference, *image_N3HW.shape[-2:]) or (1, 1)
-            at_once = max(1, _WINDOWS_PX // (height * width))
-            inference = inference.model_copy(update={"window_batch": min(inference.window_batch, at_once)})
+            changes: dict[str, Any] = {
+                "window_batch": min(inference.window_batch, max(1, _WINDOWS_PX // (height * width)))
+            }
+            if inference.autocast == "fp16":
+                changes["autocast"] = "none"  # what only GPUs compute; trainings refuse it on a CPU
+            inference = inference.model_copy(update=changes)
         for name, found in label_strips(inference, networks, image_N3HW):
             if all_networks or name == self.network:
                 yield name, found
 
     def to_rgb(self, image: ImageLike) -> Pixels:
         """Returns an image as uint8 (H, W, 3) RGB, upright, as the training's images were made. `image`: as in `predict`."""
-        bands, value_range = self.description.bands, self.description.value_range
         if isinstance(image, str | os.PathLike):
             path = Path(image)
             try:
@@ -96,10 +99,20 @@ class Model:
             except OSError as err:
                 raise DataError(f"{path}: cannot be read: {err.strerror or err}.") from err
             try:
-                return to_rgb(open_raster(data, path.name), value_range, bands)[0]
+                return self._read(open_raster(data, path.name))
             except DataError as err:
                 raise DataError(f"{path}: {err}") from err
-        return to_rgb(_raster(image), value_range, bands)[0]
+        return self._read(_raster(image))
+
+    def _read(self, raster: Raster) -> Pixels:
+        bands, value_range = self.description.bands, self.description.value_range
+        try:
+            return to_rgb(raster, value_range, bands)[0]
+        except UnreadableError as err:
+            # Its remedies are settings of a recipe, which a model that is trained has no more.
+            form = f"bands {bands} of which are red, green and blue" if bands else "grey or RGB"
+            span = f"with values {value_range} as black and white" if value_range else "of unsigned integers"
+            raise DataError(f"{err.found}; give it as the training's images were: {form}, {span}.") from err
 
     def to_tensor(self, image: ImageLike) -> Tensor:
         """Returns an image as uint8 (1, 3, H, W) on the model's device."""
@@ -211,6 +224,11 @@ def _check_fits(
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"also has {unknown[0]}"
         raise CheckpointError(f"{path}: must hold the weights of {form}, but {what}.")
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: must hold finite weights, but {broken[0]} has nan or inf: its training diverged."
+        )
     if described.divisor != network.divisor:
         raise CheckpointError(
             f"{path.parent}: the network takes sides of multiples of {network.divisor} px, but its model.json says {described.divisor}."

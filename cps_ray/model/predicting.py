@@ -176,7 +176,7 @@ def _predict(model: Model, options: OutputOptions, image_N3HW: Tensor) -> _Maps:
     pixels_NC = np.zeros((images, num_classes), np.int64)
     sums = {name: np.zeros(images) for name in ("certainty", "sure", "disagreement")}
     several = options.disagreement or model.network == ENSEMBLE
-    shared = len(model.description.networks) if model.network == ENSEMBLE else 1
+    summed = len(model.description.networks) if model.network == ENSEMBLE else 1
     pair: dict[str, Tensor] = {}
     # Strip by strip: the probabilities of a whole photo of many megapixels are gigabytes.
     for name, found in model.strips(image_N3HW, all_networks=several):
@@ -198,9 +198,9 @@ def _predict(model: Model, options: OutputOptions, image_N3HW: Tensor) -> _Maps:
         if options.certainty:
             parts["certainty"].append(_in_8_bits(found.certainty))
         if options.entropy:
-            parts["entropy"].append(_in_8_bits(entropy(found.prob / shared)))
+            parts["entropy"].append(_in_8_bits(entropy(found.prob / summed)))
         if options.probabilities:
-            parts["probabilities"].append((found.prob / shared).half().cpu().numpy())
+            parts["probabilities"].append((found.prob / summed).half().cpu().numpy())
     if not several:
         del sums["disagreement"]
     figures = [

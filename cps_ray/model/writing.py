@@ -1,8 +1,6 @@
 """The folder of a model, written: weights, how to use them, their training, their scores and a card for people."""
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,6 @@ from cps_ray.model.description import WEIGHTS_FILE, ModelDescription, NetworkDes
 CARD_FILE = "README.md"
 METRICS_FILE = "metrics.json"
 _HUB_CONFIG = "config.json"
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Gives a new folder to write into, which takes the place of `folder` when the block ends well. A kill leaves what was there."""
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    for file in unfinished.iterdir():
-        file.chmod(0o644)  # safetensors lets only the owner read; a model is there to be shared
-    # A folder cannot replace a full one at once; between these two lines there is none, but never half of one.
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def write_model(
@@ -98,6 +82,8 @@ def write_model(
     write_text(folder / CARD_FILE, model_card(description, config, metrics, manifest, arms))
     if described["a"].library == "segmentation-models-pytorch":
         _write_hub_config(folder, networks["a"])
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors lets only the owner read; a model is there to be shared
     return description
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.state import load_networks
+from cps_ray.files import replaced_folder
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.model.writing import write_model
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
 from cps_ray.runs import META_FILE, best_checkpoint, read_checkpoint
 

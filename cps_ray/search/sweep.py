@@ -17,11 +17,10 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
-from cps_ray.files import read_json
+from cps_ray.files import read_json, replaced_folder
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.model.writing import replaced_folder
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges

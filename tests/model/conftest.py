@@ -13,7 +13,8 @@ from cps_ray.engine.loop import fit
 from cps_ray.engine.networks import build_networks
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.files import replaced_folder
+from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="session")

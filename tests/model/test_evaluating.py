@@ -18,7 +18,7 @@ from cps_ray.model.evaluating import (
     difference_in_words,
     evaluate_model,
     file_batches,
-    mean_iou,
+    image_ious,
     pair_files,
     paired_difference,
     read_labels,
@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_training(exported: Path, pair: TrainConfig, net
     if network == "ensemble":
         for name in "ab":
             matrix = scores.others[name]
-            value = mean_iou(np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
+            value = image_ious(np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)]))
             assert value == pytest.approx(expected["test/miou" if name == "a" else "test/b/miou"])
 
 
@@ -55,7 +55,7 @@ def test_the_worst_images_are_the_worst(exported: Path, pair: TrainConfig) -> No
     shards = open_shards(pair.data.shards)
     model = load_model(exported, device="cpu")
     scores = evaluate_model(model, eval_batches(shards, "test"), 3)
-    by_image = dict(zip(scores.ids, (float(mean_iou(each)) for each in scores.counts), strict=True))
+    by_image = dict(zip(scores.ids, (float(image_ious(each)) for each in scores.counts), strict=True))
     assert [value for value, _ in scores.worst] == sorted(by_image.values())[:3]
     for value, (image_id, image, mask, predicted) in scores.worst:
         assert by_image[image_id] == value
@@ -68,8 +68,8 @@ def counts(hit: list[int], true: list[int], predicted: list[int]) -> np.ndarray:
 
 
 def test_mean_iou_leaves_out_what_is_nowhere() -> None:
-    assert mean_iou(counts([2, 0, 0], [4, 0, 0], [2, 2, 0])) == pytest.approx((2 / 4 + 0) / 2)
-    assert np.isnan(mean_iou(counts([0], [0], [0])))
+    assert image_ious(counts([2, 0, 0], [4, 0, 0], [2, 2, 0])) == pytest.approx((2 / 4 + 0) / 2)
+    assert np.isnan(image_ious(counts([0], [0], [0])))
 
 
 def simulated(rng: np.random.Generator, images: int, accuracy: float) -> list[np.ndarray]:
@@ -87,7 +87,7 @@ def test_a_difference_has_an_interval_that_holds_it() -> None:
     rng = np.random.default_rng(0)
     ours, theirs = simulated(rng, 80, 0.75), simulated(rng, 80, 0.65)
     found = paired_difference(ours, theirs, draws=2000)
-    assert found["gain"] == pytest.approx(mean_iou(sum(ours)) - mean_iou(sum(theirs)))
+    assert found["gain"] == pytest.approx(image_ious(sum(ours)) - image_ious(sum(theirs)))
     assert 0 < found["low"] < found["gain"] < found["high"]
     assert found["images"] == found["groups"] == 80
     assert difference_in_words(found).startswith(f"better by {100 * found['gain']:.1f} points")
@@ -118,7 +118,7 @@ def test_the_interval_covers_the_truth() -> None:
     """400 draws of 40 images from two models whose difference is known."""
     rng = np.random.default_rng(2)
     ours, theirs = np.stack(simulated(rng, 4000, 0.72)), np.stack(simulated(rng, 4000, 0.70))
-    truth = float(mean_iou(ours.sum(0)) - mean_iou(theirs.sum(0)))
+    truth = float(image_ious(ours.sum(0)) - image_ious(theirs.sum(0)))
     covered = 0
     for _ in range(400):
         rows = rng.integers(0, 4000, 40)
@@ -151,11 +151,11 @@ def test_files_are_evaluated_as_shards_are(exported: Path, pair: TrainConfig, tm
         (np.full((4, 4), 300, np.uint16), "holds also 300"),
     ],
 )
-def test_masks_of_other_kinds_are_refused(tmp_path: Path, mask: np.ndarray, text: str) -> None:
+def test_masks_of_other_kinds_are_refused(exported: Path, tmp_path: Path, mask: np.ndarray, text: str) -> None:
     path = tmp_path / "m.png"
     Image.fromarray(mask).save(path)
     with pytest.raises(DataError) as err:
-        read_labels(path, [*"abcdefg"])
+        read_labels(path, load_model(exported, device="cpu"))
     assert f"{path}: a mask must hold positions of the model's 7 classes, 0 to 6, or 255, but" in str(err.value)
     assert text in str(err.value)
 
@@ -182,3 +182,32 @@ def test_a_matrix_of_any_size_is_drawn(classes: int) -> None:
     picture = confusion_picture(matrix, [f"class {n}" for n in range(classes)])
     assert picture.width < 2400
     assert picture.getextrema() != ((255, 255),) * 3
+
+
+def palette_mask(path: Path, palette: list[tuple[int, int, int]], values: np.ndarray) -> Path:
+    picture = Image.fromarray(values)
+    picture.putpalette([channel for color in palette for channel in color] + [0] * 3 * (256 - len(palette)))
+    picture.save(path)
+    return path
+
+
+def test_a_mask_whose_colors_are_of_other_classes_is_refused(exported: Path, tmp_path: Path) -> None:
+    """Its numbers are in range, and the scores would be of other classes without a word."""
+    model, values = load_model(exported, device="cpu"), np.array([[0, 1], [2, 255]], np.uint8)
+    colors = [*model.palette]
+    swapped = [colors[1], colors[0], *colors[2:]]
+    with pytest.raises(DataError, match="holds sky in the colour of building, building in the colour of sky"):
+        read_labels(palette_mask(tmp_path / "swapped.png", swapped, values), model)
+    for palette in (colors, [(n, n, n) for n in range(7)]):  # colours of nobody's say nothing
+        assert np.array_equal(read_labels(palette_mask(tmp_path / "m.png", palette, values), model), values)
+
+
+def test_a_mask_that_is_lossy_or_turned(exported: Path, tmp_path: Path) -> None:
+    model, values = load_model(exported, device="cpu"), np.array([[0, 1, 2], [3, 4, 5]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "m.jpg", quality=100)
+    with pytest.raises(DataError, match="but holds a grey JPEG"):
+        read_labels(tmp_path / "m.jpg", model)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(values).save(tmp_path / "m.png", exif=exif)
+    assert np.array_equal(read_labels(tmp_path / "m.png", model), values[::-1, ::-1])

@@ -123,7 +123,8 @@ def test_bands_and_value_range_are_the_trainings(pair: TrainConfig, tmp_path: Pa
     ("image", "text"),
     [
         (np.zeros((4, 4, 5), np.uint8), "should be grey or RGB"),
-        (np.zeros((4, 4), np.float32), "value_range"),
+        (np.zeros((4, 4, 4), np.uint8), "give it as the training's images were: grey or RGB, of unsigned integers."),
+        (np.zeros((4, 4), np.float32), "holds float32 values; give it as the training's images were"),
         (np.zeros((4, 0, 3), np.uint8), "has shape (4, 0, 3)"),
         (np.zeros(4, np.uint8), "has shape (4,)"),
         (np.array([["a"]]), "of <U1"),
@@ -199,6 +200,12 @@ def other_keys(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def not_finite(folder: Path) -> None:
+    state = {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
+    state["segmentation_head.0.bias"][2] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
 STRANGERS: list[tuple[Callable[[Path], Any], str]] = [
     (truncate, "model.safetensors: must be safetensors, but cannot be read"),
     (huge_header, "model.safetensors: must be safetensors, but cannot be read"),
@@ -208,6 +215,7 @@ STRANGERS: list[tuple[Callable[[Path], Any], str]] = [
         "with tu-test_efficientnet and 5 classes, but segmentation_head.0.weight is (7, 16, 1, 1) instead of (5, 16, 1, 1)",
     ),
     (other_keys, "but also has extra.weight"),
+    (not_finite, "must hold finite weights, but segmentation_head.0.bias has nan or inf"),
     (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
     (lambda f: (f / "model.json").unlink(), "must be the folder of a model"),
     (lambda f: (f / "model.json").write_text("{"), "model.json: must be JSON"),
@@ -277,3 +285,10 @@ print(sorted({{"ray", "optuna", "pandas", "albumentations"}} & set(sys.modules))
 def test_the_names_are_the_packages() -> None:
     assert cps_ray.load_model is load_model
     assert cps_ray.Model is Model
+
+
+def test_what_only_gpus_compute_is_left_out_on_a_cpu(pair: TrainConfig, tmp_path: Path) -> None:
+    config = changed(pair, compute__autocast="fp16", resources__gpus_per_worker=1)
+    write_model(tmp_path, config, build_networks(config, 7), open_shards(pair.data.shards).manifest, {})
+    found = load_model(tmp_path, device="cpu").probabilities(PHOTO)
+    np.testing.assert_allclose(found, own_probabilities(pair, PHOTO)["a"], atol=2e-6)

@@ -16,8 +16,9 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.networks import build_networks
 from cps_ray.errors import CheckpointError
+from cps_ray.files import replaced_folder
 from cps_ray.model.model import load_model
-from cps_ray.model.writing import replaced_folder, write_model
+from cps_ray.model.writing import write_model
 
 PHOTO = np.random.default_rng(4).integers(0, 256, (64, 96, 3), np.uint8)
 
