@@ -5,10 +5,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from support import changed, write_untrained
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import SyntheticConfig, TrainConfig
+from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.prepare.assembly import one_by_one
+from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.synthetic import write_synthetic
 from cps_ray.on_ray import cluster, jobs
 
@@ -69,3 +72,10 @@ def tiny(shards: Path) -> TrainConfig:
         },
         "tiny",
     )
+
+
+@pytest.fixture(scope="module")
+def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of two networks that nobody has trained; it knows the tiny data set as its own."""
+    config = changed(tiny, data__fingerprint=fingerprints(open_shards(tiny.data.shards)))
+    return write_untrained(config, tmp_path_factory.mktemp("model") / "best", {"val/iou/road": 0.5})

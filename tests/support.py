@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.loop import fit
+from cps_ray.engine.networks import build_networks
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
+from cps_ray.model.writing import write_model
 
 TINY_DATA = """\
   data:
@@ -64,3 +67,10 @@ def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
 
     fit(config, state, train_batches(train_data(shards, config), config), validate, report)
     return reports
+
+
+def write_untrained(config: TrainConfig, folder: Path, metrics: dict[str, Any] | None = None) -> Path:
+    """Writes the model of a training before its first step, on data with masks of 7 classes, into a new folder, and returns that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder, config, build_networks(config, 7), open_shards(config.data.shards).manifest, metrics or {})
+    return folder

@@ -5,26 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import changed
 
 from cps_ray import evaluate, predict
-from cps_ray.config.train import SyntheticConfig, TrainConfig
-from cps_ray.datasets.open import fingerprints
+from cps_ray.config.train import SyntheticConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.synthetic import write_synthetic
-from cps_ray.engine.networks import build_networks
-from cps_ray.files import replaced_folder
-from cps_ray.model.writing import write_model
-
-
-@pytest.fixture(scope="module")
-def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shards = open_shards(tiny.data.shards)
-    config = changed(tiny, data__fingerprint=fingerprints(shards))
-    folder = tmp_path_factory.mktemp("evaluate") / "best"
-    with replaced_folder(folder) as new:
-        write_model(new, config, build_networks(config, 7), shards.manifest, {})
-    return folder
 
 
 def test_a_split(best: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,22 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import write_untrained
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.networks import build_networks
 from cps_ray.export import main
 from cps_ray.model.model import load_model
-from cps_ray.model.writing import write_model
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def folder(tiny: TrainConfig, tmp_path: Path) -> Path:
-    (tmp_path / "best").mkdir()
-    write_model(tmp_path / "best", tiny, build_networks(tiny, 7), open_shards(tiny.data.shards).manifest, {})
-    return tmp_path / "best"
+    return write_untrained(tiny, tmp_path / "best")
 
 
 @pytest.mark.parametrize(("format", "file"), [("onnx", "model.onnx"), ("torch", "other.pt2")])

@@ -12,23 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import changed
+from support import changed, write_untrained
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.networks import build_networks
-from cps_ray.model.writing import write_model
+from cps_ray.model.description import read_description, write_description
 from cps_ray.predict import main
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two networks."""
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder, tiny, build_networks(tiny, 7), open_shards(tiny.data.shards).manifest, {})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +97,8 @@ def test_wrong_options(
 def test_wrong_input(best: Path, photos: Path, tmp_path: Path, capsys: Capture, tiny: TrainConfig) -> None:
     (tmp_path / "empty").mkdir()
     alone = tmp_path / "alone"
-    alone.mkdir()
     supervised = changed(tiny, method="supervised")
-    write_model(alone, supervised, build_networks(supervised, 7), open_shards(tiny.data.shards).manifest, {})
+    write_untrained(supervised, alone)
     out = str(tmp_path / "out")
     for words, text in [
         ([str(best), str(tmp_path / "empty"), out], "must hold images"),
@@ -188,3 +177,19 @@ def test_a_cluster_writes_the_same_bytes(
     index, alone = found.pop("index.csv").decode(), expected.pop("index.csv").decode()
     assert index == alone.replace(str(photos), photos.name)
     assert found == expected
+
+
+def test_an_export_of_the_model_does_not_begin_it_anew(
+    best: Path, photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder, out = tmp_path / "best", tmp_path / "out"
+    shutil.copytree(best, folder)
+    words = [str(folder), str(photos / "day 0"), str(out), "--device", "cpu", "--no-overlays"]
+    assert main(words) == 0
+    description = read_description(folder)
+    write_description(folder, description.model_copy(update={"exports": {"model.onnx": {"format": "onnx"}}}))
+    assert main(words) == 0
+    assert "20 of 20 images were done before." in capsys.readouterr().err
+    write_description(folder, description.model_copy(update={"palette": description.palette[::-1]}))
+    assert main(words) == 2
+    assert "which is another network or has changed since" in capsys.readouterr().err

@@ -3,25 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support import changed
 
 from cps_ray import inspect, pseudolabel
-from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.networks import build_networks
-from cps_ray.files import replaced_folder
-from cps_ray.model.writing import write_model
-
-
-@pytest.fixture(scope="module")
-def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shards = open_shards(tiny.data.shards)
-    config = changed(tiny, data__fingerprint=fingerprints(shards))
-    folder = tmp_path_factory.mktemp("pseudolabel") / "best"
-    with replaced_folder(folder) as new:
-        write_model(new, config, build_networks(config, 7), shards.manifest, {})
-    return folder
 
 
 def test_thresholds_by_class(best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,27 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import csv
-from support import changed
 
 from cps_ray import suggest
 from cps_ray.config.train import SyntheticConfig, TrainConfig
-from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.subsets import labeled_rows, labeled_subset, read_ids
 from cps_ray.datasets.synthetic import write_synthetic
-from cps_ray.engine.networks import build_networks
-from cps_ray.files import replaced_folder
-from cps_ray.model.writing import write_model
-
-
-@pytest.fixture(scope="module")
-def best(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shards = open_shards(tiny.data.shards)
-    config = changed(tiny, data__fingerprint=fingerprints(shards))
-    folder = tmp_path_factory.mktemp("suggest") / "best"
-    with replaced_folder(folder) as new:
-        write_model(new, config, build_networks(config, 7), shards.manifest, {"val/iou/road": 0.5})
-    return folder
 
 
 def test_files_of_a_suggestion(

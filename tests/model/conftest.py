@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import pytest
-from support import changed
+from support import changed, write_untrained
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import train_batches, train_data
 from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.loop import fit
-from cps_ray.engine.networks import build_networks
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
-from cps_ray.files import replaced_folder
 from cps_ray.model.writing import write_model
 
 
@@ -28,12 +26,7 @@ def pair(tiny: TrainConfig) -> TrainConfig:
 @pytest.fixture(scope="session")
 def exported(pair: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model of two networks; `network` is a."""
-    folder = tmp_path_factory.mktemp("model") / "best"
-    networks = build_networks(pair, 7)
-    manifest = open_shards(pair.data.shards).manifest
-    with replaced_folder(folder) as new:
-        write_model(new, pair, networks, manifest, {"val/miou": 0.5, "step": 6})
-    return folder
+    return write_untrained(pair, tmp_path_factory.mktemp("model") / "best", {"val/miou": 0.5, "step": 6})
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +36,6 @@ def taught(pair: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards, state = open_shards(config.data.shards), build_state(config, 7, Ranks())
     fit(config, state, train_batches(train_data(shards, config), config), lambda _: {}, lambda _, __: True)
     folder = tmp_path_factory.mktemp("taught") / "best"
-    with replaced_folder(folder) as new:
-        write_model(new, config, state.evaluated, shards.manifest, {"val/iou/road": 0.5})
+    folder.mkdir()
+    write_model(folder, config, state.evaluated, shards.manifest, {"val/iou/road": 0.5})
     return folder

@@ -15,12 +15,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from PIL import Image
-from support import changed
+from support import changed, write_untrained
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.images import decode_image
 from cps_ray.datasets.shards import open_shards
-from cps_ray.engine.networks import build_networks
 from cps_ray.errors import CheckpointError, ConfigError, DataError
 from cps_ray.model import exporting
 from cps_ray.model.description import read_description
@@ -34,7 +33,6 @@ from cps_ray.model.exporting import (
     left_out,
 )
 from cps_ray.model.model import Model, load_model
-from cps_ray.model.writing import write_model
 
 FIXED = ExportOptions(size=(32, 48))
 
@@ -109,7 +107,7 @@ FORMS = [
 def model_of(config: TrainConfig, folder: Path, architecture: str, encoder: str, options: dict[str, Any]) -> Model:
     form = {"model__architecture": architecture, "model__encoder": encoder, "model__options": options}
     config = changed(config, **form)
-    write_model(folder, config, build_networks(config, 7), open_shards(config.data.shards).manifest, {})
+    write_untrained(config, folder)
     return load_model(folder, device="cpu")
 
 

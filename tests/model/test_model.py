@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import changed
+from support import changed, write_untrained
 
 import cps_ray
 from cps_ray.config.train import TrainConfig
@@ -264,8 +264,7 @@ def test_plugins_run_only_when_they_are_allowed(
     monkeypatch.syspath_prepend(tmp_path)
     config = changed(tiny, method="supervised", model__architecture="my_net:build", model__options={})
     folder = tmp_path / "best"
-    folder.mkdir()
-    write_model(folder, config, build_networks(config, 7), open_shards(config.data.shards).manifest, {})
+    write_untrained(config, folder)
     with pytest.raises(CheckpointError, match="needs my_net:build"):
         load_model(folder)
     assert load_model(folder, device="cpu", plugins=True).predict(PHOTO).shape == (45, 70)
@@ -289,6 +288,6 @@ def test_the_names_are_the_packages() -> None:
 
 def test_what_only_gpus_compute_is_left_out_on_a_cpu(pair: TrainConfig, tmp_path: Path) -> None:
     config = changed(pair, compute__autocast="fp16", resources__gpus_per_worker=1)
-    write_model(tmp_path, config, build_networks(config, 7), open_shards(pair.data.shards).manifest, {})
+    write_untrained(config, tmp_path)
     found = load_model(tmp_path, device="cpu").probabilities(PHOTO)
     np.testing.assert_allclose(found, own_probabilities(pair, PHOTO)["a"], atol=2e-6)

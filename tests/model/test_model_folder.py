@@ -9,27 +9,19 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from support import changed
+from support import changed, write_untrained
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.networks import build_networks
 from cps_ray.errors import CheckpointError
 from cps_ray.files import replaced_folder
 from cps_ray.model.model import load_model
-from cps_ray.model.writing import write_model
 
 PHOTO = np.random.default_rng(4).integers(0, 256, (64, 96, 3), np.uint8)
 
 
 SMALL = {"decoder_intermediate_channels": [8, 8, 8, 8], "decoder_fusion_channels": 8}
-
-
-def written(config: TrainConfig, folder: Path) -> Path:
-    folder.mkdir()
-    write_model(folder, config, build_networks(config, 7), open_shards(config.data.shards).manifest, {})
-    return folder
 
 
 def test_files_and_their_mode(exported: Path, pair: TrainConfig) -> None:
@@ -70,7 +62,7 @@ def test_smp_alone_loads_network_a(exported: Path) -> None:
 )  # fmt: skip
 def test_every_architecture_loads_again(tiny: TrainConfig, tmp_path: Path, model: dict, library: str) -> None:
     config = changed(tiny, method="supervised", model={**tiny.model.model_dump(mode="json"), **model})
-    folder = written(config, tmp_path / "best")
+    folder = write_untrained(config, tmp_path / "best")
     loaded = load_model(folder, device="cpu")
     assert loaded.description.networks["a"].library == library
     assert (folder / "config.json").exists() == (library == "segmentation-models-pytorch")
@@ -85,7 +77,7 @@ def test_every_architecture_loads_again(tiny: TrainConfig, tmp_path: Path, model
 def test_normalisation_is_the_same_to_the_last_bit(tiny: TrainConfig, tmp_path: Path) -> None:
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 1 / 3, 0.27577711)
     config = changed(tiny, method="supervised", model__mean=mean, model__std=std)
-    folder = written(config, tmp_path / "best")
+    folder = write_untrained(config, tmp_path / "best")
     network = load_model(folder, device="cpu").networks()["a"]
     expected = build_networks(config, 7)["a"]
     assert torch.equal(network.mean, expected.mean)
@@ -109,7 +101,7 @@ def test_a_kill_leaves_the_model_of_before(tmp_path: Path) -> None:
 def test_it_is_a_weights_file_with_its_normalisation(tiny: TrainConfig, tmp_path: Path) -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     trained = changed(tiny, method="supervised", seed=5, model__mean=mean, model__std=std)
-    folder = written(trained, tmp_path / "best")
+    folder = write_untrained(trained, tmp_path / "best")
     expected = build_networks(trained, 7)["a"]
     for file in (folder, folder / "model.safetensors"):
         found = build_networks(changed(tiny, model__weights_file=str(file)), 7)["b"]

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support import changed
+from support import changed, write_untrained
 
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.images import decode_image
 from cps_ray.datasets.shards import Index, open_shards
-from cps_ray.engine.networks import build_networks
 from cps_ray.model import suggesting
 from cps_ray.model.model import Model, load_model
 from cps_ray.model.suggesting import ImageScores, class_weights, score_images, suggest, validation_ious
-from cps_ray.model.writing import write_model
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_scores_of_two_networks(taught: Path, model: Model, unread: Index) -> No
 
 def test_scores_of_one_network_are_entropies(tiny: TrainConfig, unread: Index, tmp_path: Path) -> None:
     config = changed(tiny, method="supervised")
-    write_model(tmp_path, config, build_networks(config, 7), open_shards(tiny.data.shards).manifest, {})
+    write_untrained(config, tmp_path)
     model = load_model(tmp_path, device="cpu")
     weights = np.linspace(0.5, 3, 7)
     scores = score_images(model, unread, np.array([5]), weights)
