@@ -42,7 +42,9 @@ def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> 
     words = [str(best), str(shards), "--against", str(best), "--output", str(tmp_path / "o"), "--group-by"]
     assert evaluate.main([*words, r"_0000([0-4])|_(0000)5"]) == 0
     assert json.loads((tmp_path / "o/scores.json").read_text())["against"]["difference"]["groups"] == 6
-    assert evaluate.main([*words, r"^test"]) == 0
+    for whole in (r"^test", r"^(test)_\d+"):  # all that it matches, or its first group
+        assert evaluate.main([*words, whole]) == 0
+        assert json.loads((tmp_path / "o/scores.json").read_text())["against"]["difference"]["groups"] == 1
     assert json.loads((tmp_path / "o/scores.json").read_text())["against"]["difference"]["low"] is None
 
 

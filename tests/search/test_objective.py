@@ -143,7 +143,7 @@ def trained(tiny: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("objective")
     snapshot = build_state(config, 7, Ranks()).snapshot()
     assert snapshot is not None
-    write_checkpoint(folder, snapshot, {})
+    write_checkpoint(folder, snapshot, {"val/iou/road": 0.25})
     return config, folder
 
 
@@ -166,6 +166,7 @@ def test_what_is_exported_uses_the_network_of_the_objective(
         assert model.description.networks[name].encoder == config.model.of("ab".index(name)).encoder
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["step"], metrics["test/miou"]) == (6, scores.metrics["test/miou"])
+    assert metrics["val/iou/road"] == 0.25
     assert {name: np.shape(matrix) for name, matrix in metrics["confusion"].items()} == dict.fromkeys(
         ("a", "b", "ensemble"), (7, 7)
     )
