@@ -17,6 +17,7 @@ from support import changed, write_untrained
 from cps_ray.config.train import TrainConfig
 from cps_ray.model.description import read_description, write_description
 from cps_ray.predict import main
+from cps_ray.text import display_path
 
 Capture = pytest.CaptureFixture[str]
 
@@ -59,7 +60,7 @@ def test_one_line_on_success_and_nothing_twice(best: Path, photos: Path, tmp_pat
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.startswith("20 image(s) in ")
-    assert said.out.rstrip().endswith(f"images/s): {out}")
+    assert said.out.rstrip().endswith(f"images/s): {display_path(out)}")
     assert said.out.count("\n") == 1
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"labels", "certainty"}
     assert main(words) == 0
@@ -72,7 +73,10 @@ def test_bad_files_end_in_1_and_one_line(best: Path, photos: Path, tmp_path: Pat
     source, out = Path(shutil.copytree(photos / "day 1", tmp_path / "in")), tmp_path / "out"
     (source / "1.png").write_bytes(b"nothing")
     assert main([str(best), str(source), str(out), "--device", "cpu"]) == 1
-    assert capsys.readouterr().err == f"error: 1 of 20 images could not be read; {out}/failed.csv says why.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: 1 of 20 images could not be read; {display_path(out)}/failed.csv says why.\n"
+    )
     assert len((out / "index.csv").read_text().splitlines()) == 20
 
 

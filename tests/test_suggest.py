@@ -14,6 +14,7 @@ from cps_ray.config.train import SyntheticConfig, TrainConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.subsets import labeled_rows, labeled_subset, read_ids
 from cps_ray.datasets.synthetic import write_synthetic
+from cps_ray.text import shell_path
 
 
 def test_files_of_a_suggestion(
@@ -23,7 +24,7 @@ def test_files_of_a_suggestion(
     assert suggest.main([str(best), str(shards), "--count", "3", "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "24 images, 6 labelled (those of the model's training), 18 candidates" in printed
-    assert f"append '{out}/suggested.txt'" in printed
+    assert f"append {shell_path(out / 'suggested.txt')} to the list" in printed
     assert {path.name for path in out.iterdir()} == {"suggested.txt", "suggested.csv", "sheet.png", "drafts"}
     assert [path.name for path in tmp_path.iterdir()] == ["next 3"]
     index = open_shards(shards).index("train")
