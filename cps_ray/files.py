@@ -1,5 +1,6 @@
 """Files and folders that are complete or not there at all, even if the process is killed. Imports the standard library only."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of an OSError when a disk takes no more: full, over its quota, or read-only."""
 
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:

@@ -5,11 +5,12 @@
     log.txt, error.txt    what the workers logged; why the training failed, if it did
     checkpoint_*/         state.pt (weights, optimizers, step) and meta.json (step, metrics, size of state.pt)
 
-Ray Train puts the checkpoints there, the best one and the latest, and drops the others. torch is imported only where weights are
-read or written: what lists runs and reads their records starts in milliseconds.
+Of the checkpoints the best one and the latest are kept; each is whole, or not there. torch is imported only where weights are read or
+written: what lists runs and reads their records starts in milliseconds.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from cps_ray.config.plugins import Sink
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import CheckpointError
-from cps_ray.files import write_whole
+from cps_ray.files import replaced_folder, write_text, write_whole
 from cps_ray.text import on_one_line
 
 CONFIG_FILE = "config.yaml"
@@ -43,6 +44,30 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+class RecordReader:
+    """Reads a run's records as they come, each line once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS_FILE
+        self._file, self._at = 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the records since the last call; from the first one on if workers that were started again have cut the file."""
+        try:
+            with self._path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                if state.st_ino != self._file:
+                    self._file, self._at = state.st_ino, 0
+                if state.st_size == self._at:
+                    return []
+                file.seek(self._at)
+                whole = [line for line in file if line.endswith(b"\n")]  # the last one may be in the making
+        except FileNotFoundError:
+            return []
+        self._at += sum(map(len, whole))
+        return [json.loads(line) for line in whole]
+
+
 class Records(Sink):
     """Writes METRICS_FILE, a line per evaluation."""
 
@@ -51,7 +76,7 @@ class Records(Sink):
         self._file = run_dir / METRICS_FILE
         # A crash may have come between the record and the checkpoint: those steps are trained, and recorded, again.
         keep = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in keep))
+        write_text(self._file, "".join(json.dumps(line) + "\n" for line in keep))
 
     def write(self, metrics: dict[str, float]) -> None:
         """Appends a line."""
@@ -59,13 +84,32 @@ class Records(Sink):
             file.write(json.dumps(metrics) + "\n")
 
 
+def save_checkpoint(run_dir: Path, snapshot: dict[str, Any], metrics: dict[str, Any], metric: str) -> None:
+    """Keeps a snapshot of the training's state with its metrics, and of the others only the one with the highest `metric`.
+
+    Raises OSError when the disk is full; what was kept before is then still there.
+    """
+    folder = run_dir / f"checkpoint_{snapshot['step']:08d}"
+    with replaced_folder(folder) as unfinished:
+        write_checkpoint(unfinished, snapshot, metrics)
+    best = best_checkpoint(run_dir, metric)
+    for other, _ in checkpoints(run_dir):
+        if other != folder and (best is None or other != best[0]):
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def write_checkpoint(folder: Path, snapshot: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes a snapshot of the training's state and its metrics into an existing folder."""
     import torch
 
-    torch.save(snapshot, folder / STATE_FILE)
-    # Ray copies the folder file by file: the size tells a whole copy from one that a crash has cut short.
-    meta = {"step": snapshot["step"], "metrics": metrics, "bytes": (folder / STATE_FILE).stat().st_size}
+    path = folder / STATE_FILE
+    # Into an open file: of a path torch would raise a RuntimeError without a number when the disk is full.
+    with path.open("wb") as file:
+        torch.save(snapshot, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a node that loses its power may keep the folder's new name and not what is in it
+    # The size tells a whole checkpoint from one that a damaged disk has cut short.
+    meta = {"step": snapshot["step"], "metrics": metrics, "bytes": path.stat().st_size}
     write_whole(folder / META_FILE, lambda path: path.write_text(json.dumps(meta)))
 
 
@@ -89,10 +133,16 @@ def checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
             meta = json.loads(path.read_text())
             is_whole = (path.parent / STATE_FILE).stat().st_size == meta["bytes"]
         except (OSError, ValueError):
-            continue  # an upload that a crash has cut short
+            continue  # damaged, or dropped a moment ago
         if is_whole:
             found.append((path.parent, meta))
     return sorted(found, key=lambda entry: entry[1]["step"])
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the folder of the last whole checkpoint, from which a training continues; None if there is none."""
+    found = checkpoints(run_dir)
+    return found[-1][0] if found else None
 
 
 def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, dict[str, Any]] | None:
@@ -102,6 +152,6 @@ def best_checkpoint(run_dir: Path, metric: str) -> tuple[Path, dict[str, Any]] |
 
 def drop_checkpoints(run_dir: Path) -> None:
     """Frees the disk of a run that nobody will continue."""
-    for path in run_dir.glob("checkpoint_*"):
+    for path in (*run_dir.glob("checkpoint_*"), *run_dir.glob(".checkpoint_*")):  # the latter was left by a kill
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

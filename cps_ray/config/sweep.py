@@ -143,6 +143,9 @@ class FailuresConfig(Section):
 
     retries: NonNegativeInt = 1
     """Restarts of one training after a crash or a lost node; each continues from the last checkpoint."""
+    on_oom: Literal["fail", "halve"] = "fail"
+    first_report_timeout: Duration | None = None
+    trial_timeout: Duration | None = None
     max_failed: PositiveInt = 10
     """Number of failed or collapsed trials that stops the sweep (exit 4)."""
     max_consecutive: PositiveInt = 5

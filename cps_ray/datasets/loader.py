@@ -235,7 +235,7 @@ class _Producer:
         # Not a blocking put: nobody takes from the queue after `close`, and this thread would never end.
         while not self._closed.is_set():
             try:
-                self._queue.put(entry, timeout=0.5)
+                self._queue.put(entry, timeout=0.1)
             except queue.Full:
                 continue
             return

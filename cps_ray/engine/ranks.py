@@ -1,6 +1,7 @@
 """Who computes what: rank, world size, device, and the few collectives the engine needs. No-ops when alone."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +92,13 @@ def join(config: TrainConfig, rank: int, world: int, device: torch.device) -> Ra
     if config.resources.placement == "replicated":
         return Ranks(rank, world, device)
     n = config.networks
+    same_network, same_shard = _groups(world, n)
+    return Ranks(rank, world, device, n, same_network[rank % n], same_shard[rank // n])
+
+
+@cache  # a process that trains again has them already
+def _groups(world: int, n: int) -> tuple[list[Any], list[Any]]:
     # torch wants every rank to make every group, in the same order, also those that it is not in.
     same_network = [dist.new_group(list(range(network, world, n))) for network in range(n)]
     same_shard = [dist.new_group(list(range(first, first + n))) for first in range(0, world, n)]
-    return Ranks(rank, world, device, n, same_network[rank % n], same_shard[rank // n])
+    return same_network, same_shard

@@ -175,7 +175,7 @@ class _PrefetchedChunks:
         # Not a blocking put: nobody takes from the queue once the training has ended, and this thread would never end.
         while not self._closed.is_set():
             try:
-                self._chunks.put((number, chunk), timeout=0.5)
+                self._chunks.put((number, chunk), timeout=0.1)
             except queue.Full:
                 continue
             return

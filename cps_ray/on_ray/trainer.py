@@ -1,83 +1,148 @@
-"""One training as a Ray Train run in its folder."""
+"""Ray Train runs: one training in its folder, and a worker group that serves one training after the other."""
 
-from collections.abc import Sequence
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cps_ray.config.train import ResourcesConfig, TrainConfig
+from cps_ray.config.train import TrainConfig
 from cps_ray.errors import CpsRayError
+from cps_ray.on_ray.worker_groups import Group, Shape, WorkerGroups
 
 DEFAULT_METRIC = "val/miou"
 """Metric by which a training that is no trial keeps its best checkpoint."""
+_CLOSE_S = 4.0
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, str]:
-    """Runs in each worker. Continues from the run's latest checkpoint, if there is one.
+    """Runs in each worker. Continues from the folder's latest checkpoint, if there is one.
 
     Returns {"diverged": why} when the loss was not finite or the networks collapsed: trying again would only find the same, so it is no
     crash.
     """
-    # Not above: a trial and the run's controller load this module as well, and would load what only workers need (albumentations,
-    # the loader: more than a second of CPU each).
+    # Not above: the run's controller loads this module as well, and would load what only workers need (albumentations, the loader:
+    # more than a second of CPU).
     from cps_ray.on_ray.worker import work
 
     return work(**settings)
 
 
+def serve_loop(settings: dict[str, Any]) -> None:
+    """Runs in each worker of a group: one training after the other, until there is none for a while."""
+    from cps_ray.on_ray.worker import serve
+
+    serve(**settings)
+
+
 def make_trainer(
-    config: TrainConfig,
-    run_dir: Path,
-    *,
-    sweep: str = "",
-    metric: str = DEFAULT_METRIC,
-    retries: int = 3,
-    callbacks: Sequence[Any] = (),
+    config: TrainConfig, run_dir: Path, *, sweep: str = "", metric: str = DEFAULT_METRIC, retries: int = 3
 ) -> Any:
     """A TorchTrainer whose checkpoints and records lie in `run_dir`; it continues from there if it is not empty.
 
     It keeps the checkpoint with the highest `metric` and the latest. A crash or a lost node restarts the workers up to `retries` times.
     `sweep` is the tag of the training's metrics.
     """
+    run_dir = run_dir.absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # Plain values only: a worker parses the config again, so both sides need not agree on classes.
+    settings = {"train": config.dump(), "run_dir": str(run_dir), "sweep": sweep, "metric": metric}
+    # Without a limit for the controller, a run that can never start retries for ever.
+    return _trainer(train_loop, settings, Shape.of(config.resources), run_dir, retries, 3)
+
+
+@contextmanager
+def worker_groups(storage: Path) -> Iterator[Any]:
+    """Gives the actor that hands out trainings, `WorkerGroups`; at the end all groups are gone. `storage`: for Ray's own files."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # As actor of this process it ends with it, whatever happens, and its groups with it.
+    pool = (
+        ray.remote(_WorkerGroupsActor)
+        .options(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+        .remote(str(storage))
+    )
+    try:
+        yield pool
+    finally:
+        close_groups(pool)
+
+
+def close_groups(pool: Any) -> None:
+    """Ends all worker groups: what they take of the cluster is free then. Trainings that are wanted later start new ones."""
+    import ray
+
+    # Whoever has ended by now, the cluster itself perhaps, needs no closing.
+    with suppress(ray.exceptions.RayError):
+        ray.get(pool.close.remote(_CLOSE_S), timeout=2 * _CLOSE_S)
+
+
+class _WorkerGroupsActor(WorkerGroups):
+    def __init__(self, storage: str) -> None:
+        import ray
+
+        self._pool = ray.get_runtime_context().current_actor
+        self._storage = Path(storage)
+        super().__init__(self._start_group)
+
+    def _start_group(self, group: Group) -> None:
+        from cps_ray.on_ray.ray_internals import ControllerWatch
+
+        pool, name, loop = self._pool, group.name, asyncio.get_running_loop()
+        watch = ControllerWatch(
+            lambda controller: pool.controller_started.remote(name, controller),
+            lambda error, is_waiting: pool.group_failed.remote(name, reason(error), is_waiting=is_waiting),
+        )
+        trainer = _trainer(
+            serve_loop, {"pool": pool, "group": name}, group.shape, self._storage / name, -1, -1, [watch]
+        )
+
+        def fit() -> None:
+            failure: str | None = None
+            try:
+                trainer.fit()
+            except BaseException as err:  # whatever it was, it is this group's end
+                failure = reason(err)
+            loop.call_soon_threadsafe(self.group_ended, group, failure)
+
+        threading.Thread(target=fit, name=name, daemon=True).start()
+
+
+def _trainer(
+    loop: Any,
+    settings: dict[str, Any],
+    shape: Shape,
+    folder: Path,
+    retries: int,
+    starts: int,
+    callbacks: Sequence[Any] = (),
+) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    resources = config.resources
-    run_dir = run_dir.absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    gpus = {"GPU": shape.gpus} if shape.gpus > 0 else {}
     return TorchTrainer(
-        train_loop,
-        # Plain values only: a worker parses the config again, so both sides need not agree on classes.
-        train_loop_config={"train": config.dump(), "run_dir": str(run_dir), "sweep": sweep},
+        loop,
+        train_loop_config=settings,
         scaling_config=train.ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_bundle(resources),
+            num_workers=shape.workers, use_gpu=shape.gpus > 0, resources_per_worker={"CPU": shape.cpus, **gpus}
         ),
         run_config=train.RunConfig(
-            # Ray Train resumes by itself where a run of this name lies in this folder.
-            name=run_dir.name,
-            storage_path=str(run_dir.parent),
+            name=folder.name,
+            storage_path=str(folder.parent),
             callbacks=list(callbacks),
-            # Without a limit for the controller, a run that can never start retries for ever.
-            failure_config=train.FailureConfig(max_failures=retries, controller_failure_limit=3),
-            checkpoint_config=train.CheckpointConfig(
-                num_to_keep=1,  # beside it Ray always keeps the latest
-                checkpoint_score_attribute=metric,
-                checkpoint_score_order="max",
-            ),
+            failure_config=train.FailureConfig(max_failures=retries, controller_failure_limit=starts),
         ),
     )
-
-
-def _bundle(resources: ResourcesConfig) -> dict[str, float]:
-    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker > 0 else {}
-    return {"CPU": resources.cpus_per_worker, **gpus}
 
 
 def reason(err: BaseException) -> str:
     """Returns one line: the worker's own exception, taken out of Ray's wrappers."""
     failures: dict[int, BaseException] = getattr(err, "worker_failures", None) or {}  # of a TrainingFailedError
-    err = next(iter(failures.values()), err)
+    err = next(iter(failures.values()), getattr(err, "controller_failure", err))
     cause = getattr(err, "cause", None)
     if isinstance(cause, BaseException):
         return reason(cause)

@@ -1,60 +1,166 @@
-"""What a Ray Train worker does: wire data, state and reports together, and call the engine's loop."""
+"""What a Ray Train worker does: wire data, state and reports together, and call the engine's loop, once or again and again."""
 
+import gc
 import logging
 import os
 import re
-import shutil
-import tempfile
+import threading
+import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from cps_ray.config.plugins import Sink, load_sink
-from cps_ray.config.reader import parse_train
+from cps_ray.config.reader import load_train, parse_train
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
 from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
 from cps_ray.datasets.shards import Shards
-from cps_ray.engine.cpu.threads import tune_cpu
+from cps_ray.engine.cpu.threads import held_bytes, release_memory, tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
 from cps_ray.engine.normalisation import normalisation, padding_color
-from cps_ray.engine.ranks import join
+from cps_ray.engine.ranks import Ranks, join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse, vanishing
-from cps_ray.errors import DivergedError
+from cps_ray.errors import DataError, DivergedError
+from cps_ray.files import DISK_ERRORS, write_text
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
-from cps_ray.runs import LOG_FILE, Records, read_checkpoint, write_checkpoint
+from cps_ray.on_ray.trainer import reason
+from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, DISK_FULL, END, OUT_OF_MEMORY, Training
+from cps_ray.runs import (
+    CONFIG_FILE,
+    ERROR_FILE,
+    LOG_FILE,
+    Records,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
+T = TypeVar("T")
+
+_THREADS_S = 20.0
+"""How long the threads of a training that has ended may take to end."""
 _MOST_THREADS = 8
 """Beyond, threads wait for the interpreter lock: an image holds it for a tenth of its time."""
 
 
-def work(train: dict[str, Any], run_dir: str, sweep: str) -> dict[str, str]:
+Judge = Callable[[int], bool]
+"""Takes the step of an evaluation that is on record, checkpoint and all; False ends the training. Rank 0 alone asks it."""
+
+
+def work(train: dict[str, Any], run_dir: str, sweep: str, metric: str) -> dict[str, str]:
     """Trains as `trainer.train_loop` says, in each worker.
 
     `train`: as `TrainConfig.dump` gives it, paths absolute. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
-    `sweep`: the tag of the training's metrics.
+    `sweep`: the tag of the training's metrics. `metric`: that by which the best checkpoint is kept.
     """
-    config = parse_train(train, "train")
-    folder = Path(run_dir)
-    log = _log(folder)
-    try:
-        _train(config, folder, sweep, log)
-    except DivergedError as err:
-        # Returned, not raised: Ray Train would take it for a crash and try again.
-        log.error("%s", err)
-        return {"diverged": str(err)}
-    except Exception:
-        log.error("failed\n%s", traceback.format_exc())
-        raise
+    with _run_log(Path(run_dir)) as log:
+        try:
+            _train(parse_train(train, "train"), Path(run_dir), sweep, metric, log, lambda step: True)
+        except DivergedError as err:
+            # Returned, not raised: Ray Train would take it for a crash and try again.
+            log.error("%s", err)
+            return {"diverged": str(err)}
+        except Exception:
+            log.error("failed\n%s", traceback.format_exc())
+            raise
     return {}
 
 
-def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -> None:
+def serve(pool: Any, group: str) -> None:
+    """Takes one training after the other from `pool`, the actor of `WorkerGroups`, until it says END."""
+    from ray import train
+    from ray.train import collective
+
+    is_first = train.get_context().get_world_rank() == 0
+    # Rank 0 alone asks, so that all ranks train the same.
+    while (found := collective.broadcast_from_rank_zero(_next_training(pool, group) if is_first else None)) != END:
+        _serve(pool, group, found, is_first)
+
+
+def _next_training(pool: Any, group: str) -> Training | str:
+    import ray
+
+    found: Training | str | None = None
+    while found is None:
+        found = ray.get(pool.take.remote(group))
+    return found
+
+
+def _serve(pool: Any, group: str, training: Training, is_first: bool) -> None:
+    """Trains once, and says how it ended. Raises what failed: the processes of a failed training serve no other."""
+    import ray
+
+    folder = training.folder
+
+    def finished(failure: str | None, kind: str) -> None:
+        ray.get(pool.finished.remote(group, folder, failure, kind, held_bytes()))
+
+    if is_first:
+        pool.started.remote(group, folder)
+    try:
+        with _run_log(Path(folder)) as log:
+            try:
+                config = load_train(Path(folder) / CONFIG_FILE)
+                judge = lambda step: ray.get(pool.report.remote(group, folder, step))  # noqa: E731
+                if is_first:
+                    (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
+                _train(config, Path(folder), training.sweep, training.metric, log, judge)
+            except Exception as err:
+                diverged = isinstance(err, DivergedError)
+                text = f"{err}\n" if diverged else traceback.format_exc()
+                with suppress(OSError):  # the disk may be what has failed
+                    log.error("%s", err if diverged else f"failed\n{text}")
+                    write_text(Path(folder) / ERROR_FILE, text)
+                raise
+    except DivergedError as err:
+        clean_up()
+        if is_first:
+            finished(str(err), COLLAPSED)
+    except Exception as err:
+        finished(reason(err), _kind(err))
+        raise
+    else:
+        clean_up()
+        if is_first:
+            finished(None, "")
+
+
+def _kind(err: Exception) -> str:
+    """Kind of a failure, one of those in `worker_groups`."""
+    no_memory = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(err, (MemoryError, torch.OutOfMemoryError)) or any(text in str(err) for text in no_memory):
+        return OUT_OF_MEMORY
+    return DISK_FULL if isinstance(err, OSError) and err.errno in DISK_ERRORS else CRASHED
+
+
+def clean_up() -> None:
+    """Leaves nothing of a training in this process, so that the next one is like a first one. Raises RuntimeError if a thread of it
+    does not end."""
+    deadline = time.monotonic() + _THREADS_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(("batches", "decode", "stream")):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                raise RuntimeError(
+                    f"thread {thread.name} of a training that has ended is still there after {_THREADS_S:g} s"
+                )
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    release_memory()
+
+
+def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logging.Logger, judge: Judge) -> None:
     from ray import train
     from ray.train.torch import get_device
 
@@ -65,29 +171,40 @@ def _train(config: TrainConfig, folder: Path, sweep: str, log: logging.Logger) -
     shards = open_data(config.data)
     data = train_data(shards, config)
     state = build_state(config, len(shards.classes), ranks)
-    checkpoint = train.get_checkpoint()  # the run's latest, also after a restart by Ray Train
+    # All ranks the same: the first one's latest, which the others may not see yet on shared storage.
+    checkpoint = _shared(ranks, latest_checkpoint(folder))
     if checkpoint is not None:
-        with checkpoint.as_directory() as path:
-            state.load(read_checkpoint(Path(path)), source=path)
+        state.load(read_checkpoint(checkpoint), source=checkpoint)
     _log_start(log, config, data, state)
-    unlabeled = None
-    if config.semi_supervised:
-        unlabeled = stream(make_plan(data, config, ranks.batch_shard, ranks.num_batch_shards, state.step))
-    batches = train_batches(
-        data,
-        config,
-        batch_shard=ranks.batch_shard,
-        num_batch_shards=ranks.num_batch_shards,
-        start_step=state.step,
-        unlabeled=unlabeled,
-        threads=decode_threads(context.get_local_world_size()),
-        fill=padding_color(config.model),
-    )
-    report = WorkerReport(config, folder, sweep, state, log)
+    report = WorkerReport(config, folder, sweep, metric, state, log, judge)
     try:
-        fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
+        # The answer to the checkpoint's report may have been lost with the process that waited for it.
+        if checkpoint is not None and not report.goes_on(state):
+            return
+        unlabeled = None
+        if config.semi_supervised:
+            unlabeled = stream(make_plan(data, config, ranks.batch_shard, ranks.num_batch_shards, state.step))
+        batches = train_batches(
+            data,
+            config,
+            batch_shard=ranks.batch_shard,
+            num_batch_shards=ranks.num_batch_shards,
+            start_step=state.step,
+            unlabeled=unlabeled,
+            threads=decode_threads(context.get_local_world_size()),
+            fill=padding_color(config.model),
+        )
+        with closing(batches):
+            fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
     finally:
         report.close()
+
+
+def _shared(ranks: Ranks, value: T) -> T:
+    """Returns rank 0's value. A collective."""
+    from ray.train import collective
+
+    return value if ranks.world == 1 else collective.broadcast_from_rank_zero(value if ranks.rank == 0 else None)
 
 
 def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
@@ -107,11 +224,20 @@ def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainS
 
 
 class WorkerReport:
-    """The loop's `Report` in a worker: takes an evaluation to the run's sinks and, with a checkpoint, to Ray Train."""
+    """The loop's `Report` in a worker: takes an evaluation to the run's sinks and checkpoints, and asks whether the training goes on."""
 
-    def __init__(self, config: TrainConfig, folder: Path, sweep: str, state: TrainState, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        sweep: str,
+        metric: str,
+        state: TrainState,
+        log: logging.Logger,
+        judge: Judge,
+    ) -> None:
         """`state` is at the step from which the training starts or continues."""
-        self._log = log
+        self._folder, self._metric, self._log, self._judge = folder, metric, log, judge
         self._sinks: list[Sink] = []
         self._plugged_in: list[Sink] = []
         if state.ranks.rank == 0:
@@ -119,28 +245,22 @@ class WorkerReport:
             self._plugged_in = [load_sink(path)(config, folder, state.step) for path in config.sinks]
 
     def __call__(self, metrics: Metrics, state: TrainState) -> bool:
-        from ray import train
-
         snapshot = state.snapshot()
-        if snapshot is None:
-            train.report(metrics)  # every rank has to report, or Ray Train waits for it
-            return True
-        self._log_evaluation(metrics)
-        # The record comes before the checkpoint: what is missing after a crash is trained again, what is double is cut.
-        for sink in self._sinks:
-            sink.write(metrics)
-        for sink in self._plugged_in:
-            # A service that does not answer must not end a training of days.
-            with self._logged(sink, f"step {metrics['step']}"):
+        if snapshot is not None:
+            self._log_evaluation(metrics)
+            # The record comes before the checkpoint: what is missing after a crash is trained again, what is double is cut.
+            for sink in self._sinks:
                 sink.write(metrics)
-        folder = Path(tempfile.mkdtemp(prefix="cps-ray-"))
-        try:
-            write_checkpoint(folder, snapshot, metrics)
-            # Returns when the folder is copied to the run's storage, so it can go.
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return True
+            for sink in self._plugged_in:
+                # A service that does not answer must not end a training of days.
+                with self._logged(sink, f"step {metrics['step']}"):
+                    sink.write(metrics)
+            save_checkpoint(self._folder, snapshot, metrics, self._metric)
+        return self.goes_on(state)
+
+    def goes_on(self, state: TrainState) -> bool:
+        """Whether to go on after the state's step, which is on record. A collective."""
+        return _shared(state.ranks, state.ranks.rank != 0 or self._judge(state.step))
 
     def close(self) -> None:
         """Closes all sinks."""
@@ -200,13 +320,21 @@ def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state:
         log.info("network %s: images normalised by %s", name, normalisation(config.model.of(NETWORK_NAMES.index(name))))
 
 
-def _log(run_dir: Path) -> logging.Logger:
+@contextmanager
+def _run_log(run_dir: Path) -> Iterator[logging.Logger]:
     """The run's log, to which every rank appends."""
     log = logging.getLogger(f"cps_ray.run.{run_dir.name}")
     log.setLevel(logging.INFO)
     log.propagate = False  # the root's handlers are Ray's, and would print every line once more
-    if not log.handlers:
-        handler = logging.FileHandler(run_dir / LOG_FILE)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-    return log
+    if not run_dir.is_dir():
+        raise DataError(
+            f"{run_dir}: does not exist on node {os.uname().nodename}. Put it on storage that all nodes see (--output), or train on one."
+        )
+    handler = logging.FileHandler(run_dir / LOG_FILE)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield log
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,10 +1,11 @@
 """A sweep from its file to best.yaml: search, final runs, verdict, export. Any part may be cut off, and resumed."""
 
+import math
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
-from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, at
+from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, ResourceError, at
 from cps_ray.files import read_json, replaced_folder
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
@@ -24,6 +25,7 @@ from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.on_ray.trainer import close_groups, worker_groups
 from cps_ray.results import (
     BEST_FILE,
     COLLAPSED,
@@ -57,6 +59,8 @@ from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare
 from cps_ray.text import display_path, printable, shell_path
 
+_ROOM_S = 5.0
+
 
 class Interrupted(Exception):  # noqa: N818
     """Ctrl-C or SIGTERM."""
@@ -86,6 +90,20 @@ class _Signals:
         self.on_signal()
 
 
+class _Room:
+    """How many trainings the cluster holds, asked again now and then: nodes come and go."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count, self._known, self._asked = count, 1, -math.inf
+
+    def __call__(self) -> int:
+        if time.monotonic() - self._asked > _ROOM_S:
+            self._asked = time.monotonic()
+            with suppress(ResourceError):  # a node that was lost: what is there waits for another
+                self._known = self._count()
+        return self._known
+
+
 class Sweep:
     """One process's work on a sweep folder."""
 
@@ -93,6 +111,7 @@ class Sweep:
         self._config, self._root, self._console, self._address = config, root, console, address
         self._metric = config.objective.metric
         self._signals = _Signals()
+        self._scratch = root / "tune"  # Ray's own files
 
     def run(self, shards: Shards) -> int:
         """Works on `shards`, as `check` opened them. Returns the exit code: 0, or 130/143 when interrupted.
@@ -113,12 +132,13 @@ class Sweep:
                     self._need_best()  # before a cluster is started for nothing
                 with connected(self._address) as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
-                    self._at_once = self._how_many_fit([self._config.train])
-                    self._finals_at_once = self._how_many_fit(final_training_configs(self._config))
+                    at_once = self._how_many_fit([self._config.train])
+                    self._how_many_fit(final_training_configs(self._config))
                     for line in cluster.banner():
                         self._say(line)
-                    self._say(f"Sweep folder: {display_path(self._root)}, {self._at_once} training(s) at once")
-                    self._work(shards)
+                    self._say(f"Sweep folder: {display_path(self._root)}, {at_once} training(s) at once")
+                    with worker_groups(self._scratch) as self._pool:
+                        self._work(shards)
             except Interrupted:  # from anywhere inside, Ray's own waits included
                 return self._interrupted()
             except (FailureLimitError, NoTrialError, FinalRunError) as err:
@@ -181,13 +201,17 @@ class Sweep:
                 "See trials/*/error.txt and log.txt."
             )
 
-    def _session(self, phase: Phase, at_once: int, tick: Callable[[TuneSession], None] = lambda _: None) -> None:
+    def _session(
+        self, phase: Phase, trainings: list[TrainConfig], tick: Callable[[TuneSession], None] = lambda _: None
+    ) -> None:
         session = TuneSession(
             phase,
-            self._root / "tune",
+            self._scratch,
+            self._pool,
             sweep=self._config.name,
-            at_once=at_once,
-            retries=self._config.failures.retries,
+            at_once=_Room(lambda: self._how_many_fit(trainings)),
+            failures=self._config.failures,
+            say=lambda text: self._events("waiting", text=text),
         )
         # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.
         self._signals.on_signal = session.stop
@@ -210,7 +234,7 @@ class Sweep:
                 session.stop()
 
         try:
-            self._session(phase, self._at_once, tick)
+            self._session(phase, [self._config.train], tick)
         finally:
             self._study.add_seconds(time.monotonic() - phase.started)
         phase.end_cut_trials()  # not after a signal: what that has stopped is resumed
@@ -226,7 +250,7 @@ class Sweep:
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
         phase = FinalPhase(runs, self._events)
         if waiting:
-            self._session(phase, self._finals_at_once)
+            self._session(phase, final_training_configs(self._config))
         write_tables(self._root, self._study, self._config)
         resume = f"{RESUME} {shell_path(self._root)}"
         if phase.failed:
@@ -241,6 +265,7 @@ class Sweep:
                 f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. "
                 f"To compare the other seeds, take theirs out of final.seeds in {display_path(self._root / SWEEP_FILE)}, then: {resume}"
             )
+        close_groups(self._pool)  # evaluating takes what they hold
         self._events("phase", text="evaluating the final models on the test split")
         return evaluate_final_runs(runs)
 

@@ -1,13 +1,15 @@
 """One Ray Tune session: runs the trainings that a phase hands out, some at once, and passes on what they report.
 
-Tune places, watches, restarts and stops trials. What to train, what to make of the reports and what is on record are the
+Tune starts, watches, restarts and stops trials; worker groups train. What to train, what to make of the reports and what is on record are the
 `Phase`'s business; nothing of Tune's own state is ever needed again.
 """
 
+import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,16 +18,22 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from cps_ray.config.space import apply
+from cps_ray.config.sweep import FailuresConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.telemetry import Metrics
+from cps_ray.errors import ConfigError, DiskFullError
+from cps_ray.files import write_text
 from cps_ray.on_ray.trainer import DEFAULT_METRIC
-from cps_ray.runs import CONFIG_FILE, read_metrics
-from cps_ray.search.tune_trial import COLLAPSED, FAILURE, TuneTrial
+from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, DISK_FULL, OUT_OF_MEMORY, Shape, Training
+from cps_ray.runs import CONFIG_FILE, ERROR_FILE, RecordReader
+from cps_ray.search.tune_trial import TuneTrial
 
 _DRIVER_BYTES = 256 * 2**20
 """A trial itself holds memory only: CPUs would be booked twice, as its workers have their own placement group."""
 _TICK_S = 0.2
+_MOST_RESTARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +63,29 @@ class Phase(Protocol):
 class TuneSession:
     """Runs a phase to its end, or to `stop`."""
 
-    def __init__(self, phase: Phase, folder: Path, *, sweep: str, at_once: int, retries: int) -> None:
-        """`folder`: for Ray's own files, safe to delete afterwards."""
+    def __init__(
+        self,
+        phase: Phase,
+        folder: Path,
+        pool: Any,
+        *,
+        sweep: str,
+        at_once: Callable[[], int],
+        failures: FailuresConfig,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`folder`: for Ray's own files, gone afterwards. `pool`: the actor of `WorkerGroups`. `at_once`: how many trainings the cluster
+        holds at this moment. `say` takes a line about what is waited for."""
         self._phase = phase
         self._folder = folder
-        self._sweep, self._at_once, self._retries = sweep, at_once, retries
+        self._pool = pool
+        self._sweep, self._at_once, self._failures, self._say = sweep, at_once, failures, say
         self._jobs: dict[str, TrainingJob] = {}
+        self._again: deque[TrainingJob] = deque()
+        self._records: dict[str, RecordReader] = {}
         self._last_step: dict[str, int] = {}
         self._stopped: set[str] = set()
+        self._said = ""
         self._error: BaseException | None = None
         self.stopping = False
 
@@ -86,53 +109,84 @@ class TuneSession:
             raise self._error
 
     def _fit(self) -> None:
+        # The trainable's registered name is the cluster's, so two sweeps must differ in it.
+        name = f"{self._sweep}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            trial = tune.with_parameters(TuneTrial, sweep=self._sweep, retries=self._retries)
+            trial = tune.with_parameters(TuneTrial, pool=self._pool)
             tuner = tune.Tuner(
                 tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,  # until the searcher has no more
-                    max_concurrent_trials=self._at_once,
                     search_alg=_PhaseSearcher(self),
                     scheduler=_ReportingScheduler(self),
+                    reuse_actors=True,
                     trial_name_creator=_name,
                     trial_dirname_creator=_name,
                 ),
                 run_config=tune.RunConfig(
-                    # The trainable's registered name is the cluster's, so two sweeps must differ in it.
-                    name=f"{self._sweep}-{time.strftime('%Y%m%d-%H%M%S')}",
+                    name=name,
                     storage_path=str(self._folder.absolute()),
                     verbose=0,
                     stop=_SessionStopper(self),
-                    # Restarts of the trial's own process; the training in it has as many of its own.
-                    failure_config=tune.FailureConfig(max_failures=self._retries),
+                    # Restarts of the trial's own process, which does not train: nothing is lost with it.
+                    failure_config=tune.FailureConfig(max_failures=_MOST_RESTARTS),
                 ),
             )
             tuner.fit()
         except BaseException as err:  # carried to the thread that waits in `run`
-            self._error = err
+            if self._error is None:
+                self._error = err
+        finally:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
     # What the adapters below call, all in Tune's thread: so a phase needs no locks.
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Begins the next training: its config for Tune names the folder that holds its real one. None: there is no more."""
-        job = None if self.stopping else self._phase.ask()
+        """Begins the next training: its config for Tune names the folder that holds its real one. None: there is no more, {}: not now."""
+        if self.stopping:
+            return None
+        if len(self._jobs) >= self._at_once():
+            return {}
+        job = self._again.popleft() if self._again else self._phase.ask()
         if job is None:
             return None
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / CONFIG_FILE).write_text(
-            dump_yaml(job.config.dump(str(job.folder)), f"Training {job.name} of {self._sweep}.")
+        (job.folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
+        write_text(
+            job.folder / CONFIG_FILE,
+            dump_yaml(job.config.dump(str(job.folder)), f"Training {job.name} of {self._sweep}."),
         )
         self._jobs[trial_id] = job
-        return {"folder": str(job.folder), "metric": job.metric}
+        self._records[trial_id] = RecordReader(job.folder)
+        limits = self._failures
+        training = Training(
+            str(job.folder),
+            job.metric,
+            Shape.of(job.config.resources),
+            self._sweep,
+            limits.retries,
+            limits.first_report_timeout,
+            limits.trial_timeout,
+        )
+        return {"training": training}
+
+    def hear(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Takes a beat of a trial; False: stop it."""
+        waits_for = result.get("waits_for") or ""
+        if waits_for and waits_for != self._said:
+            self._say(f"waiting for {waits_for}: the cluster has no room now")
+        self._said = waits_for or self._said
+        if self.pass_on_reports(trial_id):
+            return True
+        self._pool.stop.remote(str(self._jobs[trial_id].folder))
+        return False
 
     def pass_on_reports(self, trial_id: str) -> bool:
         """Passes on what the run has recorded since the last call; False: stop it."""
         if trial_id in self._stopped:
-            # It may have evaluated once more before Tune took it down; its phase has already decided.
-            return False
+            return False  # its phase has already decided
         job = self._jobs[trial_id]
-        for metrics in read_metrics(job.folder):
+        for metrics in self._records[trial_id].read():
             if metrics["step"] <= self._last_step.get(trial_id, 0):
                 continue
             self._last_step[trial_id] = metrics["step"]
@@ -144,13 +198,40 @@ class TuneSession:
     def end(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
         """Passes on the last reports, and how the training ended."""
         self.pass_on_reports(trial_id)
-        last: dict[str, Any] = {FAILURE: "the process that ran the trial died"} if error else result or {}
-        self._phase.tell(self._jobs.pop(trial_id), last.get(FAILURE), collapsed=last.get(COLLAPSED, False))
+        job = self._jobs.pop(trial_id)
+        self._records.pop(trial_id)
+        self._last_step.pop(trial_id, None)
+        self._stopped.discard(trial_id)
+        last: dict[str, Any] = (
+            {"failure": "the trial's process died again and again", "kind": CRASHED} if error else result or {}
+        )
+        failure, kind = last.get("failure"), last.get("kind")
+        if failure is not None and not (job.folder / ERROR_FILE).exists():  # its workers could not say it
+            write_text(job.folder / ERROR_FILE, f"{failure}\n")
+        if kind == DISK_FULL:
+            # Not the trial's fault, and the next one would meet it, too: it stays as it is, to be resumed.
+            self._error, self.stopping = DiskFullError(f"{job.folder}: {failure}"), True
+            return
+        smaller = halved(job) if kind == OUT_OF_MEMORY and self._failures.on_oom == "halve" else None
+        if smaller is not None:
+            self._say(f"{job.name}: {failure}. Once more with compute.accumulate {smaller.config.compute.accumulate}")
+            self._again.append(smaller)
+            return
+        self._phase.tell(job, failure, collapsed=kind == COLLAPSED)
+
+
+def halved(job: TrainingJob) -> TrainingJob | None:
+    """Returns the training with half as many images in memory at once, at the same batch; None where they cannot be halved."""
+    more = {"compute.accumulate": 2 * job.config.compute.accumulate}
+    try:
+        return replace(job, config=apply(job.config, more, f"training {job.name}"))
+    except ConfigError:
+        return None
 
 
 def _name(trial: Any) -> str:
     """0007, in Tune's words as in ours."""
-    return Path(trial.config["folder"]).name
+    return Path(trial.config["training"].folder).name
 
 
 class _NotPickled:
@@ -170,7 +251,8 @@ class _PhaseSearcher(_NotPickled, Searcher):  # type: ignore[misc]
         self._session = session
 
     def suggest(self, trial_id: str) -> Any:
-        return self._session.suggest(trial_id) or Searcher.FINISHED
+        found = self._session.suggest(trial_id)
+        return Searcher.FINISHED if found is None else found or None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._session.end(trial_id, result, error=error)
@@ -190,7 +272,7 @@ class _ReportingScheduler(_NotPickled, FIFOScheduler):  # type: ignore[misc]
         self._session = session
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = self._session.pass_on_reports(trial.trial_id)
+        goes_on = self._session.hear(trial.trial_id, result)
         decision: str = TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
         return decision
 
