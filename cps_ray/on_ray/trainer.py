@@ -1,6 +1,7 @@
 """Ray Train runs: one training in its folder, and a worker group that serves one training after the other."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -69,6 +70,12 @@ def worker_groups(storage: Path) -> Iterator[Any]:
         yield pool
     finally:
         close_groups(pool)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def prepare_groups(pool: Any, config: TrainConfig, count: int) -> None:
+    """Starts groups for `count` trainings like this one, which come in a moment."""
+    pool.prepare.remote(Shape.of(config.resources), count)
 
 
 def close_groups(pool: Any) -> None:

@@ -169,10 +169,8 @@ class WorkerGroups:
         if run is None or run.is_stopped:
             return
         del self._runs[folder]
-        group, run.group = run.group, None
-        if group is not None and run.outcome is None:
-            group.run = None
-            self._take_down(group)
+        if run.outcome is None:
+            self._cut(run, {})
         self._change()
 
     async def prepare(self, shape: Shape, count: int) -> None:
@@ -308,6 +306,13 @@ class WorkerGroups:
         if run.is_stopped:
             self._runs.pop(run.training.folder, None)
 
+    def _cut(self, run: Run, outcome: dict[str, Any]) -> None:
+        """Ends a run whose workers do not end by themselves, and their group with it."""
+        group = run.group
+        self._end(run, outcome)
+        if group is not None:
+            self._take_down(group)
+
     def _give_up(self, group: Group, reason: str) -> None:
         """Ends a group that does not come up, and with it the training that waited longest for one of its kind."""
         run = group.run or next((run for run in self._waiting() if run.training.shape == group.shape), None)
@@ -390,11 +395,8 @@ class WorkerGroups:
             now = time.monotonic()
             for run in [*self._runs.values()]:
                 late = _late(run, now)
-                if late is not None and run.group is not None:
-                    group, run.group.run = run.group, None
-                    run.group = None
-                    self._end(run, {"failure": late, "kind": TIMED_OUT})
-                    self._take_down(group)
+                if late is not None:
+                    self._cut(run, {"failure": late, "kind": TIMED_OUT})
                     self._change()
 
 

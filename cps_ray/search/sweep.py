@@ -25,7 +25,7 @@ from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
-from cps_ray.on_ray.trainer import close_groups, worker_groups
+from cps_ray.on_ray.trainer import close_groups, prepare_groups, worker_groups
 from cps_ray.results import (
     BEST_FILE,
     COLLAPSED,
@@ -138,6 +138,9 @@ class Sweep:
                         self._say(line)
                     self._say(f"Sweep folder: {display_path(self._root)}, {at_once} training(s) at once")
                     with worker_groups(self._scratch) as self._pool:
+                        if self._trials_left():
+                            # Before anything else: they take longest to come.
+                            prepare_groups(self._pool, self._config.train, min(at_once, self._config.budget.trials))
                         self._work(shards)
             except Interrupted:  # from anywhere inside, Ray's own waits included
                 return self._interrupted()

@@ -4,6 +4,7 @@ Tune starts, watches, restarts and stops trials; worker groups train. What to tr
 `Phase`'s business; nothing of Tune's own state is ever needed again.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -34,6 +35,12 @@ _DRIVER_BYTES = 256 * 2**20
 """A trial itself holds memory only: CPUs would be booked twice, as its workers have their own placement group."""
 _TICK_S = 0.2
 _MOST_RESTARTS = 10
+_TUNE_ENV = {
+    # Processes of trials that begin together start together.
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
+    # Tune would write the states of all trials again and again, for a restore that never comes.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,8 @@ class TuneSession:
     def _fit(self) -> None:
         # The trainable's registered name is the cluster's, so two sweeps must differ in it.
         name = f"{self._sweep}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for variable, value in _TUNE_ENV.items():
+            os.environ.setdefault(variable, value)
         try:
             trial = tune.with_parameters(TuneTrial, pool=self._pool)
             tuner = tune.Tuner(
