@@ -138,7 +138,10 @@ def checked(number: Callable[[str], N], text: str, holds: Callable[[N], bool], m
 
 def entry(main: Callable[[Sequence[str] | None], int]) -> None:
     """Ends the process with the exit code of `main`, as `python -m cps_ray.NAME` does."""
-    sys.exit(main(None))
+    code = main(None)
+    if code > 128:
+        os._exit(code)  # interrupted: nobody waits for seconds until torch and Ray are unloaded; all is flushed
+    sys.exit(code)
 
 
 def say(console: "Console", *lines: str) -> None:

@@ -78,6 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.engine.preflight import Preflight, check_training
     from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
     from cps_ray.on_ray.export import export_best
+    from cps_ray.on_ray.leaving import leave_in_time
     from cps_ray.on_ray.trainer import DEFAULT_METRIC
     from cps_ray.runs import CONFIG_FILE
 
@@ -91,7 +92,12 @@ def _run(args: argparse.Namespace) -> int:
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
     signals: list[int] = []
 
+    def say_how_to_resume() -> None:
+        print(printable(f"interrupted. Resume: {_resume_command(folder)}"), flush=True)
+
     def interrupt(number: int, _: Any) -> None:
+        if not signals:
+            leave_in_time(128 + number, say_how_to_resume)
         signals.append(number)
         raise KeyboardInterrupt
 
@@ -106,7 +112,7 @@ def _run(args: argparse.Namespace) -> int:
             if model is not None:
                 print(printable(f"Model: {shell_path(model)}"))
     except KeyboardInterrupt:
-        print(printable(f"interrupted. Resume: {_resume_command(folder)}"))
+        say_how_to_resume()
         return 128 + signals[0]
     return 0
 

@@ -25,6 +25,7 @@ from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
+from cps_ray.on_ray.leaving import leave_in_time
 from cps_ray.on_ray.trainer import close_groups, prepare_groups, worker_groups
 from cps_ray.results import (
     BEST_FILE,
@@ -70,6 +71,8 @@ class Interrupted(Exception):  # noqa: N818
 class _Signals:
     """The first SIGINT or SIGTERM ends things in order, the second one at once."""
 
+    say: Callable[[], None]
+    """Says how far things are: called if they do not end in time."""
     received: int = 0
     on_signal: Callable[[], None] | None = None
 
@@ -85,6 +88,8 @@ class _Signals:
     def _handle(self, number: int, _: Any) -> None:
         # Runs in the main thread, between two instructions of whatever that is doing: it may only set flags or raise.
         again, self.received = self.received, number
+        if not again:
+            leave_in_time(128 + number, self.say)
         if again or self.on_signal is None:
             raise Interrupted
         self.on_signal()
@@ -110,7 +115,7 @@ class Sweep:
     def __init__(self, config: SweepConfig, root: Path, console: Console, address: str | None) -> None:
         self._config, self._root, self._console, self._address = config, root, console, address
         self._metric = config.objective.metric
-        self._signals = _Signals()
+        self._signals = _Signals(self._say_progress)
         self._scratch = root / "tune"  # Ray's own files
 
     def run(self, shards: Shards) -> int:
@@ -321,9 +326,12 @@ class Sweep:
         self._events("end", status=status)
         return write_summary(self._root, self._study, self._config, status, **facts)
 
-    def _interrupted(self) -> int:
+    def _say_progress(self) -> None:
         for line in progress_lines(self._root, self._save(INTERRUPTED)):
             self._say(line)
+
+    def _interrupted(self) -> int:
+        self._say_progress()
         return 128 + (self._signals.received or signal.SIGINT)  # the shell's convention for a signal
 
     def _say(self, text: str) -> None:
