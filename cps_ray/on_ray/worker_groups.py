@@ -202,8 +202,9 @@ class WorkerGroups:
             return END
         if group.run is not None and group.run.is_running:
             self._lose(group.run, "a worker died")
+        if not group.has_asked:
+            group.idle_since = time.monotonic()
         group.has_asked, group.is_waiting, group.failed_starts = True, False, 0
-        group.idle_since = time.monotonic()
         self._change()
         await self._until(lambda: group.is_ending or group.run is not None, min(_POLL_S, self._idle_s))
         if group.run is None and time.monotonic() - group.idle_since >= self._idle_s:
