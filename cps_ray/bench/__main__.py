@@ -23,7 +23,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_step(benchmarks)
     _add_placement(benchmarks)
     _add_methods(benchmarks)
+    _add_start(benchmarks)
     return parser
+
+
+def _add_start(benchmarks: "Benchmarks") -> None:
+    start = benchmarks.add_parser(
+        "start",
+        help="from the wish to train to the first evaluation: a plain script, a cold worker group, a warm one; and many short trials",
+        description="Trains one step and evaluates, by a script without Ray, in a worker group that is started for it, and in one that has "
+        "trained before. With --trials also a sweep of so many trials of 20 steps: seconds a trial, CPU and memory of its processes.",
+    )
+    add = start.add_argument
+    add(
+        "file",
+        nargs="?",
+        type=Path,
+        default=Path("quickstart"),
+        help="a sweep, or the name of a shipped one (default quickstart)",
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the sweep")
+    add("--rounds", type=_positive, default=3, help="scripts, and worker groups (default 3)")
+    add("--warm", type=_positive, default=8, help="trainings in each group after the first one (default 8)")
+    add("--trials", type=int, default=0, metavar="N", help="trials of a sweep (default 0: no sweep)")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
 def _add_stream(benchmarks: "Benchmarks") -> None:

@@ -156,6 +156,7 @@ def test_warm_is_cold_bit_for_bit_in_any_order(tiny: TrainConfig, tmp_path: Path
         assert deterministic(roots[0] / "stopped") == deterministic(roots[0] / "plain")[:1], "not one step more"
 
 
+@pytest.mark.slow
 def test_a_group_without_a_training_gives_its_resources_back(tiny: TrainConfig, tmp_path: Path) -> None:
     with connected(None), worker_groups(tmp_path / "tune") as pool:
         config = changed(tiny, resources__cpus_per_worker=0.5)
