@@ -27,15 +27,22 @@ def on_disk(path: Path) -> Iterator[None]:
     except (OSError, sqlite3.Error, SQLAlchemyError, StorageInternalError) as err:
         reason, resume = _reason(err), f"{RESUME} {shell_path(path.parent)}"
         if reason in _FULL:
-            raise DiskError(f"{path}: must have room to grow, but the disk is full. Free space, then: {resume}") from err
+            raise DiskError(
+                f"{path}: must have room to grow, but the disk is full. Free space, then: {resume}"
+            ) from err
         if reason in _NOT_WRITABLE:
             text = in_words(err)
             raise DiskError(f"{path}: must be writable, but is not ({text}). Make it so, then: {resume}") from err
         if reason in _DAMAGED:
-            raise ConfigError(f"{path}: must be the study of this sweep, but is damaged ({in_words(err)}). {BEGIN_ANEW}") from err
+            raise damaged(path, in_words(err)) from err
         if isinstance(err, OSError):
             raise
         raise DiskError(f"{path}: cannot be used now ({in_words(err)}). Then: {resume}") from err
+
+
+def damaged(path: Path, found: str) -> ConfigError:
+    """Returns what to say of a study that SQLite cannot read."""
+    return ConfigError(f"{path}: must be the study of this sweep, but is damaged ({' '.join(found.split())}). {BEGIN_ANEW}")
 
 
 def _reason(err: BaseException) -> int | str | None:

@@ -12,7 +12,8 @@ import math
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SamplerCon
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import ConfigError, at
 from cps_ray.results import COLLAPSED, COMPLETE, FAILED, PRUNED, RUNNING, STATES, STUDY_FILE, TRIALS_FOLDER
-from cps_ray.search.disk import BEGIN_ANEW, on_disk
+from cps_ray.search.disk import BEGIN_ANEW, damaged, on_disk
 from cps_ray.search.stopping import stopping_rule
 
 WORST = 0.0
@@ -164,18 +165,17 @@ class SweepStudy:
         # What an earlier session left unfinished: this one begins with it.
         self._unfinished = iter(self._load(trials))
 
-    def _check_is_ours(self, connect: Any) -> None:
-        """Raises ConfigError for an empty file or another study, in which the sweep would silently begin anew."""
+    def _check_is_ours(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        """Raises ConfigError for a damaged file, and for an empty one or another study, in which the sweep would silently begin anew."""
         query = "SELECT count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = ?"
-        connection = connect()
-        try:
-            (num_trials,) = connection.execute(query, (self._config.name,)).fetchone()
-        except sqlite3.OperationalError as err:
-            if "no such table" not in str(err):
-                raise
-            num_trials = 0
-        finally:
-            connection.close()
+        num_trials, state = 0, "ok"
+        with closing(connect()) as connection:
+            if connection.execute("SELECT * FROM sqlite_master WHERE name = 'trials'").fetchone():
+                # Not left to chance: SQLite itself notices a damaged page only when it reads that.
+                (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                (num_trials,) = connection.execute(query, (self._config.name,)).fetchone()
+        if state != "ok":
+            raise damaged(self._path, state)
         if not num_trials:
             raise ConfigError(
                 f"{self._path}: must hold the trials of sweep {self._config.name}, of which {TRIALS_FOLDER}/ has some, but holds none. "
