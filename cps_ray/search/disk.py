@@ -42,7 +42,9 @@ def on_disk(path: Path) -> Iterator[None]:
 
 def damaged(path: Path, found: str) -> ConfigError:
     """Returns what to say of a study that SQLite cannot read."""
-    return ConfigError(f"{path}: must be the study of this sweep, but is damaged ({' '.join(found.split())}). {BEGIN_ANEW}")
+    return ConfigError(
+        f"{path}: must be the study of this sweep, but is damaged ({' '.join(found.split())}). {BEGIN_ANEW}"
+    )
 
 
 def _reason(err: BaseException) -> int | str | None:

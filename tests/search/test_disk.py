@@ -42,7 +42,9 @@ def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no file systems can be mounted here")
     try:
         yield folder
@@ -63,20 +65,20 @@ def searching(config: SweepConfig, folder: Path) -> SearchPhase:
     return SearchPhase(SweepStudy(config, folder), config, folder, Events(folder), gauges)
 
 
-def one_trial(phase: SearchPhase) -> None:
-    job = phase.ask()
-    assert job is not None
-    for step in (2, 4, 6):
-        phase.report(job, {"step": step, "val/miou": 0.5})
-    phase.tell(job, None, collapsed=False)
+def trials(phase: SearchPhase, count: int) -> None:
+    for _ in range(count):
+        job = phase.ask()
+        assert job is not None
+        for step in (2, 4, 6):
+            phase.report(job, {"step": step, "val/miou": 0.5})
+        phase.tell(job, None, collapsed=False)
 
 
 def test_a_full_disk_is_one_line_and_a_resume_goes_on_once_there_is_room(config: SweepConfig, small: Path) -> None:
     (small / "ballast").write_bytes(bytes(700_000))
     phase = searching(config, small)
     with pytest.raises(DiskError) as caught:
-        for _ in range(500):
-            one_trial(phase)
+        trials(phase, 500)
     text = str(caught.value)
     assert text.startswith(f"{small}/")
     assert "must have room to grow, but the disk is full. Free space, then: python -m cps_ray.sweep resume " in text
@@ -96,9 +98,7 @@ def test_a_full_disk_is_one_line_and_a_resume_goes_on_once_there_is_room(config:
     found = phase.study.trials
     assert [trial.params for trial in found if trial.state == "complete"][: len(done)] == done
     write_tables(small, phase.study, config)
-    begun = len(found)
-    for _ in range(begun - len(done) + 1):  # what was cut off, if any, and another
-        one_trial(phase)
+    trials(phase, len(found) - len(done) + 1)  # what was cut off, if any, and another
     assert phase.study.counts()["running"] == 0
     assert phase.study.counts()["complete"] > len(done)
 
@@ -176,7 +176,7 @@ def test_a_study_that_is_damaged_while_the_sweep_runs(config: SweepConfig, tmp_p
     study = SweepStudy(config, tmp_path)
     study.ask()
     cut(0.3)(tmp_path / "study.db")
-    with pytest.raises(CpsRayError, match="study.db: must be the study of this sweep, but is damaged"):
+    with pytest.raises(CpsRayError, match=r"study\.db: must be the study of this sweep, but is damaged"):
         study.report(0, 2, 0.5)
 
 
@@ -187,7 +187,7 @@ def test_a_study_in_use_elsewhere_is_no_damage(tmp_path: Path) -> None:
             with contextlib.closing(sqlite3.connect(tmp_path / "x", timeout=0)) as other:
                 other.execute("BEGIN EXCLUSIVE")
 
-    with pytest.raises(DiskError, match="cannot be used now .*database is locked"), on_disk(tmp_path / "study.db"):
+    with pytest.raises(DiskError, match=r"cannot be used now .*database is locked"), on_disk(tmp_path / "study.db"):
         locked()
 
 

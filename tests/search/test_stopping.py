@@ -109,7 +109,10 @@ def search(config: SweepConfig, folder: Path, seed: int, restarts: float) -> lis
             state = study.tell(number, failure=failure, collapsed=end < 0.01)
             reference.tell(number, state, study.trial(number).value)
             del curves[number]
-    return [(trial.state, trial.params, dict(study.study.trials[trial.number].intermediate_values)) for trial in study.trials]
+    return [
+        (trial.state, trial.params, dict(study.study.trials[trial.number].intermediate_values))
+        for trial in study.trials
+    ]
 
 
 @pytest.mark.parametrize(("kind", "select", "seed"), [("asha", "best", 1), ("asha", "last", 2), ("median", "last", 4)])
