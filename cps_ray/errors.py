@@ -60,6 +60,10 @@ class ResourceError(CpsRayError):
     exit_code = 5
 
 
+class DiskError(CpsRayError):
+    """The sweep's folder cannot be written any more: a full disk, a read-only folder (exit 1). What has ended is kept; `resume` goes on."""
+
+
 class DivergedError(CpsRayError):
     """Continuing a training is of no use (exit 1; in a sweep its trial has collapsed): its loss is not finite, or its networks have collapsed. The message names the step."""
 
