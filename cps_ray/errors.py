@@ -50,10 +50,6 @@ class FinalRunError(CpsRayError):
     """A final run failed, so that nothing can be compared (exit 1). The search is complete; `resume` trains the rest."""
 
 
-class DiskFullError(CpsRayError):
-    """A disk takes no more: full, over its quota, or read-only (exit 1). What was finished is on disk."""
-
-
 class ResourceError(CpsRayError):
     """The plan can never be scheduled on this cluster (exit 5)."""
 

@@ -48,6 +48,7 @@ TRIAL_COLUMNS: Mapping[str, type] = {
     "score_last": float,
     "steps": int,
     "seconds": float,
+    "accumulate": int,
 }
 """Columns of the table of trials; those of the parameters follow."""
 _HISTORY_COLUMNS: Mapping[str, type] = {"run": str, "step": int}

@@ -78,6 +78,10 @@ class SearchPhase:
         self.study.report(number, metrics["step"], value)
         return not self.study.should_prune(number)
 
+    def halve(self, job: TrainingJob) -> None:
+        """Takes note that a training is begun again with more micro-batches a step."""
+        self.study.halve(int(job.name), job.config.compute.accumulate)
+
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Ends a trial in the study, and brings best.yaml, trials.jsonl and summary up to date; tables when it is their time."""
         number = int(job.name)
@@ -150,7 +154,8 @@ def best_config(study: SweepStudy, config: SweepConfig) -> TrainConfig:
     """Returns the best trial's training. There must be a complete trial."""
     best = study.best()
     assert best is not None
-    return apply(config.train, best.params, f"trial {best.number}")
+    halved = {} if best.accumulate is None else {"compute.accumulate": best.accumulate}
+    return apply(config.train, {**best.params, **halved}, f"trial {best.number}")
 
 
 def best_header(root: Path, study: SweepStudy, config: SweepConfig) -> str:

@@ -34,6 +34,8 @@ from cps_ray.search.stopping import stopping_rule
 WORST = 0.0
 """Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
 _BEST = ObjectiveConfig(select="best")
+ACCUMULATE = "accumulate"
+"""Attribute of a trial: see `SweepTrial`."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class SweepTrial:
     step_best: int | None = None
     score_last: float | None = None
     steps: int = 0
+    accumulate: int | None = None
+    """Micro-batches of a step, if memory was too small for the sweep's own."""
 
     def measure(self, curve: dict[int, float], objective: ObjectiveConfig) -> None:
         """Takes the study's curve (step -> value) so far."""
@@ -191,7 +195,7 @@ class SweepStudy:
             for name, distribution in trial.distributions.items():
                 self._kinds.setdefault(name, set()).add(_kind_drawn(distribution))
             curve, attrs = trial.intermediate_values, trial.user_attrs
-            one = SweepTrial(trial.number, trial.params, attrs.get("started"))
+            one = SweepTrial(trial.number, trial.params, attrs.get("started"), accumulate=attrs.get(ACCUMULATE))
             one.measure(curve, self._objective)
             self._trials[trial.number] = one
             self._counts[RUNNING] += 1
@@ -288,7 +292,9 @@ class SweepStudy:
                 return None
             try:
                 changes = draw(self._config.search_space, trial)
-                config = apply(self._config.train, changes, f"trial {number}")
+                more = self._trials[number].accumulate  # of an earlier session
+                halved = {} if more is None else {"compute.accumulate": more}
+                config = apply(self._config.train, {**changes, **halved}, f"trial {number}")
             except Exception:
                 if unfinished is None:  # it never ran, and nothing is left to continue
                     self.study.tell(number, state=TrialState.FAIL)
@@ -323,6 +329,12 @@ class SweepStudy:
     def should_prune(self, number: int) -> bool:
         """Whether a trial is to be stopped after what it reported last."""
         return self._live[number].is_to_stop
+
+    def halve(self, number: int, accumulate: int) -> None:
+        """Takes note that a trial goes on with so many micro-batches a step, since its memory was too small."""
+        with on_disk(self._path):
+            self._storage.set_trial_user_attr(self._live[number].trial_id, ACCUMULATE, accumulate)
+        self.trial(number).accumulate = accumulate
 
     def tell(self, number: int, *, failure: str | None, collapsed: bool = False, **facts: Any) -> str:
         """Ends a trial and returns the name of its state; `facts` are kept with it.
