@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,17 +135,21 @@ def _run(args: argparse.Namespace) -> int:
     config, where = read_sweep(args.file, args.set, _given(name=args.name, output=args.output and str(args.output)))
     if args.dry_run is not None:
         return _dry_run(config, where, args.dry_run, args.file.parent)
-    # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
-    from rich.console import Console
+    from cps_ray.search.lock import locked
 
-    from cps_ray.datasets.open import write_image_hashes
-    from cps_ray.search import sweep, sweep_folder
+    root = config.output / config.name
+    with locked(root) if root.exists() else nullcontext():
+        # Imported only now, because torch and Ray take seconds, and --help, a wrong file and a folder in use need neither.
+        from rich.console import Console
 
-    config = sweep_folder.with_fingerprints(config)
-    shards = sweep_folder.check(config, where, args.file.parent)
-    root = sweep_folder.begin(config, sweep_file(args.file), fresh=args.fresh)
-    write_image_hashes(root, shards)
-    return sweep.Sweep(config, root, Console(), args.address).run(shards)
+        from cps_ray.datasets.open import write_image_hashes
+        from cps_ray.search import sweep, sweep_folder
+
+        config = sweep_folder.with_fingerprints(config)
+        shards = sweep_folder.check(config, where, args.file.parent)
+        with sweep_folder.begun(config, sweep_file(args.file), fresh=args.fresh):
+            write_image_hashes(root, shards)
+            return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
 def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> int:
@@ -214,13 +219,19 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
 
 def _resume(args: argparse.Namespace) -> int:
+    from cps_ray.results import open_sweep
+    from cps_ray.search.lock import locked
+
+    open_sweep(args.folder)  # ConfigError where there is no sweep
+    with locked(args.folder):  # before torch and Ray, which take seconds, are imported
+        return _resume_held(args)
+
+
+def _resume_held(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cps_ray.results import SWEEP_FILE, open_sweep
-
-    open_sweep(args.folder)  # ConfigError where there is no sweep, before torch and Ray are imported
-
     from cps_ray.datasets.open import write_image_hashes
+    from cps_ray.results import SWEEP_FILE
     from cps_ray.search import sweep, sweep_folder
     from cps_ray.search.study import SweepStudy
 

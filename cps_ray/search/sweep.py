@@ -49,10 +49,11 @@ from cps_ray.search.final_phase import (
     is_stale,
     plan_final_runs,
 )
+from cps_ray.search.lock import locked
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.search_phase import SearchPhase, best_config, best_header
 from cps_ray.search.study import SweepStudy
-from cps_ray.search.sweep_folder import final_training_configs, locked
+from cps_ray.search.sweep_folder import final_training_configs
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare
 from cps_ray.text import display_path, printable, shell_path
