@@ -4,6 +4,7 @@
     python -m cps_ray.sweep sweeps/cityscapes.yaml --dry-run 5
     python -m cps_ray.sweep sweeps/camvid.yaml --set budget.trials=30 --name camvid-long
     python -m cps_ray.sweep resume runs/camvid-long --trials 50
+    python -m cps_ray.sweep resume runs/camvid-long --file sweeps/camvid-long.yaml
     python -m cps_ray.sweep status runs/camvid-long --watch
 
 If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
@@ -42,7 +43,7 @@ _DRAWS = "5"
 _REDRAW_S = 2
 _COLUMNS = ("number", "state", "steps", "score_best", "seconds")
 _PARAMS = "params."
-_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time")
+_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
+    resume.add_argument(
+        "--file",
+        type=Path,
+        help="an edited sweep: budget, failures, concurrency, baselines, final, wider bounds of the search space",
+    )
     resume.add_argument("--trials", type=int, help="another budget of trials, those so far included")
     resume.add_argument(
         "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
@@ -147,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
 
         config = sweep_folder.with_fingerprints(config)
         shards = sweep_folder.check(config, where, args.file.parent)
-        with sweep_folder.begun(config, sweep_file(args.file), fresh=args.fresh):
+        with sweep_folder.begun(config, sweep_file(args.file), fresh=args.fresh, address=args.address):
             write_image_hashes(root, shards)
             return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
@@ -219,42 +225,40 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from cps_ray.results import open_sweep
+    from cps_ray.results import SWEEP_FILE, open_sweep
+    from cps_ray.search.edits import edited, read_begun
     from cps_ray.search.lock import locked
 
     open_sweep(args.folder)  # ConfigError where there is no sweep
-    with locked(args.folder):  # before torch and Ray, which take seconds, are imported
-        return _resume_held(args)
-
-
-def _resume_held(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from cps_ray.datasets.open import write_image_hashes
-    from cps_ray.results import SWEEP_FILE
-    from cps_ray.search import sweep, sweep_folder
-    from cps_ray.search.study import SweepStudy
-
-    changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
-    sets = [args.set] if args.set else []
-    config, where = read_sweep(args.folder / SWEEP_FILE, sets, changes)
     root = args.folder.absolute()
-    study = SweepStudy(config, root)
-    study.check_space(where)
-    begun = len(study.trials)
-    if args.trials is not None and args.trials < begun:
-        raise ConfigError(
-            f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
-            "It is the number in all, not of further ones."
-        )
-    if args.set:
-        config = sweep_folder.with_fingerprints(config)
-    shards = sweep_folder.check(config, where, root)
-    if changes or args.set:  # stored, so that a later `resume` keeps the larger budget, and compares with these data
-        sweep_folder.write_resolved(root, config)
-    if args.set:
-        write_image_hashes(root, shards)
-    return sweep.Sweep(config, root, Console(), args.address).run(shards)
+    with locked(root):
+        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+        begun = read_begun(root)
+        read, where = read_sweep(args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes)
+        config = edited(begun, read, where, other_data=bool(args.set))
+        # Imported only now, because torch and Ray take seconds, and a folder in use and a wrong setting need neither.
+        from rich.console import Console
+
+        from cps_ray.datasets.open import write_image_hashes
+        from cps_ray.search import sweep, sweep_folder
+        from cps_ray.search.study import SweepStudy
+
+        study = SweepStudy(config, root)
+        study.check_space(where)
+        num_begun = len(study.trials)
+        if config.budget.trials < num_begun:
+            raise ConfigError(
+                f"{where(('budget', 'trials'))}: must be at least {num_begun}, as many trials as {args.folder} has begun. "
+                "It is the number in all, not of further ones."
+            )
+        if args.set or args.file:
+            config = sweep_folder.with_fingerprints(config)
+        shards = sweep_folder.check(config, where, root)
+        # Stored, so that a later `resume` keeps a larger budget, and compares with this sweep and these data.
+        sweep_folder.write_session(root, config, args.address, args.file and sweep_file(args.file))
+        if args.set:
+            write_image_hashes(root, shards)
+        return sweep.Sweep(config, root, Console(), args.address).run(shards)
 
 
 def _status(args: argparse.Namespace) -> int:

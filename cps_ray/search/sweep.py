@@ -29,11 +29,11 @@ from cps_ray.results import (
     COLLAPSED,
     FAILED,
     INTERRUPTED,
-    RESUME,
     RUNNING,
     SUMMARY_FILE,
     SWEEP_FILE,
     progress_lines,
+    resume_command,
     trial_folder,
     verdict_lines,
 )
@@ -56,7 +56,7 @@ from cps_ray.search.study import SweepStudy
 from cps_ray.search.sweep_folder import final_training_configs
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare
-from cps_ray.text import display_path, printable, shell_path
+from cps_ray.text import display_path, printable
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -229,7 +229,7 @@ class Sweep:
         if waiting:
             self._session(phase, self._finals_at_once)
         write_tables(self._root, self._study, self._config)
-        resume = f"{RESUME} {shell_path(self._root)}"
+        resume = resume_command(self._root)
         if phase.failed:
             name, failure = next(iter(phase.failed.items()))
             raise FinalRunError(

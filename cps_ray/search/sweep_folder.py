@@ -18,23 +18,25 @@ from cps_ray.engine.preflight import Preflight, check_sweep
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_text
 from cps_ray.results import (
+    BEGUN_FILE,
     LOCK_FILE,
-    RESUME,
     STUDY_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
+    resume_command,
 )
+from cps_ray.search.edits import write_begun
 from cps_ray.search.lock import locked
 from cps_ray.search.records import EVENTS_FILE
-from cps_ray.text import did_you_mean, shell_path
+from cps_ray.text import did_you_mean
 
 SOURCE_FILE = "sweep.source.yaml"
 
 
 @contextmanager
-def begun(config: SweepConfig, source: Path, *, fresh: bool) -> Iterator[Path]:
+def begun(config: SweepConfig, source: Path, *, fresh: bool, address: str | None = None) -> Iterator[Path]:
     """Makes the sweep folder with the resolved sweep and the file as written, and holds it until the block ends.
 
     Raises ConfigError if the folder holds a sweep or anything else; `fresh` moves it aside instead.
@@ -50,9 +52,16 @@ def begun(config: SweepConfig, source: Path, *, fresh: bool) -> Iterator[Path]:
                 _clear(root)
         root.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(root))  # also where there was a lock: a folder that is moved aside takes it along
-        write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
-        write_resolved(root, config)
+        write_session(root, config, address, source)
         yield root
+
+
+def write_session(root: Path, config: SweepConfig, address: str | None, source: Path | None) -> None:
+    """Writes what a session begins with: the sweep, the cluster that it was told to join, and the file as written, if that is new."""
+    if source is not None:
+        write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
+    write_begun(root, config, address)
+    write_resolved(root, config)
 
 
 def _clear(root: Path) -> None:
@@ -67,19 +76,17 @@ def _clear(root: Path) -> None:
         done = summary.get("trials", {})
         state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
         raise ConfigError(
-            f"{root}: already holds a sweep ({state}). Continue: {RESUME} {shell_path(root)}. "
+            f"{root}: already holds a sweep ({state}). Continue: {resume_command(root)}. "
             "Start again: --name NEW, or --fresh to move it aside."
         )
-    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE, EVENTS_FILE, HASHES_FILE):
+    for name in (BEGUN_FILE, SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE, EVENTS_FILE, HASHES_FILE):
         (root / name).unlink(missing_ok=True)
 
 
 def write_resolved(root: Path, config: SweepConfig) -> None:
     """Writes sweep.yaml: every setting, paths relative to the sweep folder."""
     resolved = config.model_dump(mode="json", context={"base": str(root)})
-    write_text(
-        root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {RESUME} {shell_path(root)}")
-    )
+    write_text(root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {resume_command(root)}"))
 
 
 def with_fingerprints(config: SweepConfig) -> SweepConfig:
