@@ -23,7 +23,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cps_ray.command import checked, command_parser, entry, reported, run_command, say
+from cps_ray.command import add_cluster_flags, checked, command_parser, entry, reported, run_command, say
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
@@ -43,7 +43,7 @@ _DRAWS = "5"
 _REDRAW_S = 2
 _COLUMNS = ("number", "state", "steps", "score_best", "seconds")
 _PARAMS = "params."
-_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file")
+_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file", "--wait")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="another name, hence another sweep folder")
     run.add_argument("--output", type=Path, help="another folder for sweep folders")
     run.add_argument("--fresh", action="store_true", help="move an existing sweep folder aside")
-    run.add_argument("--address", help="join this Ray cluster instead of starting one")
+    add_cluster_flags(run)
     run.set_defaults(run=_run)
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[f"{FINGERPRINT}=null"],
         help="go on although the data are no longer those it began with",
     )
-    resume.add_argument("--address")
+    add_cluster_flags(resume)
     resume.set_defaults(run=_resume)
     status = verbs.add_parser(
         "status", help="show the trials so far, and the verdict; only reads, also while the sweep runs"
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         shards = sweep_folder.check(config, where, args.file.parent)
         with sweep_folder.begun(config, sweep_file(args.file), fresh=args.fresh, address=args.address):
             write_image_hashes(root, shards)
-            return sweep.Sweep(config, root, Console(), args.address).run(shards)
+            return sweep.Sweep(config, root, Console(), args.address, args.wait).run(shards)
 
 
 def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> int:
@@ -258,7 +258,7 @@ def _resume(args: argparse.Namespace) -> int:
         sweep_folder.write_session(root, config, args.address, args.file and sweep_file(args.file))
         if args.set:
             write_image_hashes(root, shards)
-        return sweep.Sweep(config, root, Console(), args.address).run(shards)
+        return sweep.Sweep(config, root, Console(), args.address, args.wait).run(shards)
 
 
 def _status(args: argparse.Namespace) -> int:

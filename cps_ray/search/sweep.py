@@ -21,7 +21,7 @@ from cps_ray.files import read_json, replaced_folder
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.results import (
@@ -90,8 +90,11 @@ class _Signals:
 class Sweep:
     """One process's work on a sweep folder."""
 
-    def __init__(self, config: SweepConfig, root: Path, console: Console, address: str | None) -> None:
-        self._config, self._root, self._console, self._address = config, root, console, address
+    def __init__(
+        self, config: SweepConfig, root: Path, console: Console, address: str | None, wait_s: float | None = None
+    ) -> None:
+        """`wait_s`: as `awaited` takes it."""
+        self._config, self._root, self._console, self._address, self._wait_s = config, root, console, address, wait_s
         self._metric = config.objective.metric
         self._signals = _Signals()
 
@@ -114,8 +117,7 @@ class Sweep:
                     self._need_best()  # before a cluster is started for nothing
                 with connected(self._address) as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
-                    self._at_once = self._how_many_fit([self._config.train])
-                    self._finals_at_once = self._how_many_fit(final_training_configs(self._config))
+                    self._at_once, self._finals_at_once = awaited(self._how_many_fit, cluster, self._wait_s, self._say)
                     for line in cluster.banner():
                         self._say(line)
                     self._say(f"Sweep folder: {display_path(self._root)}, {self._at_once} training(s) at once")
@@ -153,11 +155,14 @@ class Sweep:
         counts = self._study.counts()
         return sum(counts.values()) - counts[RUNNING]  # running ones are left by a session that was killed: resumed
 
-    def _how_many_fit(self, trainings: list[TrainConfig]) -> int:
-        """Number of these that may run at once. ResourceError if one never could."""
+    def _how_many_fit(self) -> tuple[int, int]:
+        """Number of trials, and of final runs, that may run at once. TooSmallError if one never could."""
         asked, there = self._config.concurrency, nodes()
-        each = [trainings_at_once(c.resources, asked, there, streams=c.semi_supervised) for c in trainings]
-        return min(each, default=1)
+        trial, *finals = (
+            trainings_at_once(c.resources, asked, there, streams=c.semi_supervised)
+            for c in (self._config.train, *final_training_configs(self._config))
+        )
+        return trial, min(finals, default=1)
 
     def _work(self, shards: Shards) -> None:
         write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
