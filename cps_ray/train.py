@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import add_cluster_flags, command_parser, entry, run_command
 from cps_ray.config.reader import load_train, read_train
 from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the plan, start and write nothing"
     )
-    parser.add_argument("--address", help="join this Ray cluster instead of starting one")
+    add_cluster_flags(parser)
     return parser
 
 
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.datasets.loader import check_data, evaluated_sizes
     from cps_ray.datasets.open import fingerprints, open_data, write_image_hashes
     from cps_ray.engine.preflight import Preflight, check_training
-    from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+    from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
     from cps_ray.on_ray.export import export_best
     from cps_ray.on_ray.leaving import leave_in_time
     from cps_ray.on_ray.trainer import DEFAULT_METRIC
@@ -105,7 +105,12 @@ def _run(args: argparse.Namespace) -> int:
         signal.signal(number, interrupt)
     try:
         with connected(args.address) as cluster:
-            trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
+            awaited(
+                lambda: trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised),
+                cluster,
+                args.wait,
+                lambda text: print(printable(text), flush=True),
+            )
             print(*map(printable, (*cluster.banner(), f"Run folder: {folder}")), sep="\n", flush=True)
             _fit(config, folder)
             model = export_best(folder, config, folder, DEFAULT_METRIC, "a", shards)

@@ -214,7 +214,8 @@ def finished(write: Write) -> Path:
     """A finished sweep of two trials without final runs."""
     path = Path(write())
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     for number in range(2):
         study.ask()
@@ -266,7 +267,8 @@ def test_a_resume_in_a_space_that_optuna_cannot_go_on_in(
     )
     path = Path(write(("final: {retrain: none}", space)))
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     study.ask()
     resolved = (root / "sweep.yaml").read_text()
@@ -315,7 +317,8 @@ def test_a_sweep_without_a_best_trial_starts_nothing_for_it(
     shutil.rmtree(finished)
     path = Path(write())
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     for number in range(2):
         study.ask()
