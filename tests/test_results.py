@@ -53,7 +53,9 @@ class Searching:
         self.study = SweepStudy(self.config, root)
         gauges: Any = SimpleNamespace(set=lambda *_: None)
         phase = SearchPhase(self.study, self.config, root, Events(root), gauges)
-        self._session = TuneSession(phase, root / "tune", sweep=root.name, at_once=1, retries=0)
+        self._session = TuneSession(
+            phase, root / "tune", None, sweep=root.name, at_once=lambda: 9, failures=self.config.failures, resume=""
+        )
 
     def begin(self, *values: float) -> str:
         """Begins a trial with these evaluations, one every second step."""
@@ -61,7 +63,7 @@ class Searching:
         begun = self._session.suggest(trial)
         assert begun is not None
         lines = [json.dumps({"step": 2 * n, "val/miou": value}) for n, value in enumerate(values, 1)]
-        (Path(begun["folder"]) / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (Path(begun["training"].folder) / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
         return trial
 
     def end(self, trial: str) -> None:

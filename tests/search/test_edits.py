@@ -10,7 +10,7 @@ from support import TINY_DATA
 from cps_ray import open_sweep, sweep
 from cps_ray.config.reader import load_sweep
 from cps_ray.results import BEGUN_FILE
-from cps_ray.search.records import write_trials
+from cps_ray.search.records import write_tables
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.sweep_folder import begun, with_fingerprints
 
@@ -69,7 +69,7 @@ def root(edit: Edit) -> Path:
         study = SweepStudy(config, root)
         study.ask()
         (root / "trials").mkdir()
-        write_trials(root, study, config)
+        write_tables(root, study, config)
     return root
 
 
