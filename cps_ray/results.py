@@ -202,7 +202,7 @@ def history_table(root: Path) -> pa.Table:
         part = files[begin : begin + _RUNS_AT_ONCE]
         rows = [{"run": file.parent.name, **record} for file in part for record in read_metrics(file.parent)]
         tables.append(table_of(rows, _HISTORY_COLUMNS))
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def table_of(rows: list[Row], kinds: Mapping[str, type]) -> pa.Table:

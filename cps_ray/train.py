@@ -255,7 +255,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     """Runs the training and prints its evaluations as they come. Raises CpsRayError if it fails, DivergedError if it diverges."""
     from cps_ray.engine.encoders import weights_of_networks
     from cps_ray.on_ray.failures import reason
-from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer
+    from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer
     from cps_ray.runs import best_checkpoint
 
     outcome: dict[str, Any] = {}
