@@ -62,7 +62,7 @@ def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Writ
 def _refused_before_any_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a sweep that should be refused fail at once where it is not: it would start a cluster, and train."""
 
-    def connect(address: str | None) -> object:
+    def connect(address: str | None, *_: str) -> object:
         if address is None:
             raise SystemExit("a cluster is started")  # the one exception that no command turns into a line
         return connected(address)

@@ -53,7 +53,7 @@ def found(shards: str) -> dict[str, str]:
 def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep, its data and those of its baseline, in the working directory. What would start a cluster exits instead."""
 
-    def connect(address: str | None) -> object:
+    def connect(address: str | None, *_: str) -> object:
         raise SystemExit("a cluster is started")
 
     monkeypatch.setattr("cps_ray.search.sweep.connected", connect)
