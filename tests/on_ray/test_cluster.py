@@ -118,5 +118,5 @@ def test_a_home_that_cannot_be_written_needs_no_token_there(tmp_path: Path, monk
 def test_the_job_has_a_name_in_the_dashboard() -> None:
     from ray.util.state import list_jobs
 
-    with connected(None, "sweep mine"):
-        assert [job.metadata["job_name"] for job in list_jobs()] == ["sweep mine"]
+    with connected(None, "sweep mine") as cluster:
+        assert [job.metadata["job_name"] for job in list_jobs(cluster.dashboard_url, detail=True)] == ["sweep mine"]

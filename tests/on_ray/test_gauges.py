@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -26,29 +27,48 @@ METRICS = {
     "pseudo/confidence/road": 0.5,
 }
 Series = tuple[str, tuple[tuple[str, str], ...]]
-CADENCES = [pytest.param((1000, 0.5, 8.0)), pytest.param((10000, gauges._REPEAT_S, 40.0), marks=pytest.mark.slow)]
-"""How often Ray exports (ms), how often we set (s), and for how long that is watched (s): ten times as fast, and as it is."""
 
 
-@pytest.fixture(params=CADENCES)
-def cadence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[float, float]]:
-    """Seconds between two exports, and for how long to watch, on a local Ray that has begun."""
-    import ray
+class FakeGauge:
+    """What of Ray's gauges is used, with the times at which it was set."""
 
-    export_ms, repeat_s, seconds = request.param
-    monkeypatch.setattr(gauges, "_REPEAT_S", repeat_s)
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        _system_config={"metrics_report_interval_ms": export_ms},
-    )
-    try:
-        yield export_ms / 1000, seconds
-    finally:
-        ray.shutdown()
+    set_at: ClassVar[list[tuple[str, dict[str, str], float]]] = []
+
+    def __init__(self, name: str, meaning: str, keys: tuple[str, ...]) -> None:
+        self._name, self._keys, self._tags = name, keys, dict[str, str]()
+
+    def set_default_tags(self, tags: dict[str, str]) -> "FakeGauge":
+        self._tags = tags
+        return self
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert {*self._tags, *tags} == set(self._keys)
+        self.set_at.append((self._name, tags, value))
+
+
+def test_values_are_set_again_until_the_end_and_no_thread_is_left(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.util.metrics.Gauge", FakeGauge)
+    monkeypatch.setattr(gauges, "_REPEAT_S", 0.01)
+    threads, seen = threading.active_count(), FakeGauge.set_at
+    with closing(SweepGauges("s")) as sweep, closing(TrainGauges(tiny, Path("0000"), 0, "s")) as train:
+        sweep.set({"complete": 1, "failed": 0}, None)
+        sweep.set({"complete": 2, "failed": 0}, 0.5)
+        train.write(METRICS)
+        seen.clear()
+        time.sleep(0.3)
+        assert threading.active_count() == threads + 2
+    again = {(name, *labels.values(), value) for name, labels, value in seen}
+    assert {name for name, *_ in again} == {*gauges._TRAINING, *gauges._SWEEP}
+    assert {row for row in again if row[0] == "cps_trials"} == {
+        ("cps_trials", "complete", 2),
+        ("cps_trials", "failed", 0),
+    }
+    assert threading.active_count() == threads
+    seen.clear()
+    time.sleep(0.1)
+    assert not seen
 
 
 def exported() -> dict[Series, float]:
@@ -85,9 +105,19 @@ def expected(run: str) -> dict[Series, float]:
     }
 
 
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    import ray
+
+    options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 * 2**20}
+    ray.init(address="local", **options)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.ray
-def test_gauges_stay_until_they_are_closed(cadence: tuple[float, float], tiny: TrainConfig) -> None:
-    export_s, seconds = cadence
+@pytest.mark.slow
+def test_gauges_stay_until_they_are_closed(tiny: TrainConfig, local_ray: None) -> None:
     threads = threading.active_count()
     trials = {
         ("cps_trials", (("state", state), ("sweep", "s"))): n for state, n in (("complete", 2.0), ("failed", 0.0))
@@ -99,11 +129,11 @@ def test_gauges_stay_until_they_are_closed(cadence: tuple[float, float], tiny: T
             with closing(TrainGauges(tiny, Path(run), 0, "s")) as train:
                 train.write(METRICS)
                 wait_for(there | expected(run))
-                until = time.monotonic() + seconds / 2
+                until = time.monotonic() + 40
                 while time.monotonic() < until:
                     now = exported()
                     assert {key: now.get(key) for key in there | expected(run)} == there | expected(run)
-                    time.sleep(export_s / 3)
+                    time.sleep(4)
     wait_for({})
     assert threading.active_count() == threads
 
