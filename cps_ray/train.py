@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        with connected(args.address) as cluster:
+        with connected(args.address, f"train {folder.name}") as cluster:
             awaited(
                 lambda: trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised),
                 cluster,

@@ -23,8 +23,6 @@ from cps_ray.text import first_line
 T = TypeVar("T")
 
 WORKER_ENV = {
-    # The dashboard's Train tab is empty without it.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # A report waits for the next health check: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -64,10 +62,10 @@ class Cluster:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
+def connected(address: str | None, job: str = "cps_ray") -> Iterator[Cluster]:
     """Joins the cluster at `address` (or in RAY_ADDRESS), else starts one on this machine; leaves or stops it at the end.
 
-    Raises ResourceError if the address does not answer.
+    `job`: its name among the jobs in Ray's dashboard. Raises ResourceError if the address does not answer.
     """
     # Here for the driver, below for workers: each process reads them by itself.
     for name, value in WORKER_ENV.items():
@@ -80,7 +78,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         "runtime_env": {"env_vars": WORKER_ENV},
     }
     if address is not None:
-        yield from _joined(address, options)
+        yield from _joined(address, job, options)
         return
     with _dashboard_port() as port:
         # With two Ray instances on one host, Train's cleaner finds its own only by this address.
@@ -89,7 +87,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
         _make_room()
-        yield from _joined(None, options)
+        yield from _joined(None, job, options)
 
 
 def _make_room() -> None:
@@ -130,13 +128,15 @@ def _is_writable(folder: Path) -> bool:
     return False
 
 
-def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:
+def _joined(address: str | None, job: str, options: dict[str, Any]) -> Iterator[Cluster]:
     import ray
+    from ray.job_config import JobConfig
 
     in_main = threading.current_thread() is threading.main_thread()  # only there handlers can be set
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(address=address or "local", **options)
+        named = JobConfig(metadata={"job_name": job})
+        context = ray.init(address=address or "local", job_config=named, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as err:
         raise ResourceError(
             f"--address {address or 'local'}: no Ray cluster can be joined there ({first_line(err)}). "

@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Sweep:
             try:
                 if not self._trials_left():
                     self._need_best()  # before a cluster is started for nothing
-                with connected(self._address) as cluster:
+                with connected(self._address, f"sweep {self._config.name}") as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
                     at_once, _ = awaited(self._how_many_fit, cluster, self._wait_s, self._say)
                     for line in cluster.banner():
@@ -196,7 +196,7 @@ class Sweep:
         write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
         display = make_display(self._config.name, self._console)
         self._events.subscribers.append(display.on_event)
-        with display:
+        with display, closing(SweepGauges(self._config.name)) as self._gauges:
             self._run_search()
             self._need_best()
             best = best_config(self._study, self._config)
@@ -240,7 +240,7 @@ class Sweep:
             return
         done = self._num_ended()
         self._events("phase", text=f"search: {done} of {self._config.budget.trials} trials done" if done else "search")
-        phase = SearchPhase(self._study, self._config, self._root, self._events, SweepGauges(self._config.name))
+        phase = SearchPhase(self._study, self._config, self._root, self._events, self._gauges)
 
         def tick(session: TuneSession) -> None:
             if phase.limit or phase.out_of_time:

@@ -100,6 +100,7 @@ def test_trainings_at_once_ask_for_as_many_bundles(asked: list[Any]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_that_joins_late_is_waited_for() -> None:
     import ray
     from ray.cluster_utils import Cluster as Nodes

@@ -40,7 +40,7 @@ Edit = Callable[..., Path]
 def edit(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     """Writes the sweep above with (old, new) parts replaced into another folder, whose paths count from there; returns the file."""
 
-    def connect(address: str | None) -> object:
+    def connect(address: str | None, *_: str) -> object:
         raise SystemExit("a cluster is started")
 
     monkeypatch.setattr("cps_ray.search.sweep.connected", connect)
