@@ -40,6 +40,7 @@ from cps_ray.results import (
     trial_folder,
     verdict_lines,
 )
+from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import write_best, write_seeds
 from cps_ray.search.final_phase import (
@@ -196,7 +197,7 @@ class Sweep:
         write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
         display = make_display(self._config.name, self._console)
         self._events.subscribers.append(display.on_event)
-        with display, closing(SweepGauges(self._config.name)) as self._gauges:
+        with display, on_disk(self._root / SUMMARY_FILE), closing(SweepGauges(self._config.name)) as self._gauges:
             self._run_search()
             self._need_best()
             best = best_config(self._study, self._config)
@@ -221,7 +222,7 @@ class Sweep:
             self._scratch,
             self._pool,
             sweep=self._config.name,
-            at_once=_Room(lambda: self._how_many_fit()[is_final]),
+            at_once=_Room(lambda: self._how_many_fit()[1 if is_final else 0]),
             failures=self._config.failures,
             resume=resume_command(self._root),
             say=lambda text: self._events("notice", text=text),
