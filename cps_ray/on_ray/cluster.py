@@ -23,9 +23,10 @@ from cps_ray.text import first_line
 T = TypeVar("T")
 
 WORKER_ENV = {
-    # A report waits for the next health check: 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Workers that have died, and groups that have ended, are found out by the next health check: 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How long a group waits for room before it says so, and waits again. Meanwhile its controller hears nothing.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # Relative paths must mean the same in a worker as in the driver.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

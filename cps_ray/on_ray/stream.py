@@ -8,7 +8,6 @@ has come up, which takes seconds, the rank reads for itself.
 
 import queue
 import threading
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -86,18 +85,11 @@ def _read(numbers: dict[str, NDArray[np.int64]], plan: StreamPlan, per_block: in
 def _execution(plan: StreamPlan) -> Iterator[tuple[int, list[Encoded]]]:
     """Yields chunks from `_READ_HERE` on with their numbers, in order, read ahead by Ray Data."""
     import ray
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Pace(ExecutionCallback):  # type: ignore[misc]
-        """Ray Data's scheduling loop does not wait while it is held back: it spins, and takes a core and this process's
-        interpreter lock from the training (measured on 2 cores: a third of the speed). A round moves one chunk.
-        """
-
-        def on_execution_step(self, executor: object) -> None:
-            time.sleep(_ROUND_S)
+    from cps_ray.on_ray.ray_internals import paced
 
     context = ray.data.DataContext.get_current()
-    context.custom_execution_callback_classes = [Pace]
+    context.custom_execution_callback_classes = [paced(_ROUND_S)]
     context.enable_progress_bars = False
     # Any order would be a random one, but not the one that a resumed training has to find again.
     context.execution_options.preserve_order = True

@@ -79,10 +79,10 @@ def serve(pool: Any, group: str) -> None:
     from ray import train
     from ray.train import collective
 
-    is_first = train.get_context().get_world_rank() == 0
+    rank = train.get_context().get_world_rank()
     # Rank 0 alone asks, so that all ranks train the same.
-    while (found := collective.broadcast_from_rank_zero(_next_training(pool, group) if is_first else None)) != END:
-        _serve(pool, group, found, is_first)
+    while (found := collective.broadcast_from_rank_zero(_next_training(pool, group) if rank == 0 else None)) != END:
+        _serve(pool, group, found, rank)
 
 
 def _next_training(pool: Any, group: str) -> Training | str:
@@ -94,7 +94,7 @@ def _next_training(pool: Any, group: str) -> Training | str:
     return found
 
 
-def _serve(pool: Any, group: str, training: Training, is_first: bool) -> None:
+def _serve(pool: Any, group: str, training: Training, rank: int) -> None:
     """Trains once, and says how it ended. Raises what failed: the processes of a failed training serve no other."""
     import ray
 
@@ -103,14 +103,16 @@ def _serve(pool: Any, group: str, training: Training, is_first: bool) -> None:
     def finished(failure: str | None, kind: str) -> None:
         ray.get(pool.finished.remote(group, folder, failure, kind, held_bytes()))
 
-    if is_first:
+    # Into the actor's own log, which the dashboard shows: so it says which trainings it has served.
+    print(f"{training.sweep} {Path(folder).name}: rank {rank}, log in {Path(folder) / LOG_FILE}", flush=True)
+    if rank == 0:
         pool.started.remote(group, folder)
     try:
         with _run_log(Path(folder)) as log:
             try:
                 config = load_train(Path(folder) / CONFIG_FILE)
                 judge = lambda step: ray.get(pool.report.remote(group, folder, step))  # noqa: E731
-                if is_first:
+                if rank == 0:
                     (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
                 _train(config, Path(folder), training.sweep, training.metric, log, judge)
             except Exception as err:
@@ -122,14 +124,14 @@ def _serve(pool: Any, group: str, training: Training, is_first: bool) -> None:
                 raise
     except DivergedError as err:
         clean_up()
-        if is_first:
+        if rank == 0:
             finished(str(err), COLLAPSED)
     except Exception as err:
         finished(reason(err), kind_of(err))
         raise
     else:
         clean_up()
-        if is_first:
+        if rank == 0:
             finished(None, "")
 
 
@@ -302,8 +304,8 @@ def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state:
         f"{name} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for name, net in state.networks.items()
     )
     log.info(
-        "step %d of %d: rank %d of %d on %s, %d labelled and %d unlabelled images, networks %s",
-        *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device),
+        "step %d of %d: rank %d of %d on %s, process %d of %s, %d labelled and %d unlabelled images, networks %s",
+        *(state.step, config.schedule.steps, ranks.rank, ranks.world, ranks.device, os.getpid(), os.uname().nodename),
         *(len(data.subset.labeled), len(data.subset.unlabeled), ", ".join(sizes)),
     )
     for name, network in state.networks.items():
