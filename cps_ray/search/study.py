@@ -36,14 +36,15 @@ def state_name(trial: FrozenTrial) -> str:
     return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
 
 
-def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseSampler:
-    # A resumed session must not draw the first session's points again.
-    seed = config.seed + trials_so_far
+def _sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Returns what proposes trial `number`: one of its own, so that its point does not depend on who was interrupted before it."""
+    seed = config.seed + number
     if config.type == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if config.type == "qmc":
         # Not `seed`: the sequence goes on where the study's trials end, and another scrambling would be another sequence.
-        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+        first = optuna.samplers.RandomSampler(seed=seed)  # until a trial has ended
+        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True, independent_sampler=first)
     if config.type == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
     if config.type == "tpe":
@@ -116,7 +117,6 @@ class SweepStudy:
             self.study = optuna.create_study(
                 storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
             )
-            self.study.sampler = _sampler(config.sampler, len(self.study.trials))
             self.study.pruner = _WithoutCollapsed(_pruner(config.early_stopping))
         self._config = config
         self._objective = config.objective
@@ -180,8 +180,10 @@ class SweepStudy:
         unfinished = next(self._unfinished, None)
         if unfinished is not None:
             # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
+            self.study.sampler = _sampler(self._config.sampler, unfinished.number)
             trial = Trial(self.study, unfinished._trial_id)
-        elif len(self.trials) < self._config.budget.trials:
+        elif (number := len(self.trials)) < self._config.budget.trials:
+            self.study.sampler = _sampler(self._config.sampler, number)
             trial = self.study.ask()
         else:
             return None
