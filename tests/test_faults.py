@@ -1,0 +1,382 @@
+"""Faults that are really injected into real sweeps: nothing that was finished is lost, and no process is left.
+
+Each test compares the study afterwards with that of a sweep that nobody disturbed. It leaves a line for each fault in the file named by
+CPS_RAY_FAULT_TABLE; with CPS_RAY_FAULT_RUNS=3 each fault comes three times.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from support import TINY_DATA
+
+from cps_ray.files import read_json
+from cps_ray.runs import latest_checkpoint, read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RUNS = int(os.environ.get("CPS_RAY_FAULT_RUNS", "1"))
+TABLE = os.environ.get("CPS_RAY_FAULT_TABLE")
+SWEEP = (
+    """\
+version: 1
+name: tiny
+output: runs
+train:
+"""
+    + TINY_DATA
+    + """\
+  model: {encoder: tu-test_efficientnet, options: {decoder_channels: 16, decoder_aspp_dropout: 0.0}}
+  loss: {supervised: "fault_plugin:loss"}
+  optim: {name: adamw, lr: 3e-3}
+  schedule: {steps: 60, eval_every: 5}
+  resources: {cpus_per_worker: 0.5}
+budget: {trials: 4}
+sampler: {type: random}
+concurrency: 1
+early_stopping: {type: none}
+search_space:
+  cps.weight: {type: float, low: 0.05, high: 0.2}
+  optim.lr: {type: float, low: 1e-4, high: 1e-2, log: true}
+baselines:
+  supervised-only: {method: supervised}
+final: {retrain: best, seeds: [1]}
+"""
+)
+PLUGIN = '''
+"""A loss that is cross entropy, until a file beside it says otherwise: what is to happen, and how often."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+FAULT = Path(__file__).with_name("fault")
+
+
+def loss(logits, target):
+    fault = ""
+    if target.shape[-1] == 48 and FAULT.exists():  # a crop, not what the contract is checked with
+        fault, times = FAULT.read_text().split()
+        FAULT.write_text(f"{fault} {int(times) - 1}") if int(times) > 1 else FAULT.unlink()
+    if fault == "raise":
+        raise KeyError("no such class")
+    if fault == "hang":
+        time.sleep(3600)
+    if fault == "greedy":
+        torch.empty(2**50)  # more than there is: as a CUDA device that is full, the allocator refuses
+    return cross_entropy(logits, target, ignore_index=255) * (float("nan") if fault == "nan" else 1.0)
+'''
+USUAL = re.compile(
+    r"\d\d:\d\d  (\S+  (step |started|finished|is the new)|search|final runs|evaluating)|Ray dashboard|  It asks|Sweep folder"
+)
+"""Lines that every sweep prints."""
+
+
+def started_at(pid: int) -> str | None:
+    """Returns when a process was started, by which it is told from a later one with its number; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def processes() -> Iterator[tuple[int, int]]:
+    """Gives number and parent of every process."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            yield int(entry.name), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+
+
+class Command:
+    """A sweep command in a process of its own: what it prints, and every process that it has ever started."""
+
+    def __init__(self, cwd: Path, *words: str) -> None:
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        env["PYTHONPATH"] = os.pathsep.join([str(cwd), env.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "cps_ray.sweep", *words],
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[tuple[float, str]] = []
+        self._known = {self.process.pid: started_at(self.process.pid)}
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip("\n")))
+
+    def _watch(self) -> None:
+        while self.living():
+            parents = [*processes()]
+            for _ in range(4):  # children of children
+                for pid, parent in parents:
+                    if parent in self._known and pid not in self._known:
+                        self._known[pid] = started_at(pid)
+            time.sleep(0.3)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def living(self) -> dict[int, str]:
+        """Returns those of its processes that are there, with their command lines."""
+        found = {}
+        for pid, began in [*self._known.items()]:
+            if began is not None and started_at(pid) == began:
+                with suppress(OSError):
+                    found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        return found
+
+    def pids(self, title: str) -> list[int]:
+        """Returns the processes whose titles begin so."""
+        return [pid for pid, command in self.living().items() if re.match(title, command)]
+
+    def until(self, wanted: Callable[[str], Any], seconds: float = 240.0, since: float = 0.0) -> float:
+        """Waits for a line; returns when it came."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for at, line in self.lines:
+                if at > since and wanted(line):
+                    return at
+            assert time.monotonic() < deadline, f"no such line in {seconds:g} s:\n{self.text}"
+            assert self._reader.is_alive(), f"ended before such a line:\n{self.text}"
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 400.0) -> int:
+        """Waits for its end; returns its exit code."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"did not end in {seconds:g} s:\n{self.text}") from None
+        self._reader.join(5)
+        return self.process.returncode
+
+    def left(self, seconds: float = 20.0) -> dict[int, str]:
+        """Returns those of its processes that are still there after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while self.living() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = self.living()
+        for pid in left:  # the next test is to have the machine for itself
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        return left
+
+    def saw(self, since: float) -> str:
+        """Returns what it printed since then that is not what every sweep prints."""
+        told = [line for at, line in self.lines if at > since and not USUAL.match(line)]
+        verdict = next((n for n, line in enumerate(told) if line.startswith("Best trial")), len(told))
+        return " / ".join(told[:verdict]) or "nothing"
+
+
+@dataclass
+class Faults:
+    """The folder of one test's sweep, and the lines of the table that the test leaves."""
+
+    name: str
+    cwd: Path
+    rows: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def root(self) -> Path:
+        return self.cwd / "runs/tiny"
+
+    def start(self, *words: str) -> Command:
+        return Command(self.cwd, *(words or (("resume", "runs/tiny") if self.root.exists() else ("tiny.yaml",))))
+
+    def fault(self, what: str) -> None:
+        (self.cwd / "fault").write_text(what)
+
+    def note(self, saw: str, seconds: float, code: int | None, left: dict[int, str] | None = None) -> None:
+        """Adds a line: what was seen, the seconds until the next evaluation or the exit, the exit code, the processes left."""
+        self.rows.append([saw.replace(str(self.cwd), "."), f"{seconds:.1f}", code, {} if left is None else left])
+
+    def check(self, expected: "Outcome", *, failed: tuple[int, ...] = ()) -> None:
+        """Writes the lines, and compares what is on disk with the undisturbed sweep; `failed`: trials that the fault was to end."""
+        found = Outcome.of(self.root)
+        lost = [n for n, trial in expected.trials.items() if n not in failed and found.trials.get(n) != trial]
+        self.write(len(lost))
+        assert not lost, f"{found.trials}\n{expected.trials}"
+        assert not [row for row in self.rows if row[3]], "processes are left"
+        if not failed:
+            assert found == expected
+
+    def write(self, lost: int) -> None:
+        """Writes the lines of the table."""
+        for saw, seconds, code, left in self.rows:
+            line = f"| {self.name} | {saw} | {seconds} | {lost} | {'' if code is None else code} | {len(left)} |"
+            print(line, *left.values(), sep="\n")
+            if TABLE:
+                with open(TABLE, "a") as file:
+                    file.write(line + "\n")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep has found, without what depends on the clock."""
+
+    counts: dict[str, int]
+    trials: dict[int, Any]
+    final: Any
+    curves: dict[str, list[tuple[int, float]]]
+
+    @classmethod
+    def of(cls, root: Path) -> "Outcome":
+        study = optuna.load_study(study_name=None, storage=f"sqlite:///{root}/study.db")
+        summary = read_json(root / "summary.json")
+        return cls(
+            summary["trials"],
+            {
+                t.number: (t.state.name, t.params, t.values, t.intermediate_values, t.user_attrs.get("failure"))
+                for t in study.trials
+            },
+            summary["final"],
+            {
+                path.parent.name: [(record["step"], record["val/miou"]) for record in read_metrics(path.parent)]
+                for path in sorted(root.glob("*/*/metrics.jsonl"))
+            },
+        )
+
+
+@pytest.fixture
+def faults(tmp_path: Path, shards: Path, request: pytest.FixtureRequest) -> Faults:
+    write_sweep(tmp_path, shards)
+    return Faults(request.node.name.removeprefix("test_"), tmp_path)
+
+
+def write_sweep(folder: Path, shards: Path) -> None:
+    (folder / "tiny.yaml").write_text(SWEEP.replace("SHARDS", str(shards)))
+    (folder / "fault_plugin.py").write_text(PLUGIN)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Outcome:
+    """What the sweep finds when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_sweep(folder, shards)
+    command = Command(folder, "tiny.yaml")
+    assert command.end() == 0, command.text
+    assert not command.left()
+    return Outcome.of(folder / "runs/tiny")
+
+
+def at_step(run: str, step: int) -> Callable[[str], bool]:
+    return lambda line: f"{run}  step {step}/" in line
+
+
+def later(run: str, step: int) -> Callable[[str], bool]:
+    """Takes the report of a run after a step."""
+    return lambda line: bool((found := re.search(rf"{run}  step (\d+)/", line)) and int(found[1]) > step)
+
+
+def last_step(command: Command, run: str) -> int:
+    steps = [int(found[1]) for _, line in command.lines if (found := re.search(rf"{run}  step (\d+)/", line))]
+    return max(steps, default=0)
+
+
+def interrupt(command: Command) -> None:
+    command.process.send_signal(signal.SIGINT)
+
+
+def interrupt_twice(command: Command) -> None:
+    command.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    command.process.send_signal(signal.SIGINT)
+
+
+def terminate(command: Command) -> None:
+    command.process.send_signal(signal.SIGTERM)
+
+
+def terminate_all(command: Command) -> None:
+    for pid in command.living():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def kill(command: Command) -> None:
+    command.process.kill()
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "most_s"),
+    [
+        pytest.param(interrupt, 130, 8.0, id="SIGINT"),
+        pytest.param(interrupt_twice, 130, 8.0, id="SIGINT twice"),
+        pytest.param(terminate, 143, 8.0, id="SIGTERM"),
+        pytest.param(terminate_all, 143, 10.0, id="SIGTERM to every process"),
+        pytest.param(kill, -9, 8.0, id="SIGKILL of the driver"),
+    ],
+)
+def test_stopped(
+    faults: Faults, undisturbed: Outcome, stop: Callable[[Command], None], code: int, most_s: float
+) -> None:
+    for number in range(RUNS):
+        command = faults.start()
+        command.until(at_step(f"{number:04d}", 20))
+        began = time.monotonic()
+        stop(command)
+        found = command.end(120)
+        seconds = time.monotonic() - began
+        faults.note(command.saw(began), seconds, found, command.left())
+        assert found == code, command.text
+        assert seconds < most_s, command.text
+        if stop is not kill:
+            assert "Resume: python -m cps_ray.sweep resume runs/tiny" in command.text
+            assert read_json(faults.root / "summary.json")["status"] == "interrupted"
+    command = faults.start()
+    assert command.end() == 0, command.text
+    assert not command.left()
+    faults.check(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        pytest.param("ray::(ResourceTrainable|TuneTrial)", id="trial actor"),
+        pytest.param("ray::TrainController", id="controller"),
+        pytest.param("ray::RayTrainWorker", id="worker"),
+        pytest.param("ray::_WorkerGroupsActor", id="actor that hands out trainings"),
+    ],
+)
+def test_killed(faults: Faults, undisturbed: Outcome, title: str) -> None:
+    command = faults.start()
+    for number in range(RUNS):
+        run = f"{number:04d}"
+        command.until(at_step(run, 20))
+        victims = command.pids(title)
+        assert victims, command.living()
+        began, step = time.monotonic(), last_step(command, run)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        step += 5  # it may have been on its way
+        recovered = command.until(later(run, step), since=began)
+        faults.note(command.saw(began), recovered - began, None)
+    code = command.end()
+    faults.rows = [[saw, seconds, code, {}] for saw, seconds, _, _ in faults.rows]
+    faults.rows[-1][3] = command.left()
+    assert code == 0, command.text
+    faults.check(undisturbed)
