@@ -50,14 +50,14 @@ class FinalRunError(CpsRayError):
     """A final run failed, so that nothing can be compared (exit 1). The search is complete; `resume` trains the rest."""
 
 
-class DiskFullError(CpsRayError):
-    """A disk takes no more: full, over its quota, or read-only (exit 1). What was finished is on disk."""
-
-
 class ResourceError(CpsRayError):
     """The plan can never be scheduled on this cluster (exit 5)."""
 
     exit_code = 5
+
+
+class DiskError(CpsRayError):
+    """The sweep's folder cannot be written any more: a full disk, a read-only folder (exit 1). What has ended is kept; `resume` goes on."""
 
 
 class DivergedError(CpsRayError):

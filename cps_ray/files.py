@@ -61,3 +61,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Returns the JSON value of each line; a last one cut short by a crash is left out. ValueError for any other line that is none."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

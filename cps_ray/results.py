@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cps_ray.config import yaml_reader
 from cps_ray.config.reader import load_train
 from cps_ray.config.sweep import BEST_ARM, ObjectiveConfig, measured_network
 from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.errors import ConfigError
-from cps_ray.files import read_json
+from cps_ray.files import read_json, read_lines
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.runs import CONFIG_FILE, METRICS_FILE, read_metrics
 from cps_ray.text import display_path, on_one_line, shell_path, show_params
@@ -31,7 +30,7 @@ SWEEP_FILE = "sweep.yaml"
 STUDY_FILE = "study.db"
 LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
-TRIALS_FILE = "trials.parquet"
+TRIALS_FILE = "trials.jsonl"
 TRIALS_FOLDER = "trials"
 FINAL_FOLDER = "final"
 BEST_FILE = "best.yaml"
@@ -49,8 +48,11 @@ TRIAL_COLUMNS: Mapping[str, type] = {
     "score_last": float,
     "steps": int,
     "seconds": float,
+    "accumulate": int,
 }
-"""Columns of trials.parquet; those of the parameters follow."""
+"""Columns of the table of trials; those of the parameters follow."""
+_HISTORY_COLUMNS: Mapping[str, type] = {"run": str, "step": int}
+_RUNS_AT_ONCE = 100
 RESUME = "python -m cps_ray.sweep resume"
 HEADLINE = "test/miou"
 """Score by which arms are compared, if the objective does not name another network than a."""
@@ -125,14 +127,13 @@ class SweepResults:
         if not path.exists() and not (self.folder / TRIALS_FOLDER).exists():
             return []  # before the first trial
         try:
-            # Neither read_table nor from_pylist: both would import pandas.
-            rows: list[Row] = pq.ParquetFile(path).read().to_pylist()
-        except (OSError, pa.ArrowException) as err:
+            rows = {row["number"]: (row["state"], row) for row in read_lines(path)}  # the last line of a trial holds
+        except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"{path}: cannot be read: {on_one_line(err, 200).rstrip('.')}. "
                 f"It is made from {STUDY_FILE}, and written again by: {RESUME} {shell_path(self.folder)}"
             ) from err
-        return [self._so_far(row, is_held) if row["state"] == RUNNING else row for row in rows]
+        return [self._so_far(row, is_held) if state == RUNNING else row for _, (state, row) in sorted(rows.items())]
 
     def _so_far(self, row: Row, is_held: bool) -> Row:
         """Returns the row of a trial that has not ended, with what it has measured since the table was written."""
@@ -192,11 +193,14 @@ def is_locked(root: Path) -> bool:
 def history_table(root: Path) -> pa.Table:
     """Returns all records of all runs of a sweep. Runs of several methods measure different things: there is a column for each name,
     empty where a run has none."""
-    files = sorted(root.glob(f"{TRIALS_FOLDER}/*/{METRICS_FILE}")) + sorted(
-        root.glob(f"{FINAL_FOLDER}/*/{METRICS_FILE}")
-    )
-    rows = [{"run": file.parent.name, **record} for file in files for record in read_metrics(file.parent)]
-    return table_of(rows, {"run": str, "step": int})
+    files = [file for part in (TRIALS_FOLDER, FINAL_FOLDER) for file in sorted(root.glob(f"{part}/*/{METRICS_FILE}"))]
+    tables = [table_of([], _HISTORY_COLUMNS)]
+    # In parts: as Python objects, the records of thousands of trials would take ten times the memory of their table.
+    for begin in range(0, len(files), _RUNS_AT_ONCE):
+        part = files[begin : begin + _RUNS_AT_ONCE]
+        rows = [{"run": file.parent.name, **record} for file in part for record in read_metrics(file.parent)]
+        tables.append(table_of(rows, _HISTORY_COLUMNS))
+    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
 
 
 def table_of(rows: list[Row], kinds: Mapping[str, type]) -> pa.Table:

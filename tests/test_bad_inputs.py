@@ -287,7 +287,7 @@ def test_a_resume_in_a_space_that_optuna_cannot_go_on_in(
 
 
 def test_a_table_that_was_cut_short_is_written_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (finished / "trials.parquet").write_bytes(b"PAR1cut")
+    (finished / "trials.jsonl").write_text('{"num\n')
     assert sweep.main(["status", str(finished)]) == 2
     assert "written again by: python -m cps_ray.sweep resume runs/bad\n" in one_line(capsys)
     assert sweep.main(["resume", str(finished)]) == 0

@@ -4,7 +4,6 @@ Each test compares the study afterwards with that of a sweep that nobody disturb
 CPS_RAY_FAULT_TABLE; with CPS_RAY_FAULT_RUNS=3 each fault comes three times.
 """
 
-import json
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 from support import TINY_DATA
 
 from cps_ray.files import read_json
-from cps_ray.runs import latest_checkpoint, read_metrics
+from cps_ray.runs import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -159,8 +159,8 @@ def test_a_failed_sweep_says_why(searching: Searching) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda root: (root / "trials.parquet").write_bytes(b"PAR1cut"), "trials.parquet: cannot be read"),
-        (lambda root: (root / "trials.parquet").unlink(), "trials.parquet: cannot be read"),
+        (lambda root: (root / "trials.jsonl").write_text('{"num\n{}\n'), "trials.jsonl: cannot be read"),
+        (lambda root: (root / "trials.jsonl").unlink(), "trials.jsonl: cannot be read"),
         (lambda root: (root / "summary.json").write_text('{"name": "s", "sta'), "summary.json: must be a JSON object"),
         (lambda root: (root / "summary.json").write_text("[1]"), "summary.json: must be a JSON object"),
         (lambda root: (root / "sweep.yaml").write_text("version: 1\n"), "sweep.yaml: must hold "),

@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement(benchmarks)
     _add_methods(benchmarks)
     _add_start(benchmarks)
+    _add_driver(benchmarks)
     return parser
 
 
@@ -138,6 +139,21 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     record = "file that every run is written to as it ends; runs that it already holds are not repeated"
     add("--json", type=Path, metavar="FILE", help=record)
+
+
+def _add_driver(benchmarks: "Benchmarks") -> None:
+    driver = benchmarks.add_parser(
+        "driver",
+        help="a sweep's driver beside Ray: CPU seconds per trial, memory and files, as trials become more",
+        description="Searches with the real study, tables and events, in a temporary folder, with trainings that only write ten records "
+        "each. Each size has a process of its own. CPU seconds count, so that other work on the machine disturbs little.",
+    )
+    add = driver.add_argument
+    sizes = "trials of each sweep (default 100 1000 3000)"
+    add("--trials", type=_positive, nargs="+", default=[100, 1000, 3000], metavar="N", help=sizes)
+    add("--sampler", choices=("random", "tpe"), default="random")
+    add("--early-stopping", choices=("asha", "median", "none"), default="asha")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,7 @@
 """What a sweep shows while it runs: a live table on a terminal, one line per event elsewhere."""
 
 import time
+from collections import Counter, deque
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -75,9 +76,7 @@ def _sentence(event: Event) -> str:
         return f"{run}  {kind}: {event['failure']}"
     if kind == "best":
         return f"{run}  is the new best: {event['value']:.4f}"
-    if kind == "phase":
-        return str(event["text"])
-    return ""
+    return str(event["text"]) if kind in ("phase", "notice") else ""
 
 
 class LiveTable:
@@ -86,7 +85,10 @@ class LiveTable:
     def __init__(self, name: str, console: Console) -> None:
         self._name = name
         self._start = time.monotonic()
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._running: dict[str, dict[str, Any]] = {}
+        self._ended: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_FINISHED_SHOWN)
+        self._counts: Counter[str] = Counter()
+        self._notice = ""
         self._best: tuple[str, float] | None = None
         self._phase = "search"
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render, vertical_overflow="crop")
@@ -103,13 +105,15 @@ class LiveTable:
         kind = event["event"]
         if kind == "phase":
             self._phase = str(event["text"])
-            return
-        if kind == "best":
+        elif kind == "notice":
+            self._notice = str(event["text"])
+        elif kind == "best":
             self._best = (event["run"], event["value"])
-            return
-        if "run" not in event:  # the end of a session
-            return
-        row = self._rows.setdefault(event["run"], {"state": "", "since": time.monotonic(), "params": {}, "steps": 0})
+        elif "run" in event:
+            self._take(event["run"], kind, event)
+
+    def _take(self, run: str, kind: str, event: Event) -> None:
+        row = self._running.setdefault(run, {"state": "", "since": time.monotonic(), "params": {}, "steps": 0})
         if kind == "started":
             row |= {
                 "state": "starting",
@@ -120,22 +124,25 @@ class LiveTable:
         elif kind == "report":
             best = max(row.get("best", event["value"]), event["value"])
             row |= {"state": "running", "step": event["step"], "last": event["value"], "best": best}
+            self._notice = ""  # of what was waited for
         else:  # finished, pruned, collapsed or failed: the clock of this row stops
             row |= {"state": kind, "seconds": time.monotonic() - row["since"], "failure": event.get("failure", "")}
+            self._ended.append((run, self._running.pop(run)))
+            self._counts[kind] += 1
 
     def _render(self) -> Group:
-        states = [row["state"] for row in list(self._rows.values())]
         head = Text(f"{self._name}", style="bold")
         head.append(f"   {self._phase}   {_clock(time.monotonic() - self._start)}   ", style="not bold")
         for state, style in _STYLES.items():
             # Starting takes seconds and no decision: for the count it is running.
-            count = states.count(state) + (states.count("starting") if state == "running" else 0)
+            count = len(self._running) if state == "running" else self._counts[state]
             head.append(f"{count} {state}   ", style=style if count else "dim")
         best = Text("best  ", style="bold")
         best.append(
             "none yet" if self._best is None else f"{self._best[1]:.4f}  trial {self._best[0]}", style="not bold green"
         )
-        return Group(head, best, self._table())
+        notice = [Text(printable(self._notice), style="yellow")] if self._notice else []
+        return Group(head, best, *notice, self._table())
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="dim", pad_edge=False)
@@ -149,11 +156,9 @@ class LiveTable:
         ):
             table.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("settings", overflow="fold")
-        rows = list(self._rows.items())  # a copy: events come in another thread
-        running = [entry for entry in rows if entry[1]["state"] in ("starting", "running")]
-        done = [entry for entry in rows if entry not in running]
-        # Running ones last, and only a few of the ended ones: rich cannot redraw what has scrolled out of the window.
-        for name, row in [*done[-_FINISHED_SHOWN:], *running]:
+        # Running ones last, and only a few of the ended ones: rich cannot redraw what has scrolled out of the window. Copies: events come
+        # in another thread.
+        for name, row in [*self._ended, *self._running.items()]:
             seconds = row.get("seconds", time.monotonic() - row["since"])
             last, best = (f"{row[key]:.4f}" if key in row else "" for key in ("last", "best"))
             # Why it failed is worth more than what it tried; that stands in trials.csv.

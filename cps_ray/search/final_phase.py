@@ -59,9 +59,14 @@ def drop_stale(runs: list[FinalRun]) -> None:
 
 
 def is_stale(job: TrainingJob) -> bool:
-    """Whether the run's folder holds a training with other settings."""
-    config = job.folder / CONFIG_FILE
-    return config.exists() and load_train(config) != job.config
+    """Whether the run's folder holds a training with other settings; smaller micro-batches are none, see `failures.on_oom`."""
+    path = job.folder / CONFIG_FILE
+    if not path.exists():
+        return False
+    found = load_train(path)
+    if found.compute.accumulate > job.config.compute.accumulate:
+        found = found.model_copy(update={"compute": job.config.compute})
+    return found != job.config
 
 
 def is_done(job: TrainingJob) -> bool:
@@ -94,6 +99,9 @@ class FinalPhase:
         value = metrics[job.metric]
         self._events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
         return True  # early stopping would leave an arm without its seeds
+
+    def halve(self, job: TrainingJob) -> None:
+        """Takes note of nothing: the run's own config says it."""
 
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Records how a run ended."""

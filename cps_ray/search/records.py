@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk, derived from the study and the runs' folders each time: tables, history, summary, events."""
+"""What a sweep leaves on disk, derived from the study and the runs' folders: trials, tables, history, summary, events."""
 
 import json
 import os
@@ -6,18 +6,19 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.csv
 import pyarrow.parquet as pq
-from optuna.trial import TrialState
 
-from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SweepConfig
-from cps_ray.files import read_json, write_json, write_whole
+from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig
+from cps_ray.files import read_json, write_json, write_text, write_whole
 from cps_ray.results import SUMMARY_FILE, TRIAL_COLUMNS, TRIALS_FILE, history_table, table_of
-from cps_ray.search.study import SweepStudy, state_name
+from cps_ray.search.disk import on_disk
+from cps_ray.search.study import SweepStudy, SweepTrial
 
 EVENTS_FILE = "events.jsonl"
 
@@ -34,39 +35,22 @@ class Events:
     def __call__(self, kind: str, **facts: Any) -> None:
         event = {"time": round(time.time(), 3), "event": kind, **facts}
         # Opened for each line: it is on disk before anybody acts on it, and nothing is lost with the process.
-        with self._path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        _append(self._path, event)
         for notify in self.subscribers:
             notify(event)
 
 
-def trial_rows(study: SweepStudy, config: SweepConfig) -> list[dict[str, Any]]:
-    """Returns one plain dict per trial: number, state, failure (also why it collapsed), scores, steps, seconds, params."""
-    rows = []
-    for trial in study.trials:
-        curve = trial.intermediate_values
-        # The best evaluation whatever `objective.select` says: for people; `score` is what the search compares.
-        best_step = ObjectiveConfig(select="best").step(curve)
-        started, ended = trial.user_attrs.get("started"), trial.user_attrs.get("ended")
-        rows.append(
-            {
-                "number": trial.number,
-                "state": state_name(trial),
-                "failure": trial.user_attrs.get("failure"),
-                # Optuna gives a pruned trial its last intermediate value, which compares with nothing.
-                "score": trial.value if trial.state == TrialState.COMPLETE else None,
-                "score_best": None if best_step is None else curve[best_step],
-                "step_best": best_step,
-                "score_last": trial.user_attrs.get("score_last"),
-                "steps": max(curve, default=0),
-                "seconds": round(ended - started, 1) if started and ended else None,
-                **{
-                    f"params.{name}": _cell(trial.params.get(name), param)
-                    for name, param in config.search_space.items()
-                },
-            }
-        )
-    return rows
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with on_disk(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def trial_row(trial: SweepTrial, config: SweepConfig) -> dict[str, Any]:
+    """Returns a trial as a row of the tables: TRIAL_COLUMNS, then its params."""
+    return {
+        **{name: getattr(trial, name) for name in TRIAL_COLUMNS},
+        **{f"params.{name}": _cell(trial.params.get(name), param) for name, param in config.search_space.items()},
+    }
 
 
 def _cell(value: Any, param: Param) -> Any:
@@ -75,20 +59,28 @@ def _cell(value: Any, param: Param) -> Any:
     return str(value) if mixed and value is not None else value
 
 
+def append_trial(root: Path, trial: SweepTrial, config: SweepConfig) -> None:
+    """Adds a trial to trials.jsonl as it is now: when it begins and when it ends. The last line of a trial holds."""
+    _append(root / TRIALS_FILE, trial_row(trial, config))
+
+
 def write_tables(root: Path, study: SweepStudy, config: SweepConfig) -> None:
-    """Writes trials.parquet, trials.csv and history.parquet, whole and new each time: derived, they cannot drift from the study."""
-    write_trials(root, study, config)
+    """Writes trials.jsonl, trials.parquet, trials.csv and history.parquet, whole and new each time: derived, they cannot drift from the study."""
+    rows = [trial_row(trial, config) for trial in study.trials]
+    with on_disk(root / TRIALS_FILE):
+        write_text(root / TRIALS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    if rows:
+        table = table_of(rows, TRIAL_COLUMNS)
+        _write(root / "trials.parquet", lambda path: pq.write_table(table, path))
+        _write(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))
     history = history_table(root)
     if history.num_rows:
-        write_whole(root / "history.parquet", lambda path: pq.write_table(history, path))
+        _write(root / "history.parquet", lambda path: pq.write_table(history, path))
 
 
-def write_trials(root: Path, study: SweepStudy, config: SweepConfig) -> None:
-    """Writes trials.parquet and trials.csv, once there is a trial."""
-    table = table_of(trial_rows(study, config), TRIAL_COLUMNS)
-    if table.num_rows:
-        write_whole(root / TRIALS_FILE, lambda path: pq.write_table(table, path))
-        write_whole(root / "trials.csv", lambda path: pyarrow.csv.write_csv(table, path))
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    with on_disk(path):
+        write_whole(path, write)
 
 
 def write_summary(root: Path, study: SweepStudy, config: SweepConfig, status: str, **facts: Any) -> dict[str, Any]:
@@ -104,8 +96,8 @@ def write_summary(root: Path, study: SweepStudy, config: SweepConfig, status: st
         if best is None
         else {
             "trial": best.number,
-            "value": best.value,
-            "step": config.objective.step(best.intermediate_values),
+            "value": best.score,
+            "step": best.step,
             "params": best.params,
         },
         # Final results of another best trial would say nothing about this one.
@@ -119,10 +111,12 @@ def write_summary(root: Path, study: SweepStudy, config: SweepConfig, status: st
         "made_with": environment(),
         **facts,
     }
-    write_json(root / SUMMARY_FILE, summary)
+    with on_disk(root / SUMMARY_FILE):
+        write_json(root / SUMMARY_FILE, summary)
     return summary
 
 
+@cache
 def environment() -> Mapping[str, Any]:
     """Returns versions, machine and commit."""
     packages = ("cps-ray", "torch", "ray", "optuna", "segmentation-models-pytorch", "albumentations", "numpy")

@@ -1,6 +1,8 @@
 """The search phase of a sweep: its trials, proposed by the study, stopped while they run, kept or dropped."""
 
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,13 +11,17 @@ from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.on_ray.gauges import SweepGauges
-from cps_ray.results import COLLAPSED, COMPLETE, FAILED, RUNNING, trial_folder
+from cps_ray.results import BEST_FILE, COLLAPSED, COMPLETE, FAILED, RUNNING, trial_folder
 from cps_ray.runs import drop_checkpoints
+from cps_ray.search.disk import on_disk
 from cps_ray.search.export import write_best
-from cps_ray.search.records import Events, write_summary, write_tables, write_trials
+from cps_ray.search.records import Events, append_trial, write_summary, write_tables
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.tune_session import TrainingJob
 from cps_ray.text import shell_path, show_params
+
+_TABLES_COST = 0.02
+"""Fraction of the time that writing tables may take, as they grow: they are whole and new each time."""
 
 
 @dataclass(slots=True)
@@ -30,6 +36,13 @@ class SearchPhase:
     limit: str | None = None
     """Why the failure limits stopped the sweep."""
     started: float = field(default_factory=time.monotonic)
+    _tables_due: float = 0.0
+    """Time of the monotonic clock from which on tables are written again."""
+    _ended: deque[int] = field(default_factory=lambda: deque(maxlen=16))
+    """Trials that ended last: a stopped one may still have been writing when its turn came."""
+
+    def __post_init__(self) -> None:
+        self.tidy()  # what an earlier session left
 
     @property
     def seconds(self) -> float:
@@ -52,9 +65,9 @@ class SearchPhase:
             return None
         number, config = found
         job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config, self.config.objective.metric)
-        write_trials(self.root, self.study, self.config)  # who looks on has the drawn values from there
-        params = self.study.study.trials[number].params  # after `ask`, which draws them
-        self.events("started", run=job.name, params=params, steps=config.schedule.steps)
+        trial = self.study.trial(number)
+        append_trial(self.root, trial, self.config)  # who looks on has the drawn values from there
+        self.events("started", run=job.name, params=trial.params, steps=config.schedule.steps)
         self._publish()
         return job
 
@@ -65,25 +78,32 @@ class SearchPhase:
         self.study.report(number, metrics["step"], value)
         return not self.study.should_prune(number)
 
+    def halve(self, job: TrainingJob) -> None:
+        """Takes note that a training is begun again with more micro-batches a step."""
+        self.study.halve(int(job.name), job.config.compute.accumulate)
+
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
-        """Ends a trial in the study, and brings best.yaml, tables and summary up to date."""
+        """Ends a trial in the study, and brings best.yaml, trials.jsonl and summary up to date; tables when it is their time."""
         number = int(job.name)
         before = self.study.best()  # only `tell` changes it
         state = self.study.tell(number, failure=failure, collapsed=collapsed)
-        curve = self.study.study.trials[number].intermediate_values
+        trial, best = self.study.trial(number), self.study.best()
+        append_trial(self.root, trial, self.config)
         if state in (FAILED, COLLAPSED):
             self.events(state, run=job.name, failure=failure or "no finite value was reported")
             self._check_limits(failure or "")
         else:
             kind = "finished" if state == COMPLETE else "pruned"
-            self.events(kind, run=job.name, step=max(curve), value=self.config.objective.value(curve))
-        best = self.study.best()
-        if best is not None and (before is None or best.number != before.number):
-            self.events("best", run=job.name, value=best.value)
+            self.events(kind, run=job.name, step=trial.steps, value=trial.value)
+        self._ended.append(number)
+        if best is not None and best is not before:
+            self.events("best", run=job.name, value=best.score)
             # At once, not at the end: whoever kills a sweep after three days has the best of three days.
             self._write_best()
-        self.tidy()
-        write_tables(self.root, self.study, self.config)
+            if before is not None:
+                self._ended.append(before.number)
+        self._drop_checkpoints(self._ended)
+        self._write_tables_if_due()
         write_summary(self.root, self.study, self.config, RUNNING)
         self._publish()
 
@@ -95,14 +115,25 @@ class SearchPhase:
 
     def tidy(self) -> None:
         """Frees the disk of all ended trials but the best."""
-        # All of them each time: a stopped one may still have been writing when its turn came.
+        self._drop_checkpoints(trial.number for trial in self.study.trials if trial.state != RUNNING)
+
+    def _drop_checkpoints(self, ended: Iterable[int]) -> None:
         best = self.study.best()
-        for trial in self.study.trials:
-            if trial.state.is_finished() and (best is None or trial.number != best.number):
-                drop_checkpoints(trial_folder(self.root, trial.number))
+        for number in ended:
+            if best is None or number != best.number:
+                drop_checkpoints(trial_folder(self.root, number))
+
+    def _write_tables_if_due(self) -> None:
+        begin = time.monotonic()
+        if begin < self._tables_due:
+            return
+        write_tables(self.root, self.study, self.config)
+        end = time.monotonic()
+        self._tables_due = end + (end - begin) / _TABLES_COST
 
     def _write_best(self) -> None:
-        write_best(self.root, best_config(self.study, self.config), best_header(self.root, self.study, self.config))
+        with on_disk(self.root / BEST_FILE):
+            write_best(self.root, best_config(self.study, self.config), best_header(self.root, self.study, self.config))
 
     def _check_limits(self, failure: str) -> None:
         limits = self.config.failures
@@ -116,23 +147,23 @@ class SearchPhase:
 
     def _publish(self) -> None:
         best = self.study.best()
-        self.gauges.set(self.study.counts(), None if best is None else best.value)
+        self.gauges.set(self.study.counts(), None if best is None else best.score)
 
 
 def best_config(study: SweepStudy, config: SweepConfig) -> TrainConfig:
     """Returns the best trial's training. There must be a complete trial."""
     best = study.best()
     assert best is not None
-    return apply(config.train, best.params, f"trial {best.number}")
+    halved = {} if best.accumulate is None else {"compute.accumulate": best.accumulate}
+    return apply(config.train, {**best.params, **halved}, f"trial {best.number}")
 
 
 def best_header(root: Path, study: SweepStudy, config: SweepConfig) -> str:
     """Returns the comment on top of best.yaml. There must be a complete trial."""
     best = study.best()
     assert best is not None
-    step = config.objective.step(best.intermediate_values)
     return (
-        f"Best of sweep {config.name}: trial {best.number}, {config.objective.metric} {best.value:.4f} at step {step}.\n"
+        f"Best of sweep {config.name}: trial {best.number}, {config.objective.metric} {best.score:.4f} at step {best.step}.\n"
         f"{show_params(best.params)}\n"
         f"Train it again: python -m cps_ray.train {shell_path(root / 'best.yaml')}"
     )

@@ -4,13 +4,17 @@ Whatever else is lost, the study says which points were tried, what they reporte
 is PRUNED with its curve, one that crashed is FAIL, a finished one is COMPLETE with the value that `objective.select` names.
 One that collapsed or diverged is COMPLETE with the worst value, and with its reason as the attribute `failure`: Optuna's
 samplers learn nothing from FAIL, and would try the same region again.
+
+It is read once, when it is opened; what is asked for while a sweep runs is kept in memory, a few numbers per trial.
 """
 
 import math
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -20,17 +24,77 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply, draw
-from cps_ray.config.sweep import ChoiceParam, EarlyStoppingConfig, Param, SamplerConfig, SweepConfig
+from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SamplerConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import ConfigError, at
-from cps_ray.results import COLLAPSED, COMPLETE, FAILED, PRUNED, RUNNING, STATES, STUDY_FILE
+from cps_ray.results import COLLAPSED, COMPLETE, FAILED, PRUNED, RUNNING, STATES, STUDY_FILE, TRIALS_FOLDER
+from cps_ray.search.disk import BEGIN_ANEW, damaged, on_disk
+from cps_ray.search.stopping import stopping_rule
 
 WORST = 0.0
 """Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
+_BEST = ObjectiveConfig(select="best")
+ACCUMULATE = "accumulate"
+"""Attribute of a trial: see `SweepTrial`."""
 
 
-def state_name(trial: FrozenTrial) -> str:
-    """Name of a trial's state, one of STATES."""
+@dataclass(slots=True)
+class SweepTrial:
+    """A trial that was begun: what the tables say of it."""
+
+    number: int
+    params: dict[str, Any]
+    started: float | None = None
+    """Time of the clock, as `ended`."""
+    state: str = RUNNING
+    """One of STATES."""
+    ended: float | None = None
+    failure: str | None = None
+    step: int | None = None
+    """Step of the evaluation that `objective.select` takes."""
+    value: float | None = None
+    """Value of that evaluation."""
+    score_best: float | None = None
+    """The best evaluation whatever `objective.select` says: for people."""
+    step_best: int | None = None
+    score_last: float | None = None
+    steps: int = 0
+    accumulate: int | None = None
+    """Micro-batches of a step, if memory was too small for the sweep's own."""
+
+    def measure(self, curve: dict[int, float], objective: ObjectiveConfig) -> None:
+        """Takes the study's curve (step -> value) so far."""
+        self.step, self.step_best = objective.step(curve), _BEST.step(curve)
+        self.value = None if self.step is None else curve[self.step]
+        self.score_best = None if self.step_best is None else curve[self.step_best]
+        self.steps = max(curve, default=0)
+
+    @property
+    def score(self) -> float | None:
+        """What the search compares; None unless the trial is complete or has collapsed: other values compare with nothing."""
+        return self.value if self.state == COMPLETE else WORST if self.state == COLLAPSED else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time from its first beginning to its end."""
+        return round(self.ended - self.started, 1) if self.started and self.ended else None
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """What more is known of a trial that has not ended."""
+
+    trial_id: int
+    curve: dict[int, float] = field(default_factory=dict)
+    """Step -> value, as in the study."""
+    stopped_at: int | None = None
+    """Step at which it was found to be worse than others."""
+    reported: dict[int, float] = field(default_factory=dict)
+    """Step -> value, as reported in this session."""
+    is_to_stop: bool = False
+
+
+def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return COLLAPSED if "failure" in trial.user_attrs else COMPLETE
     return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
@@ -52,16 +116,6 @@ def _sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSampler:
     assert_never(config.type)
 
 
-def _pruner(config: EarlyStoppingConfig) -> optuna.pruners.BasePruner:
-    if config.type == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.grace, reduction_factor=config.reduction)
-    if config.type == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=config.grace - 1)
-    if config.type == "none":
-        return optuna.pruners.NopPruner()
-    assert_never(config.type)
-
-
 def _kind(param: Param) -> str:
     """What trials of one study must have in common of a parameter: Optuna takes other bounds, but neither other choices nor another scale."""
     if isinstance(param, ChoiceParam):
@@ -76,29 +130,6 @@ def _kind_drawn(distribution: optuna.distributions.BaseDistribution) -> str:
     return f"{name}, log" if distribution.log else name
 
 
-class _WithoutCollapsed(optuna.pruners.BasePruner):  # type: ignore[misc]
-    """Shows a pruner no collapsed trials: one that was good until it diverged would set a bar that trials which end well may miss."""
-
-    def __init__(self, pruner: optuna.pruners.BasePruner) -> None:
-        self._pruner = pruner
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        return bool(self._pruner.prune(_StudyWithoutCollapsed(study), trial))
-
-
-class _StudyWithoutCollapsed:
-    """A study of which `get_trials` leaves out collapsed trials."""
-
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        return [trial for trial in self._study.get_trials(*args, **kwargs) if state_name(trial) != COLLAPSED]
-
-
 class SweepStudy:
     """Proposes trials, takes their curves, says which to stop, and keeps how they ended; `ask`, `report`, `should_prune` and `tell`
     mean what they mean in Optuna.
@@ -107,33 +138,97 @@ class SweepStudy:
     """
 
     def __init__(self, config: SweepConfig, folder: Path) -> None:
-        """Opens the study in `folder`, or begins it with the enqueued points."""
+        """Opens the study in `folder`, or begins it with the enqueued points. Raises ConfigError if it is damaged, or not this sweep's."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
-        connect = partial(sqlite3.connect, folder / STUDY_FILE, check_same_thread=False)
-        with warnings.catch_warnings(), at(folder / STUDY_FILE):
+        self._config, self._objective = config, config.objective
+        self._path = folder / STUDY_FILE
+        self._trials: dict[int, SweepTrial] = {}
+        self._rule = stopping_rule(config.early_stopping)
+        self._counts = dict.fromkeys(STATES, 0)
+        self._best: SweepTrial | None = None
+        self._failed_in_a_row = 0
+        self._kinds: dict[str, set[str]] = {}
+        """Parameter -> what the trials before this session were drawn from."""
+        self._live: dict[int, _Unfinished] = {}
+        with warnings.catch_warnings(), at(self._path), on_disk(self._path):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
+            # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
+            connect = partial(sqlite3.connect, self._path, check_same_thread=False)
+            if (folder / TRIALS_FOLDER).exists():
+                self._check_is_ours(connect)
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
             self.study = optuna.create_study(
-                storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
+                storage=self._storage, study_name=config.name, direction="maximize", load_if_exists=True
             )
-            self.study.pruner = _WithoutCollapsed(_pruner(config.early_stopping))
-        self._config = config
-        self._objective = config.objective
-        if not self.study.trials:
-            for point in config.enqueue:
-                self.study.enqueue_trial(dict(point))
-        # Taken now: what this session begins is RUNNING, too, and must not be begun twice.
-        self._unfinished = self._running()
-        self._live: dict[int, Trial] = {}
-        self._curves: dict[int, dict[int, float]] = {}
-        self._repeats: set[int] = set()
-        """Trials whose last report the study had already."""
+            self._seconds = float(self.study.user_attrs.get("seconds", 0.0))
+            study_id = self._storage.get_study_id_from_name(config.name)
+            trials = self._storage.get_all_trials(study_id, deepcopy=False)
+            self.study.sampler = _sampler(config.sampler, len(trials))
+            if not trials:
+                for point in config.enqueue:
+                    self.study.enqueue_trial(dict(point))
+        # What an earlier session left unfinished: this one begins with it.
+        self._unfinished = iter(self._load(trials))
+
+    def _check_is_ours(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        """Raises ConfigError for a damaged file, and for an empty one or another study, in which the sweep would silently begin anew."""
+        query = "SELECT count(*) FROM trials JOIN studies USING (study_id) WHERE study_name = ?"
+        num_trials, state = 0, "ok"
+        with closing(connect()) as connection:
+            if connection.execute("SELECT * FROM sqlite_master WHERE name = 'trials'").fetchone():
+                # Not left to chance: SQLite itself notices a damaged page only when it reads that.
+                (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                (num_trials,) = connection.execute(query, (self._config.name,)).fetchone()
+        if state != "ok":
+            raise damaged(self._path, state)
+        if not num_trials:
+            raise ConfigError(
+                f"{self._path}: must hold the trials of sweep {self._config.name}, of which {TRIALS_FOLDER}/ has some, but holds none. "
+                + BEGIN_ANEW
+            )
+
+    def _load(self, trials: list[FrozenTrial]) -> list[tuple[int, _Unfinished]]:
+        """Takes the study's trials into memory, and returns those that have not ended, by number."""
+        # WAITING are enqueued points, which have a number before anybody asks for them.
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+        unfinished = []
+        for trial in begun:
+            for name, distribution in trial.distributions.items():
+                self._kinds.setdefault(name, set()).add(_kind_drawn(distribution))
+            curve, attrs = trial.intermediate_values, trial.user_attrs
+            one = SweepTrial(trial.number, trial.params, attrs.get("started"), accumulate=attrs.get(ACCUMULATE))
+            one.measure(curve, self._objective)
+            self._trials[trial.number] = one
+            self._counts[RUNNING] += 1
+            for step in sorted(curve):
+                if step < self._config.train.schedule.steps:
+                    self._rule.add(curve, step)
+            if trial.state == TrialState.RUNNING:
+                unfinished.append((trial.number, _Unfinished(trial._trial_id, curve, attrs.get("stopped_at"))))
+        # By time, not by number: trials that run at once do not end in the order in which they began.
+        ended = [trial for trial in begun if trial.state.is_finished()]
+        for trial in sorted(ended, key=lambda trial: trial.user_attrs.get("ended", 0.0)):
+            one = self._trials[trial.number]
+            one.ended, one.failure, one.score_last = (
+                trial.user_attrs.get(name) for name in ("ended", "failure", "score_last")
+            )
+            self._end(one, _state(trial), trial.intermediate_values)
+        return unfinished
+
+    def _end(self, trial: SweepTrial, state: str, curve: dict[int, float]) -> None:
+        trial.state = state
+        self._counts[RUNNING] -= 1
+        self._counts[state] += 1
+        self._failed_in_a_row = self._failed_in_a_row + 1 if state in (FAILED, COLLAPSED) else 0
+        self._rule.end(curve, complete=state == COMPLETE, collapsed=state == COLLAPSED)
+        # The earlier one at a tie.
+        if state == COMPLETE and (self._best is None or _rank(trial) > _rank(self._best)):
+            self._best = trial
 
     def check_space(self, where: Where) -> None:
         """Raises ConfigError, with where the sweep says so, if the study's trials were drawn from a space that this one cannot go on from."""
         for name, param in self._config.search_space.items():
-            drawn = {_kind_drawn(t.distributions[name]) for t in self.study.trials if name in t.distributions}
+            drawn = self._kinds.get(name, set())
             if drawn - {_kind(param)}:
                 raise ConfigError(
                     f"{where(('search_space', name))}: search_space.{name}: must stay {' or '.join(sorted(drawn))}, as the trials "
@@ -148,112 +243,134 @@ class SweepStudy:
     @property
     def seconds_before(self) -> float:
         """Wall time that earlier sessions have searched."""
-        return float(self.study.user_attrs.get("seconds", 0.0))
+        return self._seconds
 
     def add_seconds(self, seconds: float) -> None:
         """Adds the wall time of a session that has ended."""
-        self.study.set_user_attr("seconds", self.seconds_before + seconds)
+        self._seconds += seconds
+        with on_disk(self._path):
+            self.study.set_user_attr("seconds", self._seconds)
 
     @property
-    def trials(self) -> list[FrozenTrial]:
+    def trials(self) -> list[SweepTrial]:
         """Every trial that was begun, in order of its number."""
-        # WAITING are enqueued points, which have a number before anybody asks for them.
-        return [t for t in self.study.trials if t.state != TrialState.WAITING]
+        for number in self._live:
+            self.trial(number)
+        return list(self._trials.values())
+
+    def trial(self, number: int) -> SweepTrial:
+        """Returns a trial that was begun, as it is now."""
+        trial = self._trials[number]
+        if number in self._live:
+            trial.measure(self._live[number].curve, self._objective)
+        return trial
 
     def counts(self) -> dict[str, int]:
         """Number of trials by state: complete, pruned, collapsed, failed, running."""
-        counts = dict.fromkeys(STATES, 0)
-        for trial in self.trials:
-            counts[state_name(trial)] += 1
-        return counts
+        return dict(self._counts)
 
-    def best(self) -> FrozenTrial | None:
+    def best(self) -> SweepTrial | None:
         """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
-        done = [t for t in self.trials if state_name(t) == COMPLETE]
-        return max(done, key=lambda t: t.value or 0.0, default=None)
+        return self._best
 
     def ask(self) -> tuple[int, TrainConfig] | None:
         """Returns number and config of the next trial; None when the budget of trials is used up.
 
         Trials that an earlier session left unfinished come first, with the numbers and points they had.
         """
-        unfinished = next(self._unfinished, None)
-        if unfinished is not None:
-            # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
-            self.study.sampler = _sampler(self._config.sampler, unfinished.number)
-            trial = Trial(self.study, unfinished._trial_id)
-        elif (number := len(self.trials)) < self._config.budget.trials:
-            self.study.sampler = _sampler(self._config.sampler, number)
-            trial = self.study.ask()
-        else:
-            return None
-        try:
-            changes = draw(self._config.search_space, trial)
-            config = apply(self._config.train, changes, f"trial {trial.number}")
-        except Exception:
-            if unfinished is None:  # it never ran, and nothing is left to continue
-                self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        if unfinished is None:
-            trial.set_user_attr("started", time.time())
-        self._live[trial.number] = trial
-        return trial.number, config
+        with on_disk(self._path):
+            unfinished = next(self._unfinished, None)
+            if unfinished is not None:
+                number, live = unfinished
+                self.study.sampler = _sampler(self._config.sampler, number)
+                # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
+                trial = Trial(self.study, live.trial_id)
+            elif (number := len(self._trials)) < self._config.budget.trials:
+                self.study.sampler = _sampler(self._config.sampler, number)
+                trial = self.study.ask()
+                live = _Unfinished(trial._trial_id)
+                self._trials[number] = SweepTrial(number, {}, time.time())
+                self._counts[RUNNING] += 1
+            else:
+                return None
+            try:
+                changes = draw(self._config.search_space, trial)
+                more = self._trials[number].accumulate  # of an earlier session
+                halved = {} if more is None else {"compute.accumulate": more}
+                config = apply(self._config.train, {**changes, **halved}, f"trial {number}")
+            except Exception:
+                if unfinished is None:  # it never ran, and nothing is left to continue
+                    self.study.tell(number, state=TrialState.FAIL)
+                    self._end(self._trials[number], FAILED, {})
+                raise
+            if unfinished is None:
+                self._storage.set_trial_user_attr(live.trial_id, "started", self._trials[number].started)
+        self._trials[number].params = changes
+        self._live[number] = live
+        return number, config
 
     def report(self, number: int, step: int, value: float) -> None:
         """Takes one evaluation of a trial. A resumed trial may repeat steps that the study has: they change nothing."""
-        curve = self._curves.setdefault(number, {})
-        curve[step] = value
-        if step in self._frozen(number).intermediate_values:
-            self._repeats.add(number)
-            return
-        self._repeats.discard(number)
+        live = self._live[number]
+        live.reported[step] = value
+        live.is_to_stop = step == live.stopped_at
+        if step in live.curve:
+            return  # what was decided here then, holds
         # Trials are compared at a step by what `objective.select` makes of them there: with `best`, one noisy evaluation
         # at a rung does not end a trial that was better before.
-        self._live[number].report(self._objective.value(curve) if math.isfinite(value) else value, step)
+        counted = self._objective.value(live.reported) if math.isfinite(value) else value
+        assert counted is not None
+        live.curve[step] = counted
+        with on_disk(self._path):
+            # At its last step it ends by itself, and complete.
+            if step < self._config.train.schedule.steps and self._rule.add(live.curve, step):
+                # Before the report: whenever the driver dies, a step that the study has was decided on.
+                self._storage.set_trial_user_attr(live.trial_id, "stopped_at", step)
+                live.stopped_at, live.is_to_stop = step, True
+            self._storage.set_trial_intermediate_value(live.trial_id, step, counted)
 
     def should_prune(self, number: int) -> bool:
         """Whether a trial is to be stopped after what it reported last."""
-        if number in self._repeats:
-            return False  # at this step it was not stopped when it came here first
-        if max(self._curves[number]) >= self._config.train.schedule.steps:
-            return False  # it ends by itself, and complete
-        return bool(self._live[number].should_prune())
+        return self._live[number].is_to_stop
+
+    def halve(self, number: int, accumulate: int) -> None:
+        """Takes note that a trial goes on with so many micro-batches a step, since its memory was too small."""
+        with on_disk(self._path):
+            self._storage.set_trial_user_attr(self._live[number].trial_id, ACCUMULATE, accumulate)
+        self.trial(number).accumulate = accumulate
 
     def tell(self, number: int, *, failure: str | None, collapsed: bool = False, **facts: Any) -> str:
         """Ends a trial and returns the name of its state; `facts` are kept with it.
 
         `failure`: what went wrong, in one line; None if nothing did. `collapsed`: whether that was the training's own result, not a crash.
         """
-        curve = self._frozen(number).intermediate_values
-        trial = self._live.pop(number)
-        reported = self._curves.pop(number, {})
-        last = reported[max(reported)] if reported else None
-        for name, value in {"failure": failure, "ended": time.time(), "score_last": last, **facts}.items():
-            if value is not None:
-                trial.set_user_attr(name, value)
-        finite = {step: value for step, value in curve.items() if math.isfinite(value)}
+        live, trial = self._live[number], self.trial(number)
+        last = live.reported[max(live.reported)] if live.reported else None
+        trial.ended, trial.failure, trial.score_last = time.time(), failure, last
+        finite = {step: value for step, value in live.curve.items() if math.isfinite(value)}
+        state = COMPLETE
         if failure is not None and collapsed:
-            self.study.tell(number, WORST)
+            state = COLLAPSED
         elif failure is not None or not finite:
-            self.study.tell(number, state=TrialState.FAIL)
+            state = FAILED
         elif max(finite) < self._config.train.schedule.steps:
-            # Optuna takes the last intermediate value as a pruned trial's own.
-            self.study.tell(number, state=TrialState.PRUNED)
-        else:
-            self.study.tell(number, self._objective.value(finite))
-        return state_name(self._frozen(number))
+            state = PRUNED
+        with on_disk(self._path):
+            for name, fact in {"failure": failure, "ended": trial.ended, "score_last": last, **facts}.items():
+                if fact is not None:
+                    self._storage.set_trial_user_attr(live.trial_id, name, fact)
+            if state in (COMPLETE, COLLAPSED):
+                self.study.tell(number, trial.value if state == COMPLETE else WORST)
+            else:  # Optuna takes the last intermediate value as a pruned trial's own
+                self.study.tell(number, state=TrialState.PRUNED if state == PRUNED else TrialState.FAIL)
+        del self._live[number]
+        self._end(trial, state, live.curve)
+        return state
 
     def failures(self) -> tuple[int, int]:
         """Number of failed or collapsed trials in all, and in a row at the end of the finished ones."""
-        ended = [t for t in self.trials if t.state.is_finished()]
-        # By time, not by number: trials that run at once do not end in the order in which they began.
-        ended.sort(key=lambda t: t.user_attrs.get("ended", 0.0))
-        failed = [state_name(t) in (FAILED, COLLAPSED) for t in ended]
-        in_a_row = next((n for n, one in enumerate(reversed(failed)) if not one), len(failed))
-        return sum(failed), in_a_row
+        return self._counts[FAILED] + self._counts[COLLAPSED], self._failed_in_a_row
 
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self.study.trials[number]
 
-    def _running(self) -> Iterator[FrozenTrial]:
-        return iter([t for t in self.study.trials if t.state == TrialState.RUNNING])
+def _rank(trial: SweepTrial) -> tuple[float, int]:
+    return trial.score or 0.0, -trial.number

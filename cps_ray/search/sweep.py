@@ -219,7 +219,7 @@ class Sweep:
             sweep=self._config.name,
             at_once=_Room(lambda: self._how_many_fit(trainings)),
             failures=self._config.failures,
-            say=lambda text: self._events("waiting", text=text),
+            say=lambda text: self._events("notice", text=text),
         )
         # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.
         self._signals.on_signal = session.stop

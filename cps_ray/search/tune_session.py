@@ -9,7 +9,8 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from cps_ray.config.sweep import FailuresConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.telemetry import Metrics
-from cps_ray.errors import ConfigError, DiskFullError
+from cps_ray.errors import ConfigError, DiskError
 from cps_ray.files import write_text
 from cps_ray.on_ray.trainer import DEFAULT_METRIC
 from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, DISK_FULL, OUT_OF_MEMORY, Shape, Training
@@ -63,6 +64,9 @@ class Phase(Protocol):
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
         """Takes one evaluation; False stops the training."""
 
+    def halve(self, job: TrainingJob) -> None:
+        """Takes note that a training is begun again as this job, with more micro-batches a step: its memory was too small."""
+
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Takes the end of a training: finished or stopped by `report`, or failed: by itself (`collapsed`), or by a crash."""
 
@@ -79,14 +83,15 @@ class TuneSession:
         sweep: str,
         at_once: Callable[[], int],
         failures: FailuresConfig,
+        resume: str,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`folder`: for Ray's own files, gone afterwards. `pool`: the actor of `WorkerGroups`. `at_once`: how many trainings the cluster
-        holds at this moment. `say` takes a line about what is waited for."""
+        holds at this moment. `resume`: the command that goes on later. `say` takes a line about what is waited for."""
         self._phase = phase
         self._folder = folder
         self._pool = pool
-        self._sweep, self._at_once, self._failures, self._say = sweep, at_once, failures, say
+        self._sweep, self._at_once, self._failures, self._resume, self._say = sweep, at_once, failures, resume, say
         self._jobs: dict[str, TrainingJob] = {}
         self._again: deque[TrainingJob] = deque()
         self._records: dict[str, RecordReader] = {}
@@ -152,6 +157,19 @@ class TuneSession:
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Begins the next training: its config for Tune names the folder that holds its real one. None: there is no more, {}: not now."""
+        with self._carried():
+            return self._suggest(trial_id)
+        return None
+
+    @contextmanager
+    def _carried(self) -> Iterator[None]:
+        """Carries an exception to `run`, and ends the session: Tune would wrap it into text, or go on with other trials."""
+        try:
+            yield
+        except Exception as err:
+            self._error, self.stopping = self._error or err, True
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | None:
         if self.stopping:
             return None
         if len(self._jobs) >= self._at_once():
@@ -185,7 +203,10 @@ class TuneSession:
         if waits_for and waits_for != self._said:
             self._say(f"waiting for {waits_for}: the cluster has no room now")
         self._said = waits_for or self._said
-        if self.pass_on_reports(trial_id):
+        goes_on = False
+        with self._carried():
+            goes_on = self.pass_on_reports(trial_id)
+        if goes_on or self.stopping:  # at its end it is taken down, resumable
             return True
         self._pool.stop.remote(str(self._jobs[trial_id].folder))
         return False
@@ -206,6 +227,10 @@ class TuneSession:
 
     def end(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
         """Passes on the last reports, and how the training ended."""
+        with self._carried():
+            self._end(trial_id, result, error=error)
+
+    def _end(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
         self.pass_on_reports(trial_id)
         job = self._jobs.pop(trial_id)
         self._records.pop(trial_id)
@@ -219,11 +244,13 @@ class TuneSession:
             write_text(job.folder / ERROR_FILE, f"{failure}\n")
         if kind == DISK_FULL:
             # Not the trial's fault, and the next one would meet it, too: it stays as it is, to be resumed.
-            self._error, self.stopping = DiskFullError(f"{job.folder}: {failure}"), True
-            return
+            raise DiskError(
+                f"{job.folder}: its workers cannot write there: {failure}. Free space, then: {self._resume}"
+            )
         smaller = halved(job) if kind == OUT_OF_MEMORY and self._failures.on_oom == "halve" else None
         if smaller is not None:
             self._say(f"{job.name}: {failure}. Once more with compute.accumulate {smaller.config.compute.accumulate}")
+            self._phase.halve(smaller)
             self._again.append(smaller)
             return
         self._phase.tell(job, failure, collapsed=kind == COLLAPSED)
