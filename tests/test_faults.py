@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,13 @@ class Faults:
         """Adds a line: what was seen, the seconds until the next evaluation or the exit, the exit code, the processes left."""
         self.rows.append([saw.replace(str(self.cwd), "."), f"{seconds:.1f}", code, {} if left is None else left])
 
+    def ended(self, command: Command) -> None:
+        """Waits for the good end of a sweep in which the noted faults have happened."""
+        code = command.end()
+        left = command.left()
+        self.rows = [[saw, seconds, code, left] for saw, seconds, _, _ in self.rows]
+        assert code == 0, command.text
+
     def check(self, expected: "Outcome", *, failed: tuple[int, ...] = ()) -> None:
         """Writes the lines, and compares what is on disk with the undisturbed sweep; `failed`: trials that the fault was to end."""
         found = Outcome.of(self.root)
@@ -374,8 +381,222 @@ def test_killed(faults: Faults, undisturbed: Outcome, title: str) -> None:
         step += 5  # it may have been on its way
         recovered = command.until(later(run, step), since=began)
         faults.note(command.saw(began), recovered - began, None)
+    faults.ended(command)
+    faults.check(undisturbed)
+
+
+ENDED = {
+    "nan": "not finite at step",
+    "raise": "KeyError: 'no such class'",
+    "greedy": "memory",
+    "hang": "its log ends with: ",
+}
+"""Fault -> what the line of a trial that it ends says."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "limits", "is_ended"),
+    [
+        pytest.param("nan 1", "", True, id="loss is NaN"),
+        pytest.param("raise 1", "", False, id="exception in user data"),
+        pytest.param("raise 2", "", True, id="exception in user data, again"),
+        pytest.param("hang 1", "first_report_timeout: 45s", True, id="hang before the first report"),
+        pytest.param("hang 1", "trial_timeout: 60s", True, id="hang"),
+        pytest.param("greedy 1", "on_oom: fail", True, id="out of memory, fail"),
+    ],
+)
+def test_in_a_training(faults: Faults, undisturbed: Outcome, fault: str, limits: str, is_ended: bool) -> None:
+    at_once = "first_report" in limits
+    if at_once:
+        faults.fault(fault)
+    command = faults.start("tiny.yaml", "--set", f"failures={{{limits}}}")
+    for number in range(RUNS):
+        run = f"{number:04d}"
+        command.until(lambda line, run=run: f"{run}  started" in line if at_once else at_step(run, 20)(line))
+        began = time.monotonic()
+        faults.fault(fault)
+        if is_ended:
+            told = command.until(lambda line, run=run: re.search(f"{run}  (failed|collapsed): ", line), since=began)
+            recovered = command.until(later("", 0), since=told)
+            assert ENDED[fault.split()[0]] in (faults.root / "trials" / run / "error.txt").read_text()
+        else:
+            recovered = command.until(later(run, last_step(command, run) + 5), since=began)
+        faults.note(command.saw(began), recovered - began, None)
+        if at_once and number + 1 < RUNS:
+            faults.fault(fault)
+    faults.ended(command)
+    faults.check(undisturbed, failed=tuple(range(RUNS)) if is_ended else ())
+    counts = read_json(faults.root / "summary.json")["trials"]
+    assert counts["failed"] + counts["collapsed"] == (RUNS if is_ended else 0)
+
+
+def test_out_of_memory_halve(faults: Faults, undisturbed: Outcome) -> None:
+    """The trial runs again with half as many images at once, and is marked: batch norm's batch is another one."""
+    command = faults.start("tiny.yaml", "--set", "failures={on_oom: halve}")
+    for number in range(RUNS):
+        run = f"{number:04d}"
+        command.until(at_step(run, 20))
+        began = time.monotonic()
+        faults.fault("greedy 1")
+        told = command.until(lambda line: "compute.accumulate 2" in line, since=began)
+        recovered = command.until(later(run, last_step(command, run)), since=told)
+        faults.note(command.saw(began), recovered - began, None)
+    faults.ended(command)
+    faults.check(undisturbed, failed=tuple(range(RUNS)))
+    counts = read_json(faults.root / "summary.json")["trials"]
+    assert counts["complete"] == 4
+    assert "accumulate: 2" in (faults.root / "trials/0000/config.yaml").read_text()
+    assert (
+        optuna.load_study(study_name=None, storage=f"sqlite:///{faults.root}/study.db")
+        .trials[0]
+        .user_attrs["accumulate"]
+        == 2
+    )
+
+
+def test_every_rate_diverges(faults: Faults) -> None:
+    """The limits end the sweep: what was learnt is on disk."""
+    space = "search_space={optim.lr: {type: float, low: 1.0e+20, high: 1.0e+25, log: true}}"
+    began = time.monotonic()
+    command = faults.start("tiny.yaml", "--set", space, "--set", "failures={max_consecutive: 2}")
     code = command.end()
-    faults.rows = [[saw, seconds, code, {}] for saw, seconds, _, _ in faults.rows]
-    faults.rows[-1][3] = command.left()
-    assert code == 0, command.text
+    faults.note(command.saw(began), time.monotonic() - began, code, command.left())
+    faults.write(0)
+    assert code == 4, command.text
+    assert "2 trials in a row failed or collapsed" in command.text
+    assert read_json(faults.root / "summary.json")["trials"]["collapsed"] >= 2
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int = 96) -> Iterator[None]:
+    """Mounts a small disk at a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk: Path, free: int = 0) -> None:
+    """Fills a disk but for so many bytes."""
+    room = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file, suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - free)
+        while not free:
+            file.seek(0, os.SEEK_END)
+            file.write(b"x" * 4096)
+            file.flush()
+
+
+def assert_one_line(command: Command, code: int, names: Path) -> None:
+    assert "Traceback" not in command.text
+    errors = [line for _, line in command.lines if line.startswith("error: ")]
+    assert len(errors) == 1, command.text
+    assert str(names) in errors[0] or str(names.relative_to(names.parents[2])) in errors[0], errors
+    assert code == 1, command.text
+
+
+@pytest.mark.parametrize(
+    ("disk", "state_fits"),
+    [
+        pytest.param("runs", False, id="full disk below the driver"),
+        pytest.param("runs/tiny/trials", False, id="full disk while a checkpoint is written"),
+        pytest.param("runs/tiny/trials", True, id="full disk before a checkpoint is renamed"),
+    ],
+)
+def test_disk(faults: Faults, undisturbed: Outcome, disk: str, state_fits: bool) -> None:
+    path, trials = faults.cwd / disk, faults.root / "trials"
+    with small_disk(faults.cwd / "runs"):
+        command = faults.start()
+        command.until(lambda line: "Ray dashboard" in line)
+        # Of its own, so that the one disk or the other is full.
+        with small_disk(trials):
+            for number in range(RUNS):
+                run = f"{number:04d}"
+                command.until(at_step(run, 20))
+                began = time.monotonic()
+                state = (
+                    max(trials.glob("*/checkpoint_*/state.pt"), key=lambda path: path.stat().st_mtime).stat().st_size
+                )
+                fill(path, (state // 4096 + 2) * 4096 if state_fits else 0)
+                code = command.end(120)
+                faults.note(command.saw(began), time.monotonic() - began, code, command.left())
+                (path / "filler").unlink()
+                assert_one_line(command, code, faults.root)
+                command = faults.start()
+            assert command.end() == 0, command.text
+            assert not command.left()
+            faults.check(undisturbed)
+
+
+def test_read_only_folder(faults: Faults, undisturbed: Outcome) -> None:
+    with small_disk(faults.cwd / "runs"):
+        for number in range(RUNS):
+            command = faults.start()
+            command.until(at_step(f"{number:04d}", 20))
+            interrupt(command)
+            assert command.end(60) == 130
+            assert not command.left()
+            subprocess.run(["mount", "-o", "remount,ro", faults.cwd / "runs"], check=True)
+            began = time.monotonic()
+            command = faults.start()
+            code = command.end(120)
+            faults.note(command.saw(began), time.monotonic() - began, code, command.left())
+            status = Command(faults.cwd, "status", "runs/tiny")
+            assert status.end() == 0, status.text
+            subprocess.run(["mount", "-o", "remount,rw", faults.cwd / "runs"], check=True)
+            assert_one_line(command, code, faults.root)
+        command = faults.start()
+        assert command.end() == 0, command.text
+        assert not command.left()
+        faults.check(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("metrics.jsonl", id="metrics.jsonl"), pytest.param("checkpoint_*/state.pt", id="checkpoint")]
+)
+def test_truncated(faults: Faults, undisturbed: Outcome, name: str) -> None:
+    for number in range(RUNS):
+        run = f"{number:04d}"
+        command = faults.start()
+        command.until(at_step(run, 20))
+        interrupt(command)
+        assert command.end(60) == 130
+        assert not command.left()
+        latest = max((faults.root / "trials" / run).glob(name))
+        os.truncate(latest, latest.stat().st_size * 2 // 3)
+        step, began = last_step(command, run), time.monotonic()
+        command = faults.start()
+        recovered = command.until(later(run, step), since=began)
+        faults.note(command.saw(began), recovered - began, None)
+    faults.ended(command)
+    faults.check(undisturbed)
+
+
+def test_truncated_study(faults: Faults, undisturbed: Outcome) -> None:
+    study = faults.root / "study.db"
+    for number in range(RUNS):
+        command = faults.start()
+        command.until(at_step(f"{number:04d}", 20))
+        interrupt(command)
+        assert command.end(60) == 130
+        assert not command.left()
+        copy = study.read_bytes()
+        os.truncate(study, len(copy) * 2 // 3)
+        began = time.monotonic()
+        command = faults.start()
+        code = command.end(60)
+        faults.note(command.saw(began), time.monotonic() - began, code, command.left())
+        assert code == 2, command.text
+        assert "study.db" in command.text
+        assert "Traceback" not in command.text
+        study.write_bytes(copy)
+    command = faults.start()
+    assert command.end() == 0, command.text
+    assert not command.left()
     faults.check(undisturbed)

@@ -219,6 +219,7 @@ class Sweep:
             sweep=self._config.name,
             at_once=_Room(lambda: self._how_many_fit(trainings)),
             failures=self._config.failures,
+            resume=f"{RESUME} {shell_path(self._root)}",
             say=lambda text: self._events("notice", text=text),
         )
         # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.

@@ -244,9 +244,7 @@ class TuneSession:
             write_text(job.folder / ERROR_FILE, f"{failure}\n")
         if kind == DISK_FULL:
             # Not the trial's fault, and the next one would meet it, too: it stays as it is, to be resumed.
-            raise DiskError(
-                f"{job.folder}: its workers cannot write there: {failure}. Free space, then: {self._resume}"
-            )
+            raise DiskError(f"{job.folder}: its workers cannot write there: {failure}. Free space, then: {self._resume}")
         smaller = halved(job) if kind == OUT_OF_MEMORY and self._failures.on_oom == "halve" else None
         if smaller is not None:
             self._say(f"{job.name}: {failure}. Once more with compute.accumulate {smaller.config.compute.accumulate}")
