@@ -600,3 +600,88 @@ def test_truncated_study(faults: Faults, undisturbed: Outcome) -> None:
     assert command.end() == 0, command.text
     assert not command.left()
     faults.check(undisturbed)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[Callable[[], Any]]:
+    """Gives what starts a cluster: a head, where the driver is, and two nodes that train."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(faults.cwd), os.environ.get("PYTHONPATH", "")]))
+    clusters = []
+
+    def start() -> Any:
+        clusters.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}))
+        for _ in range(2):
+            clusters[-1].add_node(num_cpus=2, object_store_memory=100 * 2**20)
+        return clusters[-1]
+
+    yield start
+    for each in clusters:
+        each.shutdown()
+
+
+def raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def of_sweep() -> dict[int, str]:
+    """Returns the processes of sweeps that descend from this one, with their titles."""
+    parents, known = [*processes()], {os.getpid()}
+    for _ in range(6):
+        known |= {pid for pid, parent in parents if parent in known}
+    found = {}
+    for pid in known:
+        with suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            if re.match("ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title):
+                found[pid] = title
+    return found
+
+
+def left_of_sweep(seconds: float = 20.0) -> dict[int, str]:
+    deadline = time.monotonic() + seconds
+    while of_sweep() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return of_sweep()
+
+
+def test_second_node_lost(faults: Faults, undisturbed: Outcome, cluster: Callable[[], Any]) -> None:
+    """SIGKILL of the raylet of the node that trains: another node goes on, and one that joins late is as good."""
+    nodes = cluster()
+    command = faults.start("tiny.yaml", "--address", nodes.address)
+    for number in range(RUNS):
+        run = f"{number:04d}"
+        command.until(at_step(run, 20))
+        training = {pid for pid, title in of_sweep().items() if "RayTrainWorker" in title}
+        homes = {parent for pid, parent in processes() if pid in training}
+        (victim,) = [node for node in nodes.worker_nodes if raylet(node) in homes]
+        began, step = time.monotonic(), last_step(command, run)
+        os.kill(raylet(victim), signal.SIGKILL)
+        recovered = command.until(later(run, step + 5), since=began, seconds=400)
+        faults.note(command.saw(began), recovered - began, None)
+        nodes.remove_node(victim, allow_graceful=False)
+        nodes.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    code = command.end()
+    left = left_of_sweep()
+    faults.rows = [[saw, seconds, code, left] for saw, seconds, _, _ in faults.rows]
+    assert code == 0, command.text
+    faults.check(undisturbed)
+
+
+def test_head_lost_in_the_final_phase(faults: Faults, undisturbed: Outcome, cluster: Callable[[], Any]) -> None:
+    for number in range(min(RUNS, 2)):  # there are two final runs
+        nodes = cluster()
+        words = ("resume", "runs/tiny") if number else ("tiny.yaml",)
+        command = faults.start(*words, "--address", nodes.address)
+        command.until(at_step(("best-seed1", "supervised-only-seed1")[number], 20))
+        began = time.monotonic()
+        nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        code = command.end(300)
+        faults.note(command.saw(began), time.monotonic() - began, code, left_of_sweep(60))
+        nodes.shutdown()
+        assert code, command.text
+    command = faults.start("resume", "runs/tiny", "--address", cluster().address)
+    assert command.end() == 0, command.text
+    faults.check(undisturbed)
