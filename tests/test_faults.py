@@ -198,13 +198,18 @@ class Faults:
     name: str
     cwd: Path
     rows: list[list[Any]] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
 
     @property
     def root(self) -> Path:
         return self.cwd / "runs/tiny"
 
     def start(self, *words: str) -> Command:
-        return Command(self.cwd, *(words or (("resume", "runs/tiny") if self.root.exists() else ("tiny.yaml",))))
+        """Starts the sweep, or goes on with it."""
+        self.commands.append(
+            Command(self.cwd, *(words or (("resume", "runs/tiny") if self.root.exists() else ("tiny.yaml",))))
+        )
+        return self.commands[-1]
 
     def fault(self, what: str) -> None:
         (self.cwd / "fault").write_text(what)
@@ -234,7 +239,7 @@ class Faults:
         """Writes the lines of the table."""
         for saw, seconds, code, left in self.rows:
             line = f"| {self.name} | {saw} | {seconds} | {lost} | {'' if code is None else code} | {len(left)} |"
-            print(line, *left.values(), sep="\n")
+            print(line, *(title.strip() for title in left.values()), sep="\n")
             if TABLE:
                 with open(TABLE, "a") as file:
                     file.write(line + "\n")
@@ -251,7 +256,7 @@ class Outcome:
 
     @classmethod
     def of(cls, root: Path) -> "Outcome":
-        study = optuna.load_study(study_name=None, storage=f"sqlite:///{root}/study.db")
+        study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{root}/study.db")
         summary = read_json(root / "summary.json")
         return cls(
             summary["trials"],
@@ -268,9 +273,12 @@ class Outcome:
 
 
 @pytest.fixture
-def faults(tmp_path: Path, shards: Path, request: pytest.FixtureRequest) -> Faults:
+def faults(tmp_path: Path, shards: Path, request: pytest.FixtureRequest) -> Iterator[Faults]:
     write_sweep(tmp_path, shards)
-    return Faults(request.node.name.removeprefix("test_"), tmp_path)
+    faults = Faults(request.node.name.removeprefix("test_"), tmp_path)
+    yield faults
+    for command in faults.commands:
+        command.left(0)
 
 
 def write_sweep(folder: Path, shards: Path) -> None:
@@ -347,7 +355,8 @@ def test_stopped(
         stop(command)
         found = command.end(120)
         seconds = time.monotonic() - began
-        faults.note(command.saw(began), seconds, found, command.left())
+        # Ray's own agents look for their raylet now and then: it is not they that hold anything.
+        faults.note(command.saw(began), seconds, found, command.left(60))
         assert found == code, command.text
         assert seconds < most_s, command.text
         if stop is not kill:
@@ -446,7 +455,7 @@ def test_out_of_memory_halve(faults: Faults, undisturbed: Outcome) -> None:
     assert counts["complete"] == 4
     assert "accumulate: 2" in (faults.root / "trials/0000/config.yaml").read_text()
     assert (
-        optuna.load_study(study_name=None, storage=f"sqlite:///{faults.root}/study.db")
+        optuna.load_study(study_name="tiny", storage=f"sqlite:///{faults.root}/study.db")
         .trials[0]
         .user_attrs["accumulate"]
         == 2
