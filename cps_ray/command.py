@@ -138,6 +138,23 @@ def checked(number: Callable[[str], N], text: str, holds: Callable[[N], bool], m
     raise argparse.ArgumentTypeError(f"must be {must_be}, but got {text!r}.")
 
 
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --address and --wait."""
+    parser.add_argument("--address", help="join this Ray cluster instead of starting one")
+    parser.add_argument(
+        "--wait",
+        type=_wait_s,
+        metavar="TIME",
+        help="wait so long, such as 10m, for nodes that join the cluster at --address late, or that it is scaled up by",
+    )
+
+
+def _wait_s(text: str) -> float:
+    from cps_ray.config.sweep import seconds
+
+    return checked(lambda text: float(seconds(text)), text, lambda value: value > 0, "a duration, such as 90s or 10m")
+
+
 def entry(main: Callable[[Sequence[str] | None], int]) -> None:
     """Ends the process with the exit code of `main`, as `python -m cps_ray.NAME` does."""
     code = main(None)

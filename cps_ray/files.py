@@ -1,6 +1,5 @@
 """Files and folders that are complete or not there at all, even if the process is killed. Imports the standard library only."""
 
-import errno
 import json
 import os
 import shutil
@@ -10,9 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Numbers of an OSError when a disk takes no more: full, over its quota, or read-only."""
 
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:

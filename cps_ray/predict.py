@@ -154,7 +154,7 @@ def _on_a_cluster(
     from cps_ray.on_ray.cluster import connected
     from cps_ray.on_ray.predict_images import WorkerModel, predict_on_cluster, workers_device
 
-    with connected(args.address):
+    with connected(args.address, "predict"):
         device = workers_device(args.device)
         chunks = cut_work(photos, complete, device, len(os.sched_getaffinity(0)))
         worker_model = WorkerModel(str(args.model.absolute()), device, model.network, args.plugins)

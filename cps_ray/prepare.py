@@ -160,7 +160,7 @@ def _write(args: argparse.Namespace) -> None:
         from cps_ray.on_ray.cluster import connected
         from cps_ray.on_ray.jobs import on_cluster
 
-        with connected(args.address):
+        with connected(args.address, "prepare"):
             write_shards(out, plan, run=on_cluster, threads=1, skip_bad=args.skip_bad, on_progress=on_progress)
 
 

@@ -8,7 +8,9 @@ Files are only read, each time anew: a sweep may be looked at while it runs, by 
 """
 
 import fcntl
+import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from cps_ray.text import display_path, on_one_line, shell_path, show_params
 SWEEP_FILE = "sweep.yaml"
 STUDY_FILE = "study.db"
 LOCK_FILE = ".lock"
+BEGUN_FILE = ".begun.json"
 SUMMARY_FILE = "summary.json"
 TRIALS_FILE = "trials.jsonl"
 TRIALS_FOLDER = "trials"
@@ -53,7 +56,6 @@ TRIAL_COLUMNS: Mapping[str, type] = {
 """Columns of the table of trials; those of the parameters follow."""
 _HISTORY_COLUMNS: Mapping[str, type] = {"run": str, "step": int}
 _RUNS_AT_ONCE = 100
-RESUME = "python -m cps_ray.sweep resume"
 HEADLINE = "test/miou"
 """Score by which arms are compared, if the objective does not name another network than a."""
 
@@ -131,7 +133,7 @@ class SweepResults:
         except (OSError, ValueError, TypeError, KeyError) as err:
             raise ConfigError(
                 f"{path}: cannot be read: {on_one_line(err, 200).rstrip('.')}. "
-                f"It is made from {STUDY_FILE}, and written again by: {RESUME} {shell_path(self.folder)}"
+                f"It is made from {STUDY_FILE}, and written again by: {resume_command(self.folder)}"
             ) from err
         return [self._so_far(row, is_held) if state == RUNNING else row for _, (state, row) in sorted(rows.items())]
 
@@ -157,7 +159,7 @@ class SweepResults:
             return dict(read_json(path) or {})
         except (ValueError, TypeError) as err:
             raise ConfigError(
-                f"{path}: must be a JSON object, as the sweep wrote it: {on_one_line(err)}. Delete it, then: {RESUME} {shell_path(self.folder)}"
+                f"{path}: must be a JSON object, as the sweep wrote it: {on_one_line(err)}. Delete it, then: {resume_command(self.folder)}"
             ) from err
 
     def _setting(self, *names: str) -> Any:
@@ -200,7 +202,7 @@ def history_table(root: Path) -> pa.Table:
         part = files[begin : begin + _RUNS_AT_ONCE]
         rows = [{"run": file.parent.name, **record} for file in part for record in read_metrics(file.parent)]
         tables.append(table_of(rows, _HISTORY_COLUMNS))
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def table_of(rows: list[Row], kinds: Mapping[str, type]) -> pa.Table:
@@ -230,6 +232,15 @@ def _bits(flags: list[bool]) -> pa.Buffer:
     return pa.py_buffer(np.packbits(np.array(flags, np.bool_), bitorder="little"))
 
 
+def resume_command(root: Path) -> str:
+    """Returns the command that resumes a sweep, on the cluster that its last session was told to join."""
+    address = None
+    with suppress(ValueError):  # damaged: `resume` itself says so
+        address = (read_json(root / BEGUN_FILE) or {}).get("address")
+    there = f" --address {shlex.quote(address)}" if address else ""
+    return f"python -m cps_ray.sweep resume {shell_path(root)}{there}"
+
+
 def progress_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     """Returns how far a sweep is that has not ended, from its summary."""
     status, counts, best = summary["status"], summary["trials"], summary["best"]
@@ -238,7 +249,7 @@ def progress_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     num_finals = len(list(root.glob(f"{FINAL_FOLDER}/*/{CONFIG_FILE}")))
     finals = f", {num_finals} final run(s) begun" if num_finals else ""
     lines = [f"{status}: {done} of {counts['budget']} trials done{so_far}{finals}."]
-    return lines if status == RUNNING else [*lines, f"Resume: {RESUME} {shell_path(root)}"]
+    return lines if status == RUNNING else [*lines, f"Resume: {resume_command(root)}"]
 
 
 def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:

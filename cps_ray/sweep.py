@@ -4,6 +4,7 @@
     python -m cps_ray.sweep sweeps/cityscapes.yaml --dry-run 5
     python -m cps_ray.sweep sweeps/camvid.yaml --set budget.trials=30 --name camvid-long
     python -m cps_ray.sweep resume runs/camvid-long --trials 50
+    python -m cps_ray.sweep resume runs/camvid-long --file sweeps/camvid-long.yaml
     python -m cps_ray.sweep status runs/camvid-long --watch
 
 If there is no such file, FILE is the name of a shipped sweep, such as `quickstart`; its paths count from the working directory.
@@ -18,10 +19,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cps_ray.command import checked, command_parser, entry, reported, run_command, say
+from cps_ray.command import add_cluster_flags, checked, command_parser, entry, reported, run_command, say
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
@@ -41,7 +43,7 @@ _DRAWS = "5"
 _REDRAW_S = 2
 _COLUMNS = ("number", "state", "steps", "score_best", "seconds")
 _PARAMS = "params."
-_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time")
+_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file", "--wait")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,10 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="another name, hence another sweep folder")
     run.add_argument("--output", type=Path, help="another folder for sweep folders")
     run.add_argument("--fresh", action="store_true", help="move an existing sweep folder aside")
-    run.add_argument("--address", help="join this Ray cluster instead of starting one")
+    add_cluster_flags(run)
     run.set_defaults(run=_run)
     resume = verbs.add_parser("resume", help="continue an interrupted sweep, or extend a finished one")
     resume.add_argument("folder", type=Path)
+    resume.add_argument(
+        "--file",
+        type=Path,
+        help="an edited sweep: budget, failures, concurrency, baselines, final, wider bounds of the search space",
+    )
     resume.add_argument("--trials", type=int, help="another budget of trials, those so far included")
     resume.add_argument(
         "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
@@ -97,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=[f"{FINGERPRINT}=null"],
         help="go on although the data are no longer those it began with",
     )
-    resume.add_argument("--address")
+    add_cluster_flags(resume)
     resume.set_defaults(run=_resume)
     status = verbs.add_parser(
         "status", help="show the trials so far, and the verdict; only reads, also while the sweep runs"
@@ -134,17 +141,21 @@ def _run(args: argparse.Namespace) -> int:
     config, where = read_sweep(args.file, args.set, _given(name=args.name, output=args.output and str(args.output)))
     if args.dry_run is not None:
         return _dry_run(config, where, args.dry_run, args.file.parent)
-    # Imported only now, because torch and Ray take seconds, and --help and a wrong file need neither.
-    from rich.console import Console
+    from cps_ray.search.lock import locked
 
-    from cps_ray.datasets.open import write_image_hashes
-    from cps_ray.search import sweep, sweep_folder
+    root = config.output / config.name
+    with locked(root) if root.exists() else nullcontext():
+        # Imported only now, because torch and Ray take seconds, and --help, a wrong file and a folder in use need neither.
+        from rich.console import Console
 
-    config = sweep_folder.with_fingerprints(config)
-    shards = sweep_folder.check(config, where, args.file.parent)
-    root = sweep_folder.begin(config, sweep_file(args.file), fresh=args.fresh)
-    write_image_hashes(root, shards)
-    return sweep.Sweep(config, root, Console(), args.address).run(shards)
+        from cps_ray.datasets.open import write_image_hashes
+        from cps_ray.search import sweep, sweep_folder
+
+        config = sweep_folder.with_fingerprints(config)
+        shards = sweep_folder.check(config, where, args.file.parent)
+        with sweep_folder.begun(config, sweep_file(args.file), fresh=args.fresh, address=args.address):
+            write_image_hashes(root, shards)
+            return sweep.Sweep(config, root, Console(), args.address, args.wait).run(shards)
 
 
 def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> int:
@@ -214,36 +225,40 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from cps_ray.results import SWEEP_FILE, open_sweep
+    from cps_ray.search.edits import edited, read_begun
+    from cps_ray.search.lock import locked
 
-    open_sweep(args.folder)  # ConfigError where there is no sweep, before torch and Ray are imported
-
-    from cps_ray.datasets.open import write_image_hashes
-    from cps_ray.search import sweep, sweep_folder
-    from cps_ray.search.study import SweepStudy
-
-    changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
-    sets = [args.set] if args.set else []
-    config, where = read_sweep(args.folder / SWEEP_FILE, sets, changes)
+    open_sweep(args.folder)  # ConfigError where there is no sweep
     root = args.folder.absolute()
-    study = SweepStudy(config, root)
-    study.check_space(where)
-    begun = len(study.trials)
-    if args.trials is not None and args.trials < begun:
-        raise ConfigError(
-            f"--trials {args.trials}: must be at least {begun}, as many trials as {args.folder} has begun. "
-            "It is the number in all, not of further ones."
-        )
-    if args.set:
-        config = sweep_folder.with_fingerprints(config)
-    shards = sweep_folder.check(config, where, root)
-    if changes or args.set:  # stored, so that a later `resume` keeps the larger budget, and compares with these data
-        sweep_folder.write_resolved(root, config)
-    if args.set:
-        write_image_hashes(root, shards)
-    return sweep.Sweep(config, root, Console(), args.address).run(shards)
+    with locked(root):
+        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+        begun = read_begun(root)
+        read, where = read_sweep(args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes)
+        config = edited(begun, read, where, other_data=bool(args.set))
+        # Imported only now, because torch and Ray take seconds, and a folder in use and a wrong setting need neither.
+        from rich.console import Console
+
+        from cps_ray.datasets.open import write_image_hashes
+        from cps_ray.search import sweep, sweep_folder
+        from cps_ray.search.study import SweepStudy
+
+        study = SweepStudy(config, root)
+        study.check_space(where)
+        num_begun = len(study.trials)
+        if config.budget.trials < num_begun:
+            raise ConfigError(
+                f"{where(('budget', 'trials'))}: must be at least {num_begun}, as many trials as {args.folder} has begun. "
+                "It is the number in all, not of further ones."
+            )
+        if args.set or args.file:
+            config = sweep_folder.with_fingerprints(config)
+        shards = sweep_folder.check(config, where, root)
+        # Stored, so that a later `resume` keeps a larger budget, and compares with this sweep and these data.
+        sweep_folder.write_session(root, config, args.address, args.file and sweep_file(args.file))
+        if args.set:
+            write_image_hashes(root, shards)
+        return sweep.Sweep(config, root, Console(), args.address, args.wait).run(shards)
 
 
 def _status(args: argparse.Namespace) -> int:

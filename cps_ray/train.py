@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cps_ray.command import command_parser, entry, run_command
+from cps_ray.command import add_cluster_flags, command_parser, entry, run_command
 from cps_ray.config.reader import load_train, read_train
 from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the plan, start and write nothing"
     )
-    parser.add_argument("--address", help="join this Ray cluster instead of starting one")
+    add_cluster_flags(parser)
     return parser
 
 
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.datasets.loader import check_data, evaluated_sizes
     from cps_ray.datasets.open import fingerprints, open_data, write_image_hashes
     from cps_ray.engine.preflight import Preflight, check_training
-    from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+    from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
     from cps_ray.on_ray.export import export_best
     from cps_ray.on_ray.leaving import leave_in_time
     from cps_ray.on_ray.trainer import DEFAULT_METRIC
@@ -104,8 +104,13 @@ def _run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        with connected(args.address) as cluster:
-            trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised)
+        with connected(args.address, f"train {folder.name}") as cluster:
+            awaited(
+                lambda: trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised),
+                cluster,
+                args.wait,
+                lambda text: print(printable(text), flush=True),
+            )
             print(*map(printable, (*cluster.banner(), f"Run folder: {folder}")), sep="\n", flush=True)
             _fit(config, folder)
             model = export_best(folder, config, folder, DEFAULT_METRIC, "a", shards)
@@ -249,7 +254,8 @@ def _resume_command(folder: Path) -> str:
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Runs the training and prints its evaluations as they come. Raises CpsRayError if it fails, DivergedError if it diverges."""
     from cps_ray.engine.encoders import weights_of_networks
-    from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer, reason
+    from cps_ray.on_ray.failures import reason
+    from cps_ray.on_ray.trainer import DEFAULT_METRIC, make_trainer
     from cps_ray.runs import best_checkpoint
 
     outcome: dict[str, Any] = {}

@@ -46,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `prepare` run its jobs in this process: what it reports on bad data does not depend on where jobs run."""
-    monkeypatch.setattr(cluster, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(jobs, "on_cluster", one_by_one)
 
 

@@ -14,6 +14,7 @@ from cps_ray.config.reader import load_sweep
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.files import read_json, write_json
 from cps_ray.on_ray.cluster import connected
+from cps_ray.results import BEGUN_FILE
 from cps_ray.search import sweep_folder
 from cps_ray.search.records import write_summary
 from cps_ray.search.study import SweepStudy
@@ -62,7 +63,7 @@ def write(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Writ
 def _refused_before_any_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a sweep that should be refused fail at once where it is not: it would start a cluster, and train."""
 
-    def connect(address: str | None) -> object:
+    def connect(address: str | None, *_: str) -> object:
         if address is None:
             raise SystemExit("a cluster is started")  # the one exception that no command turns into a line
         return connected(address)
@@ -214,7 +215,8 @@ def finished(write: Write) -> Path:
     """A finished sweep of two trials without final runs."""
     path = Path(write())
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     for number in range(2):
         study.ask()
@@ -266,9 +268,11 @@ def test_a_resume_in_a_space_that_optuna_cannot_go_on_in(
     )
     path = Path(write(("final: {retrain: none}", space)))
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     study.ask()
+    (root / BEGUN_FILE).unlink()  # as in a folder of before; else the setting itself is named
     resolved = (root / "sweep.yaml").read_text()
     name, new = change
     section = next(part for part in resolved.split("\n  cps.") if part.startswith((name, f"cutmix_{name}")))
@@ -315,7 +319,8 @@ def test_a_sweep_without_a_best_trial_starts_nothing_for_it(
     shutil.rmtree(finished)
     path = Path(write())
     config = load_sweep(path)
-    root = sweep_folder.begin(config, path, fresh=False)
+    with sweep_folder.begun(config, path, fresh=False) as root:
+        pass
     study = SweepStudy(config, root)
     for number in range(2):
         study.ask()

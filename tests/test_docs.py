@@ -199,8 +199,8 @@ def test_commands_work_as_printed(
             assert init.main(["crops"]) == 0
     module, args = parsed(words, monkeypatch)
     given = vars(args)
-    if words[0] == "sweep" and "file" in given:
-        load_sweep(args.file, args.set)
+    if words[0] == "sweep" and given.get("file"):
+        load_sweep(args.file, args.set or [])
     elif words[0] == "train":
         workers = [] if args.workers is None else [f"resources.workers={args.workers}"]
         training = load_train(args.file, [*args.set, *workers])

@@ -13,6 +13,7 @@ from cps_ray.config.reader import load_sweep, load_train
 from cps_ray.datasets.open import HASHES_FILE, fingerprints
 from cps_ray.datasets.prepare.assembly import write_shards
 from cps_ray.datasets.shards import open_shards
+from cps_ray.results import BEGUN_FILE
 from cps_ray.search.export import write_best
 from cps_ray.search.study import SweepStudy
 
@@ -53,7 +54,7 @@ def found(shards: str) -> dict[str, str]:
 def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep, its data and those of its baseline, in the working directory. What would start a cluster exits instead."""
 
-    def connect(address: str | None) -> object:
+    def connect(address: str | None, *_: str) -> object:
         raise SystemExit("a cluster is started")
 
     monkeypatch.setattr("cps_ray.search.sweep.connected", connect)
@@ -134,6 +135,7 @@ def test_a_sweep_of_an_earlier_commit_is_not_checked(root: Path) -> None:
         line for line in (root / "sweep.yaml").read_text().splitlines() if not any(f"{n}-" in line for n in (7, 9, 1))
     )
     (root / "sweep.yaml").write_text(text.replace("fingerprint:", "fingerprint: null"))
+    (root / BEGUN_FILE).unlink()
     prepare("own", 8)
     prepare("full", 8)
     starts(sweep, "resume", root)

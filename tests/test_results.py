@@ -22,9 +22,9 @@ from cps_ray import sweep
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import NetworkConfig, TrainConfig
 from cps_ray.engine.encoders import weights_of
-from cps_ray.errors import ConfigError
 from cps_ray.results import TRIAL_COLUMNS, table_of, verdict_lines
 from cps_ray.search import sweep_folder
+from cps_ray.search.lock import locked
 from cps_ray.search.records import Events, write_summary
 from cps_ray.search.search_phase import SearchPhase
 from cps_ray.search.study import SweepStudy
@@ -53,7 +53,9 @@ class Searching:
         self.study = SweepStudy(self.config, root)
         gauges: Any = SimpleNamespace(set=lambda *_: None)
         phase = SearchPhase(self.study, self.config, root, Events(root), gauges)
-        self._session = TuneSession(phase, root / "tune", sweep=root.name, at_once=1, retries=0)
+        self._session = TuneSession(
+            phase, root / "tune", None, sweep=root.name, at_once=lambda: 9, failures=self.config.failures, resume=""
+        )
 
     def begin(self, *values: float) -> str:
         """Begins a trial with these evaluations, one every second step."""
@@ -61,7 +63,7 @@ class Searching:
         begun = self._session.suggest(trial)
         assert begun is not None
         lines = [json.dumps({"step": 2 * n, "val/miou": value}) for n, value in enumerate(values, 1)]
-        (Path(begun["folder"]) / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (Path(begun["training"].folder) / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
         return trial
 
     def end(self, trial: str) -> None:
@@ -88,7 +90,7 @@ def test_before_the_first_trial(searching: Searching, capsys: pytest.CaptureFixt
     first, last = read.verdict.split("\n")
     assert first == "interrupted: 0 of 4 trials done."
     assert last.startswith("Resume: python -m cps_ray.sweep resume ")
-    with sweep_folder.locked(searching.root):
+    with locked(searching.root):
         assert read.verdict == "running: 0 of 4 trials done."
     assert "s: interrupted, none begun, of 4 trials" in status(capsys, searching.root)
 
@@ -97,7 +99,7 @@ def test_what_runs_is_there_with_its_parameters_and_scores_so_far(
     searching: Searching, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read = cps_ray.open_sweep(str(searching.root))
-    with sweep_folder.locked(searching.root):
+    with locked(searching.root):
         searching.end(searching.begin(0.1, 0.4, 0.3))
         searching.begin(0.2, 0.1)
         done, runs = read.trials.to_pylist()
@@ -147,7 +149,7 @@ def test_a_finished_sweep_says_its_verdict(searching: Searching, capsys: pytest.
     assert read.history.to_pylist()[-1] == {"run": "best-seed1", "step": 6, "val/miou": None, "val/b/miou": 0.5}
     (searching.root / "best.yaml").unlink()
     assert read.best is None
-    with sweep_folder.locked(searching.root):
+    with locked(searching.root):
         assert read.verdict.startswith("running: 1 of 4"), "it goes on"
 
 
@@ -184,7 +186,7 @@ def test_a_damaged_folder_is_one_line(
 def test_nothing_is_written(searching: Searching, capsys: pytest.CaptureFixture[str]) -> None:
     searching.end(searching.begin(0.1, 0.4, 0.3))
     searching.begin(0.2)
-    with sweep_folder.locked(searching.root):
+    with locked(searching.root):
         pass
     paths = [searching.root, *searching.root.rglob("*")]
     before = {path: (path.stat().st_mtime_ns, path.stat().st_mode) for path in paths}
@@ -225,7 +227,7 @@ def test_watch_draws_until_the_end_or_ctrl_c(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with ExitStack() as runs:
-        runs.enter_context(sweep_folder.locked(searching.root))
+        runs.enter_context(locked(searching.root))
         trial = searching.begin(0.1)
         seen: list[float] = []
 
@@ -259,12 +261,8 @@ def test_who_looks_does_not_keep_a_sweep_from_beginning(tmp_path: Path) -> None:
     thread = threading.Thread(target=look)
     thread.start()
     looks.wait()
-    with (
-        sweep_folder.locked(tmp_path),
-        pytest.raises(ConfigError, match="another process is running this sweep"),
-        sweep_folder.locked(tmp_path),
-    ):
-        pass
+    with locked(tmp_path), lock.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     thread.join()
 
 

@@ -19,6 +19,7 @@ from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.open import open_data
+from cps_ray.on_ray.measure import largest_mb, measure_starts, resident_mb
 from cps_ray.runs import CONFIG_FILE
 
 Figures = dict[str, Any]
@@ -49,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
     config = _config(args)
     open_data(config.data)  # drawn on first use
-    found: Figures = {"plain": [], "cold": [], "warm": [], "held": []}
+    found: Figures = {"plain": []}
     with tempfile.TemporaryDirectory(prefix="cps-ray-bench-") as work:
-        for number in range(args.rounds):
-            folder = _training(Path(work, f"plain-{number}"), config)
+        plain = Path(work, CONFIG_FILE)
+        plain.write_text(dump_yaml(config.dump(work)))
+        for _ in range(args.rounds):
             begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", _PLAIN, str(folder / CONFIG_FILE)], check=True)
+            subprocess.run([sys.executable, "-c", _PLAIN, str(plain)], check=True)
             found["plain"].append(time.perf_counter() - begin)
-        _groups(config, args, Path(work), found)
+        found |= measure_starts(config, Path(work), rounds=args.rounds, again=args.warm)
         if args.trials:
             found["sweep"] = _sweep(args, Path(work))
     console = wide()
@@ -86,37 +88,6 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> TrainConfig:
     train = read_sweep(sweep_file(args.file), args.set)[0].train
     return apply(train, {"schedule.steps": 1, "schedule.eval_every": 1}, "bench")
-
-
-def _training(folder: Path, config: TrainConfig) -> Path:
-    folder.mkdir()
-    (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder))))
-    return folder
-
-
-def _groups(config: TrainConfig, args: argparse.Namespace, work: Path, found: Figures) -> None:
-    """Trains again and again in groups: of each group the first start is cold, the others are warm."""
-    import ray
-
-    from cps_ray.on_ray.cluster import connected
-    from cps_ray.on_ray.trainer import worker_groups
-    from cps_ray.on_ray.worker_groups import Shape, Training
-
-    with connected(None):
-        for number in range(args.rounds):
-            with worker_groups(work / f"tune-{number}") as pool:
-                for again in range(args.warm + 1):
-                    seeded = apply(config, {"seed": again}, "bench")
-                    folder = _training(work / f"group-{number}-{again}", seeded)
-                    begin = time.perf_counter()
-                    ray.get(pool.begin.remote(Training(str(folder), "val/miou", Shape.of(config.resources))))
-                    news = ray.get(pool.wait.remote(str(folder), 0, 600.0))
-                    found["warm" if again else "cold"].append(time.perf_counter() - begin)
-                    while news["outcome"] is None:
-                        news = ray.get(pool.wait.remote(str(folder), 1, 600.0))
-                    if number == 0:
-                        time.sleep(0.5)  # it gives memory back when it has ended
-                        found["held"].append(_megabytes("RayTrainWorker"))
 
 
 def _sweep(args: argparse.Namespace, work: Path) -> Figures:
@@ -150,9 +121,9 @@ def _sweep(args: argparse.Namespace, work: Path) -> Figures:
         cpu = 0.0
         while process.poll() is None:
             time.sleep(5)
-            workers = _megabytes("RayTrainWorker")
+            workers = largest_mb("RayTrainWorker")
             if workers and process.poll() is None:
-                samples["driver_mb"].append(_resident_mb(process.pid))
+                samples["driver_mb"].append(resident_mb(process.pid))
                 samples["workers_mb"].append(workers)
                 cpu = _cpu_seconds(process.pid) or cpu
     if process.returncode:
@@ -168,23 +139,6 @@ def _sweep(args: argparse.Namespace, work: Path) -> Figures:
         "driver_cpu_s": cpu,
         **{name: [values[len(values) // 5], values[-1]] for name, values in samples.items()},
     }
-
-
-def _megabytes(title: str) -> int:
-    """Resident megabytes of the largest process with this title."""
-    found = [0]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if title in path.read_text():
-                found.append(_resident_mb(int(path.parent.name)))
-        except OSError:
-            continue
-    return max(found)
-
-
-def _resident_mb(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -20,7 +20,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$"
 
 
-def _seconds(value: Any) -> Any:
+def seconds(value: Any) -> Any:
     """Returns the seconds of `90s`, `10m`, `1.5h` or `2d`; anything else as it is, for pydantic to check."""
     if isinstance(value, str):
         match = re.fullmatch(_DURATION, value)
@@ -31,7 +31,7 @@ def _seconds(value: Any) -> Any:
 
 
 _Written = Annotated[float, Field(gt=0.0)] | Annotated[str, Field(pattern=_DURATION)]
-Duration = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=_Written), Field(gt=0.0)]
+Duration = Annotated[float, BeforeValidator(seconds, json_schema_input_type=_Written), Field(gt=0.0)]
 
 
 class FloatParam(Section):
@@ -143,13 +143,28 @@ class FailuresConfig(Section):
 
     retries: NonNegativeInt = 1
     """Restarts of one training after a crash or a lost node; each continues from the last checkpoint."""
-    on_oom: Literal["fail", "halve"] = "fail"
-    first_report_timeout: Duration | None = None
-    trial_timeout: Duration | None = None
     max_failed: PositiveInt = 10
     """Number of failed or collapsed trials that stops the sweep (exit 4)."""
     max_consecutive: PositiveInt = 5
     """Number of failed or collapsed trials in a row that stops the sweep (exit 4)."""
+    on_oom: Literal["fail", "halve"] = "fail"
+    """What follows when a training runs out of memory: it fails, or goes on from its last checkpoint in micro-batches of half the size
+    (`compute.accumulate` doubled), and its trial is marked, because batch norm then sees half as many crops at once."""
+    trial_timeout: Duration | None = None
+    """Longest time that a training may take, from the start of its workers to its end; one that takes longer fails. null: no limit."""
+    first_report_timeout: Duration | None = None
+    """Longest time from the start of a training's workers to its first evaluation, which comes after `schedule.eval_every` steps; one that
+    takes longer hangs, and fails with what it was waiting for. null: no limit, because no number is right for every network and machine.
+    Choose several times what one takes that works."""
+
+    @model_validator(mode="after")
+    def _first_report_is_the_sooner(self) -> Self:
+        first, whole = self.first_report_timeout, self.trial_timeout
+        if first is not None and whole is not None and first >= whole:
+            raise ValueError(
+                f"`first_report_timeout < trial_timeout` must hold, but got {first:g} s and {whole:g} s: it would have no effect."
+            )
+        return self
 
 
 class FinalConfig(Section):

@@ -9,19 +9,20 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
 from cps_ray.text import first_line
 
+T = TypeVar("T")
+
 WORKER_ENV = {
-    # The dashboard's Train tab is empty without it.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # A report waits for the next health check: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -38,6 +39,7 @@ _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/soc
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 _DATA_CPUS = 1.0
 """Ray Data hangs without a word unless one whole CPU is free of reservations."""
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ class Cluster:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
+def connected(address: str | None, job: str = "cps_ray") -> Iterator[Cluster]:
     """Joins the cluster at `address` (or in RAY_ADDRESS), else starts one on this machine; leaves or stops it at the end.
 
-    Raises ResourceError if the address does not answer.
+    `job`: its name among the jobs in Ray's dashboard. Raises ResourceError if the address does not answer.
     """
     # Here for the driver, below for workers: each process reads them by itself.
     for name, value in WORKER_ENV.items():
@@ -76,7 +78,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         "runtime_env": {"env_vars": WORKER_ENV},
     }
     if address is not None:
-        yield from _joined(address, options)
+        yield from _joined(address, job, options)
         return
     with _dashboard_port() as port:
         # With two Ray instances on one host, Train's cleaner finds its own only by this address.
@@ -85,7 +87,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         # Token authentication stays on: Ray's own default for local clusters.
         options |= {"dashboard_host": "127.0.0.1", "dashboard_port": port, "include_dashboard": True}
         _make_room()
-        yield from _joined(None, options)
+        yield from _joined(None, job, options)
 
 
 def _make_room() -> None:
@@ -126,13 +128,15 @@ def _is_writable(folder: Path) -> bool:
     return False
 
 
-def _joined(address: str | None, options: dict[str, Any]) -> Iterator[Cluster]:
+def _joined(address: str | None, job: str, options: dict[str, Any]) -> Iterator[Cluster]:
     import ray
+    from ray.job_config import JobConfig
 
     in_main = threading.current_thread() is threading.main_thread()  # only there handlers can be set
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(address=address or "local", **options)
+        named = JobConfig(metadata={"job_name": job})
+        context = ray.init(address=address or "local", job_config=named, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as err:
         raise ResourceError(
             f"--address {address or 'local'}: no Ray cluster can be joined there ({first_line(err)}). "
@@ -194,6 +198,46 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+class TooSmallError(ResourceError):
+    """The cluster, as it is now, cannot hold a plan."""
+
+    def __init__(self, what: str, hint: str, bundles: list[dict[str, float]]) -> None:
+        """`bundles`: what the plan needs, as Ray's autoscaler takes it."""
+        super().__init__(f"{what}. {hint}")
+        self.what, self.bundles = what, bundles
+
+
+def awaited(fits: Callable[[], T], cluster: Cluster, wait_s: float | None, say: Callable[[str], None]) -> T:
+    """Returns what `fits` does, as soon as it raises TooSmallError no more: nodes may join late, and an autoscaler is asked for them.
+
+    `wait_s`: after how many seconds the error is raised all the same; None: at once.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    until = time.monotonic() + (wait_s or 0.0)
+    waits = False
+    try:
+        while True:
+            try:
+                return fits()
+            except TooSmallError as err:
+                if cluster.local:  # it never grows
+                    raise
+                if wait_s is None:
+                    raise ResourceError(f"{err} To wait for nodes that are still to come: --wait 10m.") from err
+                if time.monotonic() >= until:
+                    raise
+                if not waits:
+                    say(f"Waiting for nodes, {wait_s:g} s at most: {err.what}.")
+                waits = True
+                # Each time: the request is the cluster's, and another sweep that waits on it replaces ours.
+                request_resources(bundles=err.bundles)
+            time.sleep(_POLL_S)
+    finally:
+        if waits:
+            request_resources(bundles=[])  # else the cluster would never scale down again
+
+
 def trainings_at_once(
     resources: ResourcesConfig, concurrency: str | int, on: Sequence[Mapping[str, float]], *, streams: bool = True
 ) -> int:
@@ -201,8 +245,11 @@ def trainings_at_once(
 
     `streams`: whether they read unlabelled images, hence need Ray Data at all.
 
-    Raises ResourceError for a plan that could never be scheduled: Ray itself would wait for ever without a word.
+    Raises TooSmallError for a plan that could never be scheduled: Ray itself would wait for ever without a word.
     """
+    worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    training = [{name: amount for name, amount in worker.items() if amount}] * resources.workers
+    data = [{"CPU": _DATA_CPUS}] if streams else []
     need = f"{resources.workers} workers x ({resources.cpus_per_worker:g} CPUs, {resources.gpus_per_worker:g} GPUs)"
     have = (
         f"{sum(n.get('CPU', 0.0) for n in on):g} CPUs, {sum(n.get('GPU', 0.0) for n in on):g} GPUs on {len(on)} node(s)"
@@ -213,16 +260,19 @@ def trainings_at_once(
     if fit < 1:
         without_data = _bundles(resources, on, None) // resources.workers
         why = "and Ray Data one whole CPU beside them, " if without_data else ""
-        raise ResourceError(
-            f"resources: one training takes {need}, {why}but the cluster has {have}. "
-            "Lower resources.workers, cpus_per_worker or gpus_per_worker, or add nodes."
+        raise TooSmallError(
+            f"resources: one training takes {need}, {why}but the cluster has {have}",
+            "Lower resources.workers, cpus_per_worker or gpus_per_worker, or add nodes.",
+            training + data,
         )
     if concurrency == "auto":
         return fit
     if int(concurrency) > fit:
-        raise ResourceError(
+        raise TooSmallError(
             f"concurrency: {concurrency} trainings at once, each {need}, and one whole CPU for Ray Data must fit, "
-            f"but the cluster has {have}: {fit} fit. Lower concurrency or resources.cpus_per_worker, or say `auto`."
+            f"but the cluster has {have}: {fit} fit",
+            "Lower concurrency or resources.cpus_per_worker, or say `auto`.",
+            training * int(concurrency) + data,
         )
     return int(concurrency)
 

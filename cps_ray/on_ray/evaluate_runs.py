@@ -21,7 +21,7 @@ from cps_ray.engine.state import load_networks
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import CpsRayError
 from cps_ray.model.examples import Example
-from cps_ray.on_ray.trainer import reason
+from cps_ray.on_ray.failures import reason
 from cps_ray.runs import read_checkpoint
 
 

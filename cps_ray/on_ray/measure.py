@@ -1,4 +1,4 @@
-"""The stream inside a Ray Train worker, with nobody training on it: how fast it is, and what it holds."""
+"""What benchmarks measure on a cluster: the stream in a worker with nobody training on it, and how soon trainings begin."""
 
 import os
 import time
@@ -6,7 +6,65 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config.reader import parse_train
+from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
+from cps_ray.config.yaml_reader import dump_yaml
+from cps_ray.on_ray.trainer import DEFAULT_METRIC
+from cps_ray.runs import CONFIG_FILE
+
+_PATIENCE_S = 600.0
+
+
+def measure_starts(config: TrainConfig, work: Path, *, rounds: int, again: int) -> dict[str, list[float]]:
+    """Trains on a cluster of its own, in worker groups that are started one after the other, 1 + `again` times in each.
+
+    Returns seconds to the first evaluation, `cold` of the first training in a group, `warm` of the others, and `held`: megabytes that the
+    first group's workers hold after each.
+    """
+    import ray
+
+    from cps_ray.on_ray.cluster import connected
+    from cps_ray.on_ray.trainer import worker_groups
+    from cps_ray.on_ray.worker_groups import GroupShape, Training
+
+    found: dict[str, list[float]] = {"cold": [], "warm": [], "held": []}
+    with connected(None):
+        for number in range(rounds):
+            with worker_groups(work / f"tune-{number}") as pool:
+                for seed in range(again + 1):
+                    folder = work / f"group-{number}-{seed}"
+                    folder.mkdir()
+                    (folder / CONFIG_FILE).write_text(
+                        dump_yaml(apply(config, {"seed": seed}, "bench").dump(str(folder)))
+                    )
+                    begin = time.perf_counter()
+                    ray.get(pool.begin.remote(Training(str(folder), DEFAULT_METRIC, GroupShape.of(config.resources))))
+                    news = ray.get(pool.wait.remote(str(folder), 0, _PATIENCE_S))
+                    found["warm" if seed else "cold"].append(time.perf_counter() - begin)
+                    while news["outcome"] is None:
+                        news = ray.get(pool.wait.remote(str(folder), 1, _PATIENCE_S))
+                    if number == 0:
+                        time.sleep(0.5)  # it gives memory back when it has ended
+                        found["held"].append(largest_mb("RayTrainWorker"))
+    return found
+
+
+def largest_mb(title: str) -> int:
+    """Returns the resident megabytes of the largest process with this title."""
+    found = [0]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if title in path.read_text():
+                found.append(resident_mb(int(path.parent.name)))
+        except OSError:
+            continue
+    return max(found)
+
+
+def resident_mb(pid: int) -> int:
+    """Returns the resident megabytes of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 def measure_stream(config: TrainConfig, storage: Path, *, warm_s: float, seconds: float | None) -> dict[str, Any]:

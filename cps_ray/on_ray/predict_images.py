@@ -14,7 +14,7 @@ from cps_ray.errors import ResourceError
 from cps_ray.model.model import load_model
 from cps_ray.model.photos import Photo
 from cps_ray.model.predicting import OutputOptions, Record, predict_chunks
-from cps_ray.on_ray.trainer import reason
+from cps_ray.on_ray.failures import reason
 
 _MOST_CHUNKS = 16
 """Most chunks that a worker gets at once: it reads and writes beside computing only within these."""

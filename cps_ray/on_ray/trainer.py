@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.errors import CpsRayError
-from cps_ray.on_ray.worker_groups import Group, Shape, WorkerGroups
+from cps_ray.on_ray.failures import reason
+from cps_ray.on_ray.worker_groups import Group, GroupShape, WorkerGroups
 
 DEFAULT_METRIC = "val/miou"
 """Metric by which a training that is no trial keeps its best checkpoint."""
@@ -50,7 +50,7 @@ def make_trainer(
     # Plain values only: a worker parses the config again, so both sides need not agree on classes.
     settings = {"train": config.dump(), "run_dir": str(run_dir), "sweep": sweep, "metric": metric}
     # Without a limit for the controller, a run that can never start retries for ever.
-    return _trainer(train_loop, settings, Shape.of(config.resources), run_dir, retries, 3)
+    return _trainer(train_loop, settings, GroupShape.of(config.resources), run_dir, retries, 3)
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def worker_groups(storage: Path) -> Iterator[Any]:
 
 def prepare_groups(pool: Any, config: TrainConfig, count: int) -> None:
     """Starts groups for `count` trainings like this one, which come in a moment."""
-    pool.prepare.remote(Shape.of(config.resources), count)
+    pool.prepare.remote(GroupShape.of(config.resources), count)
 
 
 def close_groups(pool: Any) -> None:
@@ -121,7 +121,7 @@ class _WorkerGroupsActor(WorkerGroups):
 def _trainer(
     loop: Any,
     settings: dict[str, Any],
-    shape: Shape,
+    shape: GroupShape,
     folder: Path,
     retries: int,
     starts: int,
@@ -144,16 +144,3 @@ def _trainer(
             failure_config=train.FailureConfig(max_failures=retries, controller_failure_limit=starts),
         ),
     )
-
-
-def reason(err: BaseException) -> str:
-    """Returns one line: the worker's own exception, taken out of Ray's wrappers."""
-    failures: dict[int, BaseException] = getattr(err, "worker_failures", None) or {}  # of a TrainingFailedError
-    err = next(iter(failures.values()), getattr(err, "controller_failure", err))
-    cause = getattr(err, "cause", None)
-    if isinstance(cause, BaseException):
-        return reason(cause)
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [""]
-    # The last line of a remote traceback is the exception itself.
-    text = lines[-1] if "Traceback" in str(err) else lines[0]
-    return text if isinstance(err, CpsRayError) else f"{type(err).__name__}: {text}"

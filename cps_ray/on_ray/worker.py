@@ -28,11 +28,11 @@ from cps_ray.engine.ranks import Ranks, join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse, vanishing
 from cps_ray.errors import DataError, DivergedError
-from cps_ray.files import DISK_ERRORS, write_text
+from cps_ray.files import write_text
+from cps_ray.on_ray.failures import COLLAPSED, kind_of, reason
 from cps_ray.on_ray.gauges import TrainGauges
 from cps_ray.on_ray.stream import make_plan, stream
-from cps_ray.on_ray.trainer import reason
-from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, DISK_FULL, END, OUT_OF_MEMORY, Training
+from cps_ray.on_ray.worker_groups import END, Training
 from cps_ray.runs import (
     CONFIG_FILE,
     ERROR_FILE,
@@ -125,20 +125,12 @@ def _serve(pool: Any, group: str, training: Training, is_first: bool) -> None:
         if is_first:
             finished(str(err), COLLAPSED)
     except Exception as err:
-        finished(reason(err), _kind(err))
+        finished(reason(err), kind_of(err))
         raise
     else:
         clean_up()
         if is_first:
             finished(None, "")
-
-
-def _kind(err: Exception) -> str:
-    """Kind of a failure, one of those in `worker_groups`."""
-    no_memory = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    if isinstance(err, (MemoryError, torch.OutOfMemoryError)) or any(text in str(err) for text in no_memory):
-        return OUT_OF_MEMORY
-    return DISK_FULL if isinstance(err, OSError) and err.errno in DISK_ERRORS else CRASHED
 
 
 def clean_up() -> None:

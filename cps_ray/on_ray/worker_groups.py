@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cps_ray.config.train import ResourcesConfig
+from cps_ray.on_ray.failures import CRASHED, TIMED_OUT
 
-COLLAPSED, CRASHED, OUT_OF_MEMORY, DISK_FULL, TIMED_OUT = (
-    "collapsed",
-    "crashed",
-    "out of memory",
-    "disk full",
-    "timed out",
-)
-"""Kinds of failures. A training is tried again only after a crash: the others would come again."""
 END = "end"
 """What `take` gives a group that is to end."""
 _IDLE_S = 30.0
@@ -41,7 +34,7 @@ _GROWTH_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class GroupShape:
     """What a worker group takes of the cluster."""
 
     workers: int
@@ -49,7 +42,7 @@ class Shape:
     gpus: float
 
     @classmethod
-    def of(cls, resources: ResourcesConfig) -> "Shape":
+    def of(cls, resources: ResourcesConfig) -> "GroupShape":
         """Returns what a training asks for."""
         return cls(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
 
@@ -64,7 +57,7 @@ class Training:
     folder: str
     metric: str
     """Metric by which its best checkpoint is kept."""
-    shape: Shape
+    shape: GroupShape
     sweep: str = ""
     retries: int = 1
     first_report_s: float | None = None
@@ -97,7 +90,7 @@ class Group:
     """A worker group and how it stands."""
 
     name: str
-    shape: Shape
+    shape: GroupShape
     run: Run | None = None
     has_asked: bool = False
     """Its workers are up: they have asked for a training since they were started last."""
@@ -170,7 +163,7 @@ class WorkerGroups:
             self._cut(run, {})
         self._change()
 
-    async def prepare(self, shape: Shape, count: int) -> None:
+    async def prepare(self, shape: GroupShape, count: int) -> None:
         """Starts groups that will be wanted in a moment."""
         for _ in range(count):
             self._add(shape)
@@ -341,7 +334,7 @@ class WorkerGroups:
             free = next((g for g in groups if g.has_asked and g.shape == run.training.shape), None)
             if free is not None:
                 free.run, run.group = run, free
-        lacking: dict[Shape, int] = {}
+        lacking: dict[GroupShape, int] = {}
         for run in self._waiting():
             lacking[run.training.shape] = lacking.get(run.training.shape, 0) + 1
         for shape, wanted in lacking.items():
@@ -357,7 +350,7 @@ class WorkerGroups:
                     other.is_ending |= other.run is None and other.shape != shape
                 self._add(shape)
 
-    def _add(self, shape: Shape) -> None:
+    def _add(self, shape: GroupShape) -> None:
         group = Group(f"group-{next(self._numbers):03d}", shape)
         self._groups[group.name] = group
         self._start(group)

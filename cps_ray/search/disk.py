@@ -10,8 +10,8 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cps_ray.errors import ConfigError, DiskError
-from cps_ray.results import RESUME
-from cps_ray.text import in_words, shell_path
+from cps_ray.results import resume_command
+from cps_ray.text import in_words
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, "SQLITE_FULL"}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"}
@@ -25,7 +25,7 @@ def on_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error, SQLAlchemyError, StorageInternalError) as err:
-        reason, resume = _reason(err), f"{RESUME} {shell_path(path.parent)}"
+        reason, resume = _reason(err), resume_command(path.parent)
         if reason in _FULL:
             raise DiskError(
                 f"{path}: must have room to grow, but the disk is full. Free space, then: {resume}"

@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cps_ray.files import read_json, replaced_folder
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.on_ray.cluster import connected, nodes, trainings_at_once
+from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.on_ray.leaving import leave_in_time
@@ -32,14 +32,15 @@ from cps_ray.results import (
     COLLAPSED,
     FAILED,
     INTERRUPTED,
-    RESUME,
     RUNNING,
     SUMMARY_FILE,
     SWEEP_FILE,
     progress_lines,
+    resume_command,
     trial_folder,
     verdict_lines,
 )
+from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import write_best, write_seeds
 from cps_ray.search.final_phase import (
@@ -52,13 +53,14 @@ from cps_ray.search.final_phase import (
     is_stale,
     plan_final_runs,
 )
+from cps_ray.search.lock import locked
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.search_phase import SearchPhase, best_config, best_header
 from cps_ray.search.study import SweepStudy
-from cps_ray.search.sweep_folder import final_training_configs, locked
+from cps_ray.search.sweep_folder import final_training_configs
 from cps_ray.search.tune_session import Phase, TuneSession
 from cps_ray.search.verdict import compare
-from cps_ray.text import display_path, printable, shell_path
+from cps_ray.text import display_path, printable
 
 _ROOM_S = 5.0
 
@@ -112,8 +114,11 @@ class _Room:
 class Sweep:
     """One process's work on a sweep folder."""
 
-    def __init__(self, config: SweepConfig, root: Path, console: Console, address: str | None) -> None:
-        self._config, self._root, self._console, self._address = config, root, console, address
+    def __init__(
+        self, config: SweepConfig, root: Path, console: Console, address: str | None, wait_s: float | None = None
+    ) -> None:
+        """`wait_s`: as `awaited` takes it."""
+        self._config, self._root, self._console, self._address, self._wait_s = config, root, console, address, wait_s
         self._metric = config.objective.metric
         self._signals = _Signals(self._say_progress)
         self._scratch = root / "tune"  # Ray's own files
@@ -135,10 +140,9 @@ class Sweep:
             try:
                 if not self._trials_left():
                     self._need_best()  # before a cluster is started for nothing
-                with connected(self._address) as cluster:
+                with connected(self._address, f"sweep {self._config.name}") as cluster:
                     # Both before the first trial: final runs that can never start must not be found after three days.
-                    at_once = self._how_many_fit([self._config.train])
-                    self._how_many_fit(final_training_configs(self._config))
+                    at_once, _ = awaited(self._how_many_fit, cluster, self._wait_s, self._say)
                     for line in cluster.banner():
                         self._say(line)
                     self._say(f"Sweep folder: {display_path(self._root)}, {at_once} training(s) at once")
@@ -180,17 +184,20 @@ class Sweep:
         counts = self._study.counts()
         return sum(counts.values()) - counts[RUNNING]  # running ones are left by a session that was killed: resumed
 
-    def _how_many_fit(self, trainings: list[TrainConfig]) -> int:
-        """Number of these that may run at once. ResourceError if one never could."""
+    def _how_many_fit(self) -> tuple[int, int]:
+        """Number of trials, and of final runs, that may run at once. TooSmallError if one never could."""
         asked, there = self._config.concurrency, nodes()
-        each = [trainings_at_once(c.resources, asked, there, streams=c.semi_supervised) for c in trainings]
-        return min(each, default=1)
+        trial, *finals = (
+            trainings_at_once(c.resources, asked, there, streams=c.semi_supervised)
+            for c in (self._config.train, *final_training_configs(self._config))
+        )
+        return trial, min(finals, default=1)
 
     def _work(self, shards: Shards) -> None:
         write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
         display = make_display(self._config.name, self._console)
         self._events.subscribers.append(display.on_event)
-        with display:
+        with display, on_disk(self._root / SUMMARY_FILE), closing(SweepGauges(self._config.name)) as self._gauges:
             self._run_search()
             self._need_best()
             best = best_config(self._study, self._config)
@@ -209,17 +216,15 @@ class Sweep:
                 "See trials/*/error.txt and log.txt."
             )
 
-    def _session(
-        self, phase: Phase, trainings: list[TrainConfig], tick: Callable[[TuneSession], None] = lambda _: None
-    ) -> None:
+    def _session(self, phase: Phase, is_final: bool, tick: Callable[[TuneSession], None] = lambda _: None) -> None:
         session = TuneSession(
             phase,
             self._scratch,
             self._pool,
             sweep=self._config.name,
-            at_once=_Room(lambda: self._how_many_fit(trainings)),
+            at_once=_Room(lambda: self._how_many_fit()[1 if is_final else 0]),
             failures=self._config.failures,
-            resume=f"{RESUME} {shell_path(self._root)}",
+            resume=resume_command(self._root),
             say=lambda text: self._events("notice", text=text),
         )
         # While a session runs, the first signal only asks it to stop: its trainings are taken down in order, resumable.
@@ -236,14 +241,14 @@ class Sweep:
             return
         done = self._num_ended()
         self._events("phase", text=f"search: {done} of {self._config.budget.trials} trials done" if done else "search")
-        phase = SearchPhase(self._study, self._config, self._root, self._events, SweepGauges(self._config.name))
+        phase = SearchPhase(self._study, self._config, self._root, self._events, self._gauges)
 
         def tick(session: TuneSession) -> None:
             if phase.limit or phase.out_of_time:
                 session.stop()
 
         try:
-            self._session(phase, [self._config.train], tick)
+            self._session(phase, False, tick)
         finally:
             self._study.add_seconds(time.monotonic() - phase.started)
         phase.end_cut_trials()  # not after a signal: what that has stopped is resumed
@@ -259,9 +264,9 @@ class Sweep:
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
         phase = FinalPhase(runs, self._events)
         if waiting:
-            self._session(phase, final_training_configs(self._config))
+            self._session(phase, True)
         write_tables(self._root, self._study, self._config)
-        resume = f"{RESUME} {shell_path(self._root)}"
+        resume = resume_command(self._root)
         if phase.failed:
             name, failure = next(iter(phase.failed.items()))
             raise FinalRunError(

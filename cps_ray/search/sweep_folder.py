@@ -1,11 +1,9 @@
-"""The sweep folder: begun, checked, locked. What is wrong is found here, before any cluster starts."""
+"""The sweep folder: begun and checked. What is wrong is found here, before any cluster starts."""
 
-import fcntl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
@@ -20,39 +18,50 @@ from cps_ray.engine.preflight import Preflight, check_sweep
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_text
 from cps_ray.results import (
+    BEGUN_FILE,
     LOCK_FILE,
-    RESUME,
     STUDY_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
+    resume_command,
 )
+from cps_ray.search.edits import write_begun
+from cps_ray.search.lock import locked
 from cps_ray.search.records import EVENTS_FILE
-from cps_ray.text import did_you_mean, shell_path
+from cps_ray.text import did_you_mean
 
 SOURCE_FILE = "sweep.source.yaml"
-_LOCK_S = 0.2
-"""How long a lock is asked for: those who only look at a sweep hold it for microseconds."""
 
 
-def begin(config: SweepConfig, source: Path, *, fresh: bool) -> Path:
-    """Makes the sweep folder with the resolved sweep and the file as written.
+@contextmanager
+def begun(config: SweepConfig, source: Path, *, fresh: bool, address: str | None = None) -> Iterator[Path]:
+    """Makes the sweep folder with the resolved sweep and the file as written, and holds it until the block ends.
 
     Raises ConfigError if the folder holds a sweep or anything else; `fresh` moves it aside instead.
     """
     root = config.output / config.name
-    # A lock file alone is left by a sweep that was refused.
-    if root.exists() and any(path.name != LOCK_FILE for path in root.iterdir()):
-        with locked(root):  # else a running sweep's folder would be moved away under it
+    with ExitStack() as held:
+        # A lock file alone is left by a sweep that was refused.
+        if root.exists() and any(path.name != LOCK_FILE for path in root.iterdir()):
+            held.enter_context(locked(root))  # else a running sweep's folder would be moved away under it
             if fresh:
                 root.rename(root.with_name(f"{root.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"))
             else:
                 _clear(root)
-    root.mkdir(parents=True, exist_ok=True)
-    write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
+        root.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(root))  # also where there was a lock: a folder that is moved aside takes it along
+        write_session(root, config, address, source)
+        yield root
+
+
+def write_session(root: Path, config: SweepConfig, address: str | None, source: Path | None) -> None:
+    """Writes what a session begins with: the sweep, the cluster that it was told to join, and the file as written, if that is new."""
+    if source is not None:
+        write_text(root / SOURCE_FILE, source.read_text(encoding="utf-8"))
+    write_begun(root, config, address)
     write_resolved(root, config)
-    return root
 
 
 def _clear(root: Path) -> None:
@@ -67,19 +76,17 @@ def _clear(root: Path) -> None:
         done = summary.get("trials", {})
         state = f"{summary.get('status', 'unfinished')}, {done.get('complete', 0)}/{done.get('budget', '?')} trials complete"
         raise ConfigError(
-            f"{root}: already holds a sweep ({state}). Continue: {RESUME} {shell_path(root)}. "
+            f"{root}: already holds a sweep ({state}). Continue: {resume_command(root)}. "
             "Start again: --name NEW, or --fresh to move it aside."
         )
-    for name in (SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE, EVENTS_FILE, HASHES_FILE):
+    for name in (BEGUN_FILE, SOURCE_FILE, SWEEP_FILE, STUDY_FILE, SUMMARY_FILE, TRIALS_FILE, EVENTS_FILE, HASHES_FILE):
         (root / name).unlink(missing_ok=True)
 
 
 def write_resolved(root: Path, config: SweepConfig) -> None:
     """Writes sweep.yaml: every setting, paths relative to the sweep folder."""
     resolved = config.model_dump(mode="json", context={"base": str(root)})
-    write_text(
-        root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {RESUME} {shell_path(root)}")
-    )
+    write_text(root / SWEEP_FILE, dump_yaml(resolved, f"Every setting of this sweep. Resume: {resume_command(root)}"))
 
 
 def with_fingerprints(config: SweepConfig) -> SweepConfig:
@@ -126,23 +133,3 @@ def final_training_configs(config: SweepConfig) -> list[TrainConfig]:
         return []
     arms = ({}, *config.baselines.values())  # {}: the best one itself, here with the values of `train`
     return [apply(config.train, {**config.final.set, **changes}, "final runs") for changes in arms]
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Holds the sweep folder: one process at a time. Raises ConfigError if another has it."""
-    with (root / LOCK_FILE).open("w") as file:
-        _lock(file, root)  # the system lets go of it when the process ends, however it does
-        yield
-
-
-def _lock(file: TextIO, root: Path) -> None:
-    until = time.monotonic() + _LOCK_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as err:
-            if time.monotonic() > until:
-                raise ConfigError(f"{root}: another process is running this sweep. Wait for it, or stop it.") from err
-        time.sleep(0.01)

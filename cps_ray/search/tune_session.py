@@ -27,8 +27,9 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import ConfigError, DiskError
 from cps_ray.files import write_text
+from cps_ray.on_ray.failures import COLLAPSED, CRASHED, DISK_FULL, OUT_OF_MEMORY
 from cps_ray.on_ray.trainer import DEFAULT_METRIC
-from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, DISK_FULL, OUT_OF_MEMORY, Shape, Training
+from cps_ray.on_ray.worker_groups import GroupShape, Training
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE, RecordReader
 from cps_ray.search.tune_trial import TuneTrial
 
@@ -192,7 +193,7 @@ class TuneSession:
         training = Training(
             str(job.folder),
             job.metric,
-            Shape.of(job.config.resources),
+            GroupShape.of(job.config.resources),
             self._sweep,
             limits.retries,
             limits.first_report_timeout,

@@ -7,7 +7,14 @@ import pytest
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
-from cps_ray.on_ray.cluster import _LONGEST_FOLDER, Cluster, _dashboard_port, _make_room, trainings_at_once
+from cps_ray.on_ray.cluster import (
+    _LONGEST_FOLDER,
+    Cluster,
+    _dashboard_port,
+    _make_room,
+    connected,
+    trainings_at_once,
+)
 
 
 def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -105,3 +112,11 @@ def test_a_home_that_cannot_be_written_needs_no_token_there(tmp_path: Path, monk
     assert len(token.read_text()) == 64
     assert token.stat().st_mode & 0o777 == 0o600
     assert f"RAY_AUTH_TOKEN_PATH={token} " in Cluster("http://x", local=True).banner()[1]
+
+
+@pytest.mark.ray
+def test_the_job_has_a_name_in_the_dashboard() -> None:
+    from ray.util.state import list_jobs
+
+    with connected(None, "sweep mine") as cluster:
+        assert [job.metadata["job_name"] for job in list_jobs(cluster.dashboard_url, detail=True)] == ["sweep mine"]

@@ -13,7 +13,8 @@ from cps_ray.engine.state import load_networks
 from cps_ray.errors import DataError
 from cps_ray.on_ray import trainer
 from cps_ray.on_ray.cluster import connected
-from cps_ray.on_ray.trainer import make_trainer, reason
+from cps_ray.on_ray.failures import reason
+from cps_ray.on_ray.trainer import make_trainer
 from cps_ray.runs import best_checkpoint, read_checkpoint, read_metrics
 
 

@@ -17,8 +17,9 @@ from test_end_to_end import descendants
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.on_ray.cluster import connected
+from cps_ray.on_ray.failures import COLLAPSED, CRASHED, OUT_OF_MEMORY
 from cps_ray.on_ray.trainer import make_trainer, worker_groups
-from cps_ray.on_ray.worker_groups import COLLAPSED, CRASHED, OUT_OF_MEMORY, Shape, Training
+from cps_ray.on_ray.worker_groups import GroupShape, Training
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE, latest_checkpoint, read_checkpoint, read_metrics
 
 pytestmark = pytest.mark.ray
@@ -53,7 +54,7 @@ class Trial:
         folder = self.root / name
         folder.mkdir()
         (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder))))
-        training = Training(str(folder), "val/miou", Shape.of(config.resources), "test", retries)
+        training = Training(str(folder), "val/miou", GroupShape.of(config.resources), "test", retries)
         ray.get(self.pool.begin.remote(training))
         judged = 0
         while True:
@@ -170,5 +171,3 @@ def test_a_group_without_a_training_gives_its_resources_back(tiny: TrainConfig, 
         time.sleep(2)
         assert ray.available_resources()["CPU"] > taken
         assert Trial(pool, tmp_path).run("two", config) == {}, "a new group"
-
-

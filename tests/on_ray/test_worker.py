@@ -21,7 +21,7 @@ def test_the_log_names_classes_that_vanish_and_leaves_the_others_to_the_records(
     tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = SimpleNamespace(ranks=Ranks(rank=1))  # rank 0 sets gauges, which start Ray
-    report = WorkerReport(tiny, tmp_path, "sweep", state, logging.getLogger("test"))
+    report = WorkerReport(tiny, tmp_path, "sweep", "val/miou", state, logging.getLogger("test"), lambda step: True)
     ratios = {"road": 1.2, "sign": 0.123, "car": 0.5, "pole": 0.04}
     metrics = {"step": 20, "val/miou": 0.5, "train/loss": 1.0, "time/images_per_s": 3.0, "time/data_wait": 0.0}
     metrics |= {"pseudo/coverage": 0.9, **{f"pseudo/frequency_ratio/{name}": value for name, value in ratios.items()}}

@@ -8,20 +8,11 @@ from typing import Any
 import pytest
 
 from cps_ray.on_ray import worker_groups
-from cps_ray.on_ray.worker_groups import (
-    COLLAPSED,
-    CRASHED,
-    END,
-    OUT_OF_MEMORY,
-    TIMED_OUT,
-    Group,
-    Shape,
-    Training,
-    WorkerGroups,
-)
+from cps_ray.on_ray.failures import COLLAPSED, CRASHED, OUT_OF_MEMORY, TIMED_OUT
+from cps_ray.on_ray.worker_groups import END, Group, GroupShape, Training, WorkerGroups
 
-ONE = Shape(1, 1.0, 0.0)
-TWO = Shape(2, 1.0, 0.0)
+ONE = GroupShape(1, 1.0, 0.0)
+TWO = GroupShape(2, 1.0, 0.0)
 
 
 class Workers:
@@ -31,7 +22,7 @@ class Workers:
         self.started: list[Group] = []
         self.pool = WorkerGroups(self.started.append, idle_s)
 
-    async def begin(self, name: str, shape: Shape = ONE, **settings: Any) -> str:
+    async def begin(self, name: str, shape: GroupShape = ONE, **settings: Any) -> str:
         await self.pool.begin(Training(name, "val/miou", shape, **settings))
         return name
 

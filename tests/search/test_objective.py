@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +25,7 @@ from cps_ray.runs import META_FILE, STATE_FILE, best_checkpoint, read_checkpoint
 from cps_ray.search.final_phase import EvaluatedRun, FinalPhase, FinalRun, is_done, plan_final_runs
 from cps_ray.search.objective import headline_score, own_metric
 from cps_ray.search.records import Events
-from cps_ray.search.tune_session import TrainingJob, TuneSession
-from cps_ray.search.tune_trial import COLLAPSED, FAILURE, TuneTrial
+from cps_ray.search.tune_session import TrainingJob
 from cps_ray.search.verdict import compare
 
 
@@ -197,46 +195,3 @@ def test_the_checkpoint_is_chosen_by_the_objective(tmp_path: Path) -> None:
         meta = {"step": step, "bytes": 1, "metrics": {"val/miou": step / 10, "val/b/miou": b}}
         (folder / META_FILE).write_text(json.dumps(meta))
     assert [best_checkpoint(tmp_path, metric)[1]["step"] for metric in ("val/miou", "val/b/miou")] == [4, 2]
-
-
-@pytest.mark.parametrize(
-    ("outcome", "expected"),
-    [
-        ({"diverged": "the loss is not finite"}, {FAILURE: "the loss is not finite", COLLAPSED: True}),
-        (ValueError("boom"), {FAILURE: "ValueError: boom", COLLAPSED: False}),
-        ({}, {}),
-    ],
-)
-def test_a_trial_tells_a_collapse_from_a_crash(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Any, expected: dict[str, Any]
-) -> None:
-    class Trainer:
-        def fit(self) -> Any:
-            if isinstance(outcome, Exception):
-                raise outcome
-            return type("Result", (), {"return_value": outcome})
-
-    monkeypatch.setattr("cps_ray.search.tune_trial.make_trainer", lambda *_, **__: Trainer())
-    heard: list[Any] = []
-
-    class Heard:
-        def ask(self) -> TrainingJob:
-            return TrainingJob("r", tmp_path / "r", tiny, "val/b/miou")
-
-        def report(self, job: TrainingJob, metrics: dict[str, Any]) -> bool:
-            return True
-
-        def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
-            heard.append((failure, collapsed))
-
-    session = TuneSession(Heard(), tmp_path, sweep="s", at_once=1, retries=0)
-    settings = session.suggest("id")
-    assert settings == {"folder": str(tmp_path / "r"), "metric": "val/b/miou"}
-    (tmp_path / "r" / "error.txt").write_text("of an earlier try")
-    trial = TuneTrial.__new__(TuneTrial)  # without Tune around it
-    trial.setup(settings)
-    found = trial._fit([])
-    assert found == expected
-    assert (tmp_path / "r" / "error.txt").exists() == bool(expected)
-    session.end("id", {"done": True, **found}, error=False)
-    assert heard == [(expected.get(FAILURE), expected.get(COLLAPSED, False))]
