@@ -45,9 +45,11 @@ def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
 ) -> int:
     """Parses `argv` (None: the process's own arguments) and returns the exit code of `run`, or that of the error it printed."""
-    # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU. Ray reads the
-    # variable when it is imported, which commands do only inside `run`.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
+    # Ray warns that many idle processes were started: a trial's helpers are actors that take no CPU; and of each process that
+    # died it has a page, where we say what follows. Ray reads the variable when it is imported, which commands do only inside `run`.
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started|A worker died or was killed"
+    )
     return reported(lambda: run(parser.parse_args(argv)))
 
 

@@ -115,12 +115,13 @@ def _run_sweep(root: Path, trials: int, sampler: str, early_stopping: str) -> Fi
         gauges: Any = _NoGauges()
         phase = SearchPhase(study, config, root, Events(root), gauges)
     optuna_study = study.study
+    samplers = type(optuna_study.sampler)  # of all trials: each has one of its own
     # What grows with the sampler alone: the draws, and what Optuna reads for them.
     for owner, name in (
         (optuna_study, "ask"),
-        (optuna_study.sampler, "infer_relative_search_space"),
-        (optuna_study.sampler, "sample_relative"),
-        (optuna_study.sampler, "sample_independent"),
+        (samplers, "infer_relative_search_space"),
+        (samplers, "sample_relative"),
+        (samplers, "sample_independent"),
     ):
         setattr(owner, name, asks.timed(getattr(owner, name)))
     live: list[tuple[TrainingJob, Records, int]] = []

@@ -130,15 +130,12 @@ class WorkerGroups:
             self._runs[training.folder] = Run(training)
         self._change()
 
-    async def wait(self, folder: str, judged: int, timeout: float) -> dict[str, Any]:
+    async def wait(self, folder: str, judged: int, timeout: float) -> dict[str, Any] | None:
         """Accepts reports up to step `judged`, and waits for news: returns `reported`, the last step, `outcome` once it has ended, and
-        `waits_for` where it has no workers yet."""
+        `waits_for` where it has no workers yet. Returns None if nobody has begun it: this process is new, the one before it died."""
         run = self._runs.get(folder)
         if run is None:
-            return {
-                "reported": judged,
-                "outcome": {"failure": "the process that hands out trainings died", "kind": CRASHED},
-            }
+            return None
         if judged > run.judged:
             run.judged = judged
             self._change()

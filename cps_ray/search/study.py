@@ -100,14 +100,15 @@ def _state(trial: FrozenTrial) -> str:
     return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
 
 
-def _sampler(config: SamplerConfig, trials_so_far: int) -> optuna.samplers.BaseSampler:
-    # A resumed session must not draw the first session's points again.
-    seed = config.seed + trials_so_far
+def _sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Returns what proposes trial `number`: one of its own, so that its point does not depend on who was interrupted before it."""
+    seed = config.seed + number
     if config.type == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if config.type == "qmc":
         # Not `seed`: the sequence goes on where the study's trials end, and another scrambling would be another sequence.
-        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True)
+        first = optuna.samplers.RandomSampler(seed=seed)  # until a trial has ended
+        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True, independent_sampler=first)
     if config.type == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
     if config.type == "tpe":
@@ -281,11 +282,13 @@ class SweepStudy:
             unfinished = next(self._unfinished, None)
             if unfinished is not None:
                 number, live = unfinished
+                self.study.sampler = _sampler(self._config.sampler, number)
                 # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
                 trial = Trial(self.study, live.trial_id)
-            elif len(self._trials) < self._config.budget.trials:
+            elif (number := len(self._trials)) < self._config.budget.trials:
+                self.study.sampler = _sampler(self._config.sampler, number)
                 trial = self.study.ask()
-                number, live = trial.number, _Unfinished(trial._trial_id)
+                live = _Unfinished(trial._trial_id)
                 self._trials[number] = SweepTrial(number, {}, time.time())
                 self._counts[RUNNING] += 1
             else:

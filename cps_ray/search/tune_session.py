@@ -42,6 +42,8 @@ _TUNE_ENV = {
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     # Tune would write the states of all trials again and again, for a restore that never comes.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    # A traceback of Ray's for each process of a trial that died: we say it in a line.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 
 
@@ -143,6 +145,7 @@ class TuneSession:
                     storage_path=str(self._folder.absolute()),
                     verbose=0,
                     stop=_SessionStopper(self),
+                    callbacks=[_Recoveries(self)],
                     # Restarts of the trial's own process, which does not train: nothing is lost with it.
                     failure_config=tune.FailureConfig(max_failures=_MOST_RESTARTS),
                 ),
@@ -197,6 +200,12 @@ class TuneSession:
             limits.trial_timeout,
         )
         return {"training": training}
+
+    def tell_recovery(self, trial_id: str) -> None:
+        """Says that a trial's own process has died, and is started again."""
+        self._say(
+            f"{self._jobs[trial_id].name}: the process that watches it died, and is started again: its training goes on"
+        )
 
     def hear(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes a beat of a trial; False: stop it."""
@@ -312,6 +321,16 @@ class _ReportingScheduler(_NotPickled, FIFOScheduler):  # type: ignore[misc]
         goes_on = self._session.hear(trial.trial_id, result)
         decision: str = TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
         return decision
+
+
+class _Recoveries(_NotPickled, tune.Callback):  # type: ignore[misc]
+    """Says what Tune recovers from."""
+
+    def __init__(self, session: TuneSession) -> None:
+        self._session = session
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._session.tell_recovery(trial.trial_id)
 
 
 class _SessionStopper(_NotPickled, Stopper):  # type: ignore[misc]

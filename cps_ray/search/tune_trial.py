@@ -33,6 +33,9 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         """Returns within a second, at once when the training has reported or ended: the last result has `done`, with `failure` and `kind` if
         it failed. That Tune calls it again is the report's answer: the training goes on."""
         news = ray.get(self._pool.wait.remote(self._training.folder, self._judged, _BEAT_S))
+        if news is None:
+            ray.get(self._pool.begin.remote(self._training))
+            return {}
         if news["outcome"] is not None:
             return {"done": True, **news["outcome"]}
         self._judged = news["reported"]

@@ -306,10 +306,11 @@ def test_closed_all_end_and_a_later_phase_starts_new_ones() -> None:
     run(test)
 
 
-def test_a_pool_that_was_lost_says_so() -> None:
+def test_a_pool_that_was_started_again_is_asked_again() -> None:
     async def test(workers: Workers) -> None:
-        found = await workers.pool.wait("a", 7, 0.0)
-        assert found["outcome"]["kind"] == CRASHED
+        assert await workers.pool.wait("a", 7, 0.0) is None
+        await workers.begin("a")
+        assert (await workers.pool.wait("a", 7, 0.0))["outcome"] is None
 
     run(test)
 

@@ -246,6 +246,26 @@ def test_a_resumed_sampler_does_not_repeat_itself(config: SweepConfig, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
+def test_what_is_drawn_does_not_depend_on_interruptions(config: SweepConfig, tmp_path: Path, name: str) -> None:
+    config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
+    points = []
+    for interrupted in (False, True):
+        folder = tmp_path / str(interrupted)
+        folder.mkdir()
+        study = SweepStudy(config, folder)
+        for number in range(6):
+            study.ask()
+            if interrupted:  # by a session that goes on with the trial that this one has begun
+                study = SweepStudy(config, folder)
+                study.ask()
+            train_to(study, number, [0.1 * number] * 4)
+            study.tell(number, failure=None)
+        points.append([trial.params for trial in study.trials])
+    assert points[0] == points[1]
+    assert len({str(point) for point in points[0]}) == 6
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
 def test_every_sampler_draws(config: SweepConfig, tmp_path: Path, name: str) -> None:
     changed_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
     study = SweepStudy(changed_config, tmp_path)
