@@ -146,9 +146,9 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
         config = load_train(folder / "config.yaml")
         assert config.optim.lr == row["params.optim.lr"]
         assert config.cps.weight == row["params.cps.weight"]
-        # A trial that is stopped may record another evaluation before it is taken down: the study did not count it.
-        evaluated = [r["val/miou"] for r in records(folder) if r["step"] <= row["steps"]]
-        assert max(evaluated) == row["score_best"]
+        evaluated = {record["step"]: record["val/miou"] for record in records(folder)}
+        assert max(evaluated) == row["steps"], "a trial that is stopped takes not one step more"
+        assert max(evaluated.values()) == row["score_best"]
         assert (folder / "log.txt").read_text()
         assert not (folder / "error.txt").exists()
         assert (row["state"] == "pruned") == (row["steps"] < 20)
