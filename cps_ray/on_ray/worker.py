@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import re
+import sys
 import threading
 import time
 import traceback
@@ -146,7 +147,8 @@ def clean_up() -> None:
                 raise RuntimeError(
                     f"thread {thread.name} of a training that has ended is still there after {_THREADS_S:g} s"
                 )
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else it would be imported, which takes seconds
+        torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,6 @@ class Group:
     failed_starts: int = 0
     first_held: int | None = None
     controller: Any = None
-    since: float = field(default_factory=time.monotonic)
 
 
 class WorkerGroups:
