@@ -493,12 +493,11 @@ def small_disk(folder: Path, megabytes: int = 96) -> Iterator[None]:
 def fill(disk: Path, free: int = 0) -> None:
     """Fills a disk but for so many bytes."""
     room = os.statvfs(disk)
-    with (disk / "filler").open("wb") as file, suppress(OSError):
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
         os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - free)
-        while not free:
-            file.seek(0, os.SEEK_END)
+        file.seek(0, os.SEEK_END)
+        while not free:  # what was freed meanwhile
             file.write(b"x" * 4096)
-            file.flush()
 
 
 def assert_one_line(command: Command, code: int, names: Path) -> None:

@@ -204,7 +204,7 @@ class TuneSession:
     def tell_recovery(self, trial_id: str) -> None:
         """Says that a trial's own process has died, and is started again."""
         self._say(
-            f"{self._jobs[trial_id].name}: the process that watches it died, and is started again: its training goes on"
+            f"{self._jobs[trial_id].name}: a process that looks after it died, and is started again: its training goes on"
         )
 
     def hear(self, trial_id: str, result: dict[str, Any]) -> bool:
