@@ -185,10 +185,10 @@ class Command:
         return left
 
     def saw(self, since: float) -> str:
-        """Returns what it printed since then that is not what every sweep prints."""
-        told = [line for at, line in self.lines if at > since and not USUAL.match(line)]
+        """Returns the last of what it printed since then that is not what every sweep prints."""
+        told = [re.sub(r"\x1b\[\d+m", "", line) for at, line in self.lines if at > since and not USUAL.match(line)]
         verdict = next((n for n, line in enumerate(told) if line.startswith("Best trial")), len(told))
-        return " / ".join(told[:verdict]) or "nothing"
+        return " / ".join(line[:300] for line in told[:verdict][-3:]) or "nothing"
 
 
 @dataclass
