@@ -138,7 +138,7 @@ class SearchPhase:
     def _check_limits(self, failure: str) -> None:
         limits = self.config.failures
         total, in_a_row = self.study.failures()
-        where = f"Last: {failure}. Details: {self.root / 'trials'}/*/error.txt"
+        where = f"Last: {failure.removesuffix('.')}. Details: {self.root / 'trials'}/*/error.txt"
         # In a row first: it is the sharper sign that the sweep itself is wrong.
         if in_a_row >= limits.max_consecutive:
             self.limit = f"{in_a_row} trials in a row failed or collapsed (failures.max_consecutive). {where}"

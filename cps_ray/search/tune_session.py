@@ -4,6 +4,7 @@ Tune starts, watches, restarts and stops trials; worker groups train. What to tr
 `Phase`'s business; nothing of Tune's own state is ever needed again.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -128,6 +129,8 @@ class TuneSession:
         name = f"{self._sweep}-{time.strftime('%Y%m%d-%H%M%S')}"
         for variable, value in _TUNE_ENV.items():
             os.environ.setdefault(variable, value)
+        # Of Tune's own state, which nobody reads: on a full disk its traceback would come before our line.
+        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
         try:
             trial = tune.with_parameters(TuneTrial, pool=self._pool)
             tuner = tune.Tuner(
@@ -204,7 +207,7 @@ class TuneSession:
     def tell_recovery(self, trial_id: str) -> None:
         """Says that a trial's own process has died, and is started again."""
         self._say(
-            f"{self._jobs[trial_id].name}: the process that watches it died, and is started again: its training goes on"
+            f"{self._jobs[trial_id].name}: a process that looks after it died, and is started again: its training goes on"
         )
 
     def hear(self, trial_id: str, result: dict[str, Any]) -> bool:
