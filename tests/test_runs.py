@@ -11,7 +11,15 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.errors import CheckpointError
-from cps_ray.runs import best_checkpoint, checkpoints, drop_checkpoints, read_checkpoint, read_metrics, write_checkpoint
+from cps_ray.runs import (
+    Records,
+    best_checkpoint,
+    checkpoints,
+    drop_checkpoints,
+    read_checkpoint,
+    read_metrics,
+    write_checkpoint,
+)
 
 
 def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
@@ -19,7 +27,7 @@ def save(config: TrainConfig, run: Path, step: int, miou: float) -> Path:
     state.step = step
     folder = run / f"checkpoint_{step}"
     folder.mkdir(parents=True)
-    write_checkpoint(folder, state.snapshot(), {"val/miou": miou})
+    write_checkpoint(folder, state.snapshot(), {"step": step, "val/miou": miou})
     return folder
 
 
@@ -44,6 +52,13 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "val')
     assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_line_that_was_cut_is_the_checkpoints(tiny: TrainConfig, tmp_path: Path) -> None:
+    save(tiny, tmp_path, 4, 0.5)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "val/miou": 0.3}\n{"step": 4, "val/mi')
+    Records(tiny, tmp_path, 4)
+    assert [(line["step"], line["val/miou"]) for line in read_metrics(tmp_path)] == [(2, 0.3), (4, 0.5)]
 
 
 def test_a_damaged_checkpoint_is_one_line(tiny: TrainConfig, tmp_path: Path) -> None:
