@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,12 +184,15 @@ class TuneSession:
         job = self._again.popleft() if self._again else self._phase.ask()
         if job is None:
             return None
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
-        write_text(
-            job.folder / CONFIG_FILE,
-            dump_yaml(job.config.dump(str(job.folder)), f"Training {job.name} of {self._sweep}."),
-        )
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
+            write_text(
+                job.folder / CONFIG_FILE,
+                dump_yaml(job.config.dump(str(job.folder)), f"Training {job.name} of {self._sweep}."),
+            )
+        except OSError as err:  # its folder may lie on another disk than the study
+            raise DiskError(f"{job.folder}: cannot be written: {err}. Make it so, then: {self._resume}") from err
         self._jobs[trial_id] = job
         self._records[trial_id] = RecordReader(job.folder)
         limits = self._failures
@@ -253,13 +256,14 @@ class TuneSession:
             {"failure": "the trial's process died again and again", "kind": CRASHED} if error else result or {}
         )
         failure, kind = last.get("failure"), last.get("kind")
-        if failure is not None and not (job.folder / ERROR_FILE).exists():  # its workers could not say it
-            write_text(job.folder / ERROR_FILE, f"{failure}\n")
         if kind == DISK_FULL:
             # Not the trial's fault, and the next one would meet it, too: it stays as it is, to be resumed.
             raise DiskError(
                 f"{job.folder}: its workers cannot write there: {failure}. Free space, then: {self._resume}"
             )
+        if failure is not None and not (job.folder / ERROR_FILE).exists():  # its workers could not say it
+            with suppress(OSError):  # the study has it, too
+                write_text(job.folder / ERROR_FILE, f"{failure}\n")
         smaller = halved(job) if kind == OUT_OF_MEMORY and self._failures.on_oom == "halve" else None
         if smaller is not None:
             self._say(f"{job.name}: {failure}. Once more with compute.accumulate {smaller.config.compute.accumulate}")
