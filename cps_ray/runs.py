@@ -75,10 +75,11 @@ class Records(Sink):
         """Drops the records after `step`."""
         self._file = run_dir / METRICS_FILE
         # A crash may have come between the record and the checkpoint: those steps are trained, and recorded, again.
-        keep = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        if not keep or keep[-1]["step"] < step:  # its line was damaged since; the checkpoint has the same
-            keep += [meta["metrics"] for _, meta in checkpoints(run_dir) if meta["step"] == step]
-        write_text(self._file, "".join(json.dumps(line) + "\n" for line in keep))
+        keep = {line["step"]: line for line in read_metrics(run_dir) if line["step"] <= step}
+        for _, meta in checkpoints(run_dir):  # they have a record of their own, should its line be damaged
+            if meta["step"] <= step:
+                keep.setdefault(meta["step"], meta["metrics"])
+        write_text(self._file, "".join(json.dumps(keep[at]) + "\n" for at in sorted(keep)))
 
     def write(self, metrics: dict[str, float]) -> None:
         """Appends a line."""
