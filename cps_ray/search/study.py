@@ -90,7 +90,7 @@ class _Unfinished:
     stopped_at: int | None = None
     """Step at which it was found to be worse than others."""
     reported: dict[int, float] = field(default_factory=dict)
-    """Step -> value, as reported in this session."""
+    """Step -> value, as reported in this session; of a record that was lost since, as in the study."""
     is_to_stop: bool = False
 
 
@@ -204,7 +204,9 @@ class SweepStudy:
                 if step < self._config.train.schedule.steps:
                     self._rule.add(curve, step)
             if trial.state == TrialState.RUNNING:
-                unfinished.append((trial.number, _Unfinished(trial._trial_id, curve, attrs.get("stopped_at"))))
+                unfinished.append(
+                    (trial.number, _Unfinished(trial._trial_id, curve, attrs.get("stopped_at"), {**curve}))
+                )
         # By time, not by number: trials that run at once do not end in the order in which they began.
         ended = [trial for trial in begun if trial.state.is_finished()]
         for trial in sorted(ended, key=lambda trial: trial.user_attrs.get("ended", 0.0)):

@@ -265,6 +265,18 @@ def test_what_is_drawn_does_not_depend_on_interruptions(config: SweepConfig, tmp
     assert len({str(point) for point in points[0]}) == 6
 
 
+def test_a_resumed_trial_whose_records_were_lost_keeps_its_best(config: SweepConfig, tmp_path: Path) -> None:
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    train_to(study, 0, [0.2, 0.5])
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    assert report(study, 0, 6, 0.3)
+    assert report(study, 0, 8, 0.3)
+    assert study.tell(0, failure=None) == "complete"
+    assert study.study.trials[0].intermediate_values == {2: 0.2, 4: 0.5, 6: 0.5, 8: 0.5}
+
+
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
 def test_every_sampler_draws(config: SweepConfig, tmp_path: Path, name: str) -> None:
     changed_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
