@@ -119,7 +119,9 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     cwd = sweep_file.parent
-    code, out = run("sweep", "tiny.yaml", cwd=cwd)
+    # The third one learns nothing, and the first two are ahead of it at every rung.
+    points = ", ".join(f"{{cps.weight: 1.0, optim.lr: {rate}}}" for rate in ("3.0e-3", "5.0e-3", "1.0e-6"))
+    code, out = run("sweep", "tiny.yaml", "--set", f"enqueue=[{points}]", cwd=cwd)
     assert code == 0, out
     assert "Ray dashboard: http://127.0.0.1:" in out
     root = cwd / "runs" / "tiny"
@@ -129,7 +131,7 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     assert summary["status"] == "finished"
     assert counts["complete"] + counts["pruned"] == 4, out
     assert counts["complete"] >= 1
-    assert counts["pruned"] >= 1, "with rates from 1e-6 to 1e-2 ASHA finds a trial to stop"
+    assert counts["pruned"] >= 1
     assert set(summary["final"]["arms"]) == {"best", "supervised-only"}
     assert summary["final"]["arms"]["best"]["test/miou"]["n"] == 2
     assert "test/first/miou" in summary["final"]["arms"]["best"]
