@@ -22,6 +22,7 @@ import pytest
 from support import TINY_DATA
 
 from cps_ray.files import read_json
+from cps_ray.on_ray.cluster import _free_port
 from cps_ray.runs import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -620,7 +621,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[Callabl
     clusters = []
 
     def start() -> Any:
-        clusters.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}))
+        clusters.append(
+            Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": _free_port(0)},
+            )
+        )
         for _ in range(2):
             clusters[-1].add_node(num_cpus=2, object_store_memory=100 * 2**20)
         return clusters[-1]
