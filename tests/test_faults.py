@@ -675,7 +675,7 @@ def test_second_node_lost(faults: Faults, undisturbed: Outcome, cluster: Callabl
         (victim,) = [node for node in nodes.worker_nodes if raylet(node) in homes]
         began = time.monotonic()
         os.kill(raylet(victim), signal.SIGKILL)
-        while any(pid in training for pid, _ in processes()):  # they may report once more
+        while any(started_at(pid) for pid in training):  # they may report once more
             time.sleep(0.1)
         recovered = command.until(later("", 0), since=time.monotonic(), seconds=400)
         faults.note(command.saw(began), recovered - began, None)
