@@ -22,6 +22,7 @@ import pytest
 from support import TINY_DATA
 
 from cps_ray.files import read_json
+from cps_ray.on_ray.cluster import _free_port
 from cps_ray.runs import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -620,7 +621,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[Callabl
     clusters = []
 
     def start() -> Any:
-        clusters.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}))
+        clusters.append(
+            Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": _free_port(0)},
+            )
+        )
         for _ in range(2):
             clusters[-1].add_node(num_cpus=2, object_store_memory=100 * 2**20)
         return clusters[-1]
@@ -669,7 +675,7 @@ def test_second_node_lost(faults: Faults, undisturbed: Outcome, cluster: Callabl
         (victim,) = [node for node in nodes.worker_nodes if raylet(node) in homes]
         began = time.monotonic()
         os.kill(raylet(victim), signal.SIGKILL)
-        while any(pid in training for pid, _ in processes()):  # they may report once more
+        while any(started_at(pid) for pid in training):  # they may report once more
             time.sleep(0.1)
         recovered = command.until(later("", 0), since=time.monotonic(), seconds=400)
         faults.note(command.saw(began), recovered - began, None)
