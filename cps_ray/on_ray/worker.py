@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,38 +83,40 @@ def serve(pool: Any, group: str) -> None:
     from ray.train import collective
 
     rank = train.get_context().get_world_rank()
+    workers: str = collective.broadcast_from_rank_zero(uuid.uuid4().hex if rank == 0 else None)
     # Rank 0 alone asks, so that all ranks train the same.
-    while (found := collective.broadcast_from_rank_zero(_next_training(pool, group) if rank == 0 else None)) != END:
-        _serve(pool, group, found, rank)
+    ask = partial(_next_training, pool, group, workers)
+    while (found := collective.broadcast_from_rank_zero(ask() if rank == 0 else None)) != END:
+        _serve(pool, group, workers, found, rank)
 
 
-def _next_training(pool: Any, group: str) -> Training | str:
+def _next_training(pool: Any, group: str, workers: str) -> Training | str:
     import ray
 
-    found: Training | str | None = None
-    while found is None:
-        found = ray.get(pool.take.remote(group))
-    return found
+    while True:
+        found: Training | str | None = ray.get(pool.take.remote(group, workers))
+        if found == END:
+            return END
+        if isinstance(found, Training) and ray.get(pool.started.remote(group, found.folder, workers)):
+            return found
 
 
-def _serve(pool: Any, group: str, training: Training, rank: int) -> None:
+def _serve(pool: Any, group: str, workers: str, training: Training, rank: int) -> None:
     """Trains once, and says how it ended. Raises what failed: the processes of a failed training serve no other."""
     import ray
 
     folder = training.folder
 
     def finished(failure: str | None, kind: str) -> None:
-        ray.get(pool.finished.remote(group, folder, failure, kind, held_bytes()))
+        ray.get(pool.finished.remote(group, folder, failure, kind, held_bytes(), workers))
 
     # Into the actor's own log, which the dashboard shows: so it says which trainings it has served.
     print(f"{training.sweep} {Path(folder).name}: rank {rank}, log in {Path(folder) / LOG_FILE}", flush=True)
-    if rank == 0:
-        pool.started.remote(group, folder)
     try:
         with _run_log(Path(folder)) as log:
             try:
                 config = load_train(Path(folder) / CONFIG_FILE)
-                judge = lambda step: ray.get(pool.report.remote(group, folder, step))  # noqa: E731
+                judge = lambda step: ray.get(pool.report.remote(group, folder, step, workers))  # noqa: E731
                 if rank == 0:
                     (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
                 _train(config, Path(folder), training.sweep, training.metric, log, judge)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ class Group:
     failed_starts: int = 0
     first_held: int | None = None
     controller: Any = None
+    workers: str = ""
+    """Those of its workers that asked last. Started again, they have another name."""
+    lost: set[str] = field(default_factory=set)
+    """Those before them: on a node that was lost some may live on, and must not train beside the new ones."""
 
 
 class WorkerGroups:
@@ -184,11 +188,15 @@ class WorkerGroups:
 
     # What a group's workers call.
 
-    async def take(self, name: str) -> Training | str | None:
-        """Waits for the group's next training, the one that it has if its workers were started again; END: end; None: ask again."""
+    async def take(self, name: str, workers: str = "") -> Training | str | None:
+        """Waits for the group's next training, the one that it has if its workers were started again; END: end; None: ask again.
+        `workers`: another name each time that they are started."""
         group = self._groups.get(name)
-        if group is None:
+        if group is None or workers in group.lost:
             return END
+        if workers != group.workers:
+            group.lost.add(group.workers)
+            group.workers = workers
         if group.run is not None and group.run.is_running:
             self._lose(group.run, "a worker died")
         if not group.has_asked:
@@ -202,15 +210,21 @@ class WorkerGroups:
             return END
         return None if group.run is None else group.run.training
 
-    async def started(self, name: str, folder: str) -> None:
-        """Takes note that the workers train: what fails from here on is a try."""
-        run = self._run_of(name, folder)
-        if run is not None:
-            run.is_running, run.tries, run.began = True, run.tries + 1, time.monotonic()
+    async def started(self, name: str, folder: str, workers: str = "") -> bool:
+        """Takes note that the workers train: what fails from here on is a try. Returns whether they shall, still."""
+        run = self._run_of(name, folder, workers)
+        if run is None:
+            return False
+        if run.is_stopped:  # meanwhile: its folder is not touched any more
+            self._end(run, {})
+            self._change()
+            return False
+        run.is_running, run.tries, run.began = True, run.tries + 1, time.monotonic()
+        return True
 
-    async def report(self, name: str, folder: str, step: int) -> bool:
+    async def report(self, name: str, folder: str, step: int, workers: str = "") -> bool:
         """Takes note of an evaluation; returns whether the training is to go on, once somebody has decided."""
-        run = self._run_of(name, folder)
+        run = self._run_of(name, folder, workers)
         if run is None:
             return False
         tries, run.reported = run.tries, step
@@ -218,9 +232,11 @@ class WorkerGroups:
         await self._until(lambda: run.judged >= step or run.is_stopped or run.outcome is not None or run.tries != tries)
         return not run.is_stopped and run.outcome is None
 
-    async def finished(self, name: str, folder: str, failure: str | None, kind: str, held: int) -> None:
+    async def finished(
+        self, name: str, folder: str, failure: str | None, kind: str, held: int, workers: str = ""
+    ) -> None:
         """Takes note of the end of a training; called by the first rank that fails, too. `held`: bytes of a worker's memory."""
-        run, group = self._run_of(name, folder), self._groups.get(name)
+        run, group = self._run_of(name, folder, workers), self._groups.get(name)
         if run is None or group is None:
             return
         if kind == CRASHED:
@@ -273,9 +289,9 @@ class WorkerGroups:
 
     # Under the hood.
 
-    def _run_of(self, name: str, folder: str) -> Run | None:
+    def _run_of(self, name: str, folder: str, workers: str) -> Run | None:
         group = self._groups.get(name)
-        run = None if group is None else group.run
+        run = None if group is None or group.workers != workers else group.run
         return run if run is not None and run.training.folder == folder and run.outcome is None else None
 
     def _lose(self, run: Run, reason: str) -> None:

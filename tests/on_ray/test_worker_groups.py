@@ -306,6 +306,37 @@ def test_closed_all_end_and_a_later_phase_starts_new_ones() -> None:
     run(test)
 
 
+def test_workers_that_live_on_beside_their_successors_are_cut_off() -> None:
+    async def test(workers: Workers) -> None:
+        await workers.begin("a")
+        pool, group, old, new = workers.pool, "group-000", "old", "new"
+        await pool.take(group, old)
+        assert await pool.started(group, "a", old)
+        found = await pool.take(group, new)  # the node of the old ones was lost; they are not
+        assert isinstance(found, Training)
+        assert not await pool.report(group, "a", 5, old)
+        await pool.finished(group, "a", None, "", 1, old)
+        assert await workers.outcome("a") is None
+        assert await pool.take(group, old) == END
+        assert await pool.started(group, "a", new)
+        await pool.finished(group, "a", None, "", 1, new)
+        assert await workers.outcome("a") == {}
+
+    run(test)
+
+
+def test_a_training_that_was_stopped_before_its_workers_begin_is_not_begun() -> None:
+    async def test(workers: Workers) -> None:
+        await workers.begin("a")
+        await workers.pool.take("group-000")
+        await workers.pool.stop("a")
+        assert not await workers.pool.started("group-000", "a")
+        await workers.begin("b")
+        await workers.train("group-000", "b")
+
+    run(test)
+
+
 def test_a_pool_that_was_started_again_is_asked_again() -> None:
     async def test(workers: Workers) -> None:
         assert await workers.pool.wait("a", 7, 0.0) is None
