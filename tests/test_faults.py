@@ -636,8 +636,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> Iterator[Callabl
         each.shutdown()
 
 
-def raylet(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)
+def raylet(node: Any) -> "subprocess.Popen[bytes]":
+    found: subprocess.Popen[bytes] = node.all_processes["raylet"][0].process
+    return found
 
 
 def of_sweep() -> dict[int, str]:
@@ -672,9 +673,10 @@ def test_second_node_lost(faults: Faults, undisturbed: Outcome, cluster: Callabl
         command.until(at_step(run, 20))
         training = {pid for pid, title in of_sweep().items() if "RayTrainWorker" in title}
         homes = {parent for pid, parent in processes() if pid in training}
-        (victim,) = [node for node in nodes.worker_nodes if raylet(node) in homes]
+        (victim,) = [node for node in nodes.worker_nodes if raylet(node).pid in homes]
         began = time.monotonic()
-        os.kill(raylet(victim), signal.SIGKILL)
+        raylet(victim).kill()
+        raylet(victim).wait()  # its workers look for its number
         while any(started_at(pid) for pid in training):  # they may report once more
             time.sleep(0.1)
         recovered = command.until(later("", 0), since=time.monotonic(), seconds=400)
