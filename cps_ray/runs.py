@@ -61,11 +61,16 @@ class RecordReader:
                 if state.st_size == self._at:
                     return []
                 file.seek(self._at)
-                whole = [line for line in file if line.endswith(b"\n")]  # the last one may be in the making
+                records = []
+                for line in file:
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError:
+                        break  # in the making, or damaged: workers that start write the file anew
+                    self._at += len(line)
+                return records
         except FileNotFoundError:
             return []
-        self._at += sum(map(len, whole))
-        return [json.loads(line) for line in whole]
 
 
 class Records(Sink):

@@ -29,6 +29,28 @@ TINY_DATA = """\
 """The `data` of a sweep's training on the embedded data set of the tests."""
 
 
+SMALL_SWEEP = f"""\
+version: 1
+name: s
+output: runs
+train:
+{TINY_DATA}
+  model: {{encoder: tu-test_efficientnet, options: {{decoder_channels: 16}}}}
+  optim: {{lr: 0.01}}
+  schedule: {{steps: 4, eval_every: 2}}
+  resources: {{cpus_per_worker: 0.5}}
+budget: {{trials: 2}}
+sampler: {{type: random}}
+early_stopping: {{type: none}}
+search_space:
+  cps.weight: {{type: float, low: 0.5, high: 2.0}}
+  cps.mix: {{type: choice, values: [none, cutmix]}}
+baselines: {{supervised: {{method: supervised}}}}
+final: {{seeds: [1]}}
+"""
+"""A sweep of two trials; SHARDS is to be replaced."""
+
+
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     """Returns the config with changes such as `cps__weight=2.0`: names with __ for the dot."""
     return apply(config, {name.replace("__", "."): value for name, value in changes.items()}, "test")

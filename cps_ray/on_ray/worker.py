@@ -94,7 +94,7 @@ def _next_training(pool: Any, group: str, workers: str) -> Training | str:
     import ray
 
     while True:
-        found: Training | str | None = ray.get(pool.take.remote(group, workers))
+        found: Training | str | None = ray.get(pool.take.remote(group, workers, held_bytes()))
         if found == END:
             return END
         if isinstance(found, Training) and ray.get(pool.started.remote(group, found.folder, workers)):
@@ -108,7 +108,7 @@ def _serve(pool: Any, group: str, workers: str, training: Training, rank: int) -
     folder = training.folder
 
     def finished(failure: str | None, kind: str) -> None:
-        ray.get(pool.finished.remote(group, folder, failure, kind, held_bytes(), workers))
+        ray.get(pool.finished.remote(group, folder, failure, kind, workers))
 
     # Into the actor's own log, which the dashboard shows: so it says which trainings it has served.
     print(f"{training.sweep} {Path(folder).name}: rank {rank}, log in {Path(folder) / LOG_FILE}", flush=True)
@@ -128,16 +128,15 @@ def _serve(pool: Any, group: str, workers: str, training: Training, rank: int) -
                     write_text(Path(folder) / ERROR_FILE, text)
                 raise
     except DivergedError as err:
-        clean_up()
         if rank == 0:
             finished(str(err), COLLAPSED)
     except Exception as err:
         finished(reason(err), kind_of(err))
         raise
     else:
-        clean_up()
         if rank == 0:
             finished(None, "")
+    clean_up()  # after that: should it fail, the training is over all the same, and its processes serve no other
 
 
 def clean_up() -> None:

@@ -81,6 +81,8 @@ class Run:
     judged: int = 0
     """Last step after which it may go on."""
     is_stopped: bool = False
+    notice: str | None = None
+    """What happened to it that nobody has been told."""
     outcome: dict[str, Any] | None = None
     """Once it has ended: nothing, or `failure` in a line and its `kind`."""
 
@@ -99,7 +101,9 @@ class Group:
     is_waiting: bool = False
     """It could not be placed yet."""
     failed_starts: int = 0
-    first_held: int | None = None
+    has_served: bool = False
+    first_held: int = 0
+    """Bytes that rank 0 held after the group's first training."""
     controller: Any = None
     workers: str = ""
     """Those of its workers that asked last. Started again, they have another name."""
@@ -135,17 +139,18 @@ class WorkerGroups:
 
     async def wait(self, folder: str, judged: int, timeout: float) -> dict[str, Any] | None:
         """Accepts reports up to step `judged`, and waits for news: returns `reported`, the last step, `outcome` once it has ended, and
-        `waits_for` where it has no workers yet. Returns None if nobody has begun it: this process is new, the one before it died."""
+        a `notice` of what a person should know. Returns None if nobody has begun it: this process is new, the one before it died."""
         run = self._runs.get(folder)
         if run is None:
             return None
         if judged > run.judged:
             run.judged = judged
             self._change()
-        await self._until(lambda: run.reported > judged or run.outcome is not None, timeout)
+        await self._until(lambda: run.reported > judged or run.notice is not None or run.outcome is not None, timeout)
         if run.outcome is not None and self._runs.get(folder) is run:
             del self._runs[folder]
-        return {"reported": run.reported, "outcome": run.outcome, "waits_for": self._waits_for(run)}
+        notice, run.notice = run.notice or self._waits_for(run), None
+        return {"reported": run.reported, "outcome": run.outcome, "notice": notice}
 
     async def stop(self, folder: str) -> None:
         """Answers the training's report: it ends, and its workers take the next one. Nobody waits for it any more."""
@@ -188,9 +193,9 @@ class WorkerGroups:
 
     # What a group's workers call.
 
-    async def take(self, name: str, workers: str = "") -> Training | str | None:
+    async def take(self, name: str, workers: str = "", held: int = 0) -> Training | str | None:
         """Waits for the group's next training, the one that it has if its workers were started again; END: end; None: ask again.
-        `workers`: another name each time that they are started."""
+        `workers`: another name each time that they are started. `held`: bytes of rank 0's memory."""
         group = self._groups.get(name)
         if group is None or workers in group.lost:
             return END
@@ -202,6 +207,9 @@ class WorkerGroups:
         if not group.has_asked:
             group.idle_since = time.monotonic()
         group.has_asked, group.is_waiting, group.failed_starts = True, False, 0
+        if group.has_served:
+            group.first_held = group.first_held or held
+            group.is_ending |= held - group.first_held > _GROWTH_BYTES
         self._change()
         await self._until(lambda: group.is_ending or group.run is not None, min(_POLL_S, self._idle_s))
         if group.run is None and time.monotonic() - group.idle_since >= self._idle_s:
@@ -232,10 +240,8 @@ class WorkerGroups:
         await self._until(lambda: run.judged >= step or run.is_stopped or run.outcome is not None or run.tries != tries)
         return not run.is_stopped and run.outcome is None
 
-    async def finished(
-        self, name: str, folder: str, failure: str | None, kind: str, held: int, workers: str = ""
-    ) -> None:
-        """Takes note of the end of a training; called by the first rank that fails, too. `held`: bytes of a worker's memory."""
+    async def finished(self, name: str, folder: str, failure: str | None, kind: str, workers: str = "") -> None:
+        """Takes note of the end of a training; called by the first rank that fails, too."""
         run, group = self._run_of(name, folder, workers), self._groups.get(name)
         if run is None or group is None:
             return
@@ -243,9 +249,7 @@ class WorkerGroups:
             self._lose(run, failure or "")
         else:
             self._end(run, {} if failure is None else {"failure": failure, "kind": kind})
-        group.has_asked = False
-        group.first_held = group.first_held or held
-        group.is_ending |= held - group.first_held > _GROWTH_BYTES
+        group.has_asked, group.has_served = False, True
         self._change()
 
     # What a group's controller calls.
@@ -280,8 +284,8 @@ class WorkerGroups:
         if run is not None and run.outcome is None:
             if run.is_running:
                 self._lose(run, reason or "its worker group ended")
-            elif reason is not None:
-                self._end(run, {"failure": reason, "kind": CRASHED})
+            elif run.is_stopped or reason is not None:
+                self._end(run, {} if run.is_stopped else {"failure": reason, "kind": CRASHED})
             run.group = None
         elif reason is not None and not group.is_ending:
             self._give_up(group, reason)
@@ -303,6 +307,10 @@ class WorkerGroups:
             self._end(run, {})
         elif run.tries > run.training.retries:
             self._end(run, {"failure": reason, "kind": CRASHED})
+        else:
+            again = f"once more from its latest checkpoint, try {run.tries + 1} of {run.training.retries + 1}"
+            run.notice = f"{Path(run.training.folder).name}: {reason}; {again}"
+            self._change()
 
     def _end(self, run: Run, outcome: dict[str, Any]) -> None:
         run.outcome, run.is_running = outcome, False
@@ -334,7 +342,7 @@ class WorkerGroups:
             return None
         shape = run.training.shape
         waiting = [group for group in self._groups.values() if group.shape == shape and group.is_waiting]
-        return f"{shape} to be free" if waiting else None
+        return f"waiting for {shape} to be free: the cluster has no room now" if waiting else None
 
     def _change(self) -> None:
         """Gives trainings to groups, starts groups that are missing, and wakes all who wait for news."""

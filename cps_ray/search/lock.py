@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from cps_ray.errors import ConfigError
+from cps_ray.errors import ConfigError, DiskError
 from cps_ray.results import LOCK_FILE
 
 _LOCK_S = 0.2
@@ -20,8 +20,14 @@ _held: set[tuple[int, int]] = set()
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Holds the sweep folder until the block ends; where this process holds it already, changes nothing. Raises ConfigError if another
-    process has it."""
-    with (root / LOCK_FILE).open("w") as file:
+    process has it, DiskError where it cannot be written."""
+    try:
+        file = (root / LOCK_FILE).open("w")
+    except OSError as err:
+        raise DiskError(
+            f"{root}: must be a folder that can be written to, but is not ({err.strerror}). Make it so; `sweep status` only reads it."
+        ) from err
+    with file:
         status = os.fstat(file.fileno())
         key = (status.st_dev, status.st_ino)
         if key in _held:

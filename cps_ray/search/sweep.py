@@ -121,6 +121,7 @@ class Sweep:
         self._config, self._root, self._console, self._address, self._wait_s = config, root, console, address, wait_s
         self._metric = config.objective.metric
         self._signals = _Signals(self._say_progress)
+        self._has_said = False
         self._scratch = root / "tune"  # Ray's own files
 
     def run(self, shards: Shards) -> int:
@@ -149,7 +150,8 @@ class Sweep:
                     with worker_groups(self._scratch) as self._pool:
                         if self._trials_left():
                             # Before anything else: they take longest to come.
-                            prepare_groups(self._pool, self._config.train, min(at_once, self._config.budget.trials))
+                            num_left = self._config.budget.trials - self._num_ended()
+                            prepare_groups(self._pool, self._config.train, min(at_once, num_left))
                         self._work(shards)
             except Interrupted:  # from anywhere inside, Ray's own waits included
                 return self._interrupted()
@@ -333,6 +335,9 @@ class Sweep:
         return write_summary(self._root, self._study, self._config, status, **facts)
 
     def _say_progress(self) -> None:
+        if self._has_said:
+            return  # what comes second, the end in order or the end in time, has nothing to add
+        self._has_said = True
         for line in progress_lines(self._root, self._save(INTERRUPTED)):
             self._say(line)
 

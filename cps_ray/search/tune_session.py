@@ -34,8 +34,6 @@ from cps_ray.on_ray.worker_groups import GroupShape, Training
 from cps_ray.runs import CONFIG_FILE, ERROR_FILE, RecordReader
 from cps_ray.search.tune_trial import TuneTrial
 
-_DRIVER_BYTES = 256 * 2**20
-"""A trial itself holds memory only: CPUs would be booked twice, as its workers have their own placement group."""
 _TICK_S = 0.2
 _MOST_RESTARTS = 10
 _TUNE_ENV = {
@@ -91,7 +89,7 @@ class TuneSession:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`folder`: for Ray's own files, gone afterwards. `pool`: the actor of `WorkerGroups`. `at_once`: how many trainings the cluster
-        holds at this moment. `resume`: the command that goes on later. `say` takes a line about what is waited for."""
+        holds at this moment. `resume`: the command that goes on later. `say` takes a line about what is waited for or tried again."""
         self._phase = phase
         self._folder = folder
         self._pool = pool
@@ -132,9 +130,8 @@ class TuneSession:
         # Of Tune's own state, which nobody reads: on a full disk its traceback would come before our line.
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
         try:
-            trial = tune.with_parameters(TuneTrial, pool=self._pool)
             tuner = tune.Tuner(
-                tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": _DRIVER_BYTES}])),
+                tune.with_parameters(TuneTrial, pool=self._pool),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,  # until the searcher has no more
                     search_alg=_PhaseSearcher(self),
@@ -183,7 +180,8 @@ class TuneSession:
             return {}
         job = self._again.popleft() if self._again else self._phase.ask()
         if job is None:
-            return None
+            # A training that runs may have to begin once more, in smaller parts.
+            return {} if self._jobs else None
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
@@ -215,10 +213,10 @@ class TuneSession:
 
     def hear(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Takes a beat of a trial; False: stop it."""
-        waits_for = result.get("waits_for") or ""
-        if waits_for and waits_for != self._said:
-            self._say(f"waiting for {waits_for}: the cluster has no room now")
-        self._said = waits_for or self._said
+        notice = result.get("notice")
+        if notice and notice != self._said:  # several trials wait for the same
+            self._said = notice
+            self._say(notice)
         goes_on = False
         with self._carried():
             goes_on = self.pass_on_reports(trial_id)

@@ -11,12 +11,18 @@ from ray import tune
 
 from cps_ray.on_ray.worker_groups import Training
 
+_BYTES = 256 * 2**20
 _BEAT_S = 1.0
 """How long it is silent at most: Tune can stop a trial only between two results."""
 
 
 class TuneTrial(tune.Trainable):  # type: ignore[misc]
     """Has `config["training"]` trained by `pool`, the actor of `WorkerGroups`."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """Memory only: CPUs would be booked twice, as workers have their own placement group."""
+        return tune.PlacementGroupFactory([{"memory": _BYTES}])
 
     def setup(self, config: dict[str, Any], pool: Any = None) -> None:
         self._pool = pool
@@ -39,7 +45,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         if news["outcome"] is not None:
             return {"done": True, **news["outcome"]}
         self._judged = news["reported"]
-        return {"waits_for": news["waits_for"]}
+        return {"notice": news["notice"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Saves nothing: the training keeps its own."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY_DATA
+from support import SMALL_SWEEP
 
 from cps_ray.config.train import ResourcesConfig
 from cps_ray.errors import ResourceError
@@ -121,24 +121,6 @@ def test_a_node_that_joins_late_is_waited_for() -> None:
         there.shutdown()
 
 
-SWEEP = f"""\
-version: 1
-name: s
-output: runs
-train:
-{TINY_DATA}
-  model: {{encoder: tu-test_efficientnet, options: {{decoder_channels: 16}}}}
-  optim: {{lr: 0.01}}
-  schedule: {{steps: 4, eval_every: 2}}
-  resources: {{cpus_per_worker: 1}}
-budget: {{trials: 1}}
-early_stopping: {{type: none}}
-search_space:
-  cps.weight: {{type: float, low: 0.5, high: 2.0}}
-final: {{retrain: none}}
-"""
-
-
 @pytest.fixture
 def scaled_from_zero() -> Iterator[tuple[str, Path]]:
     """Address and logs of a cluster that Ray's autoscaler gives up to two nodes of two CPUs, each a process here.
@@ -194,7 +176,12 @@ def test_a_sweep_waits_for_a_cluster_that_scales_from_zero(
     scaled_from_zero: tuple[str, Path], tmp_path: Path, shards: Path
 ) -> None:
     address, logs = scaled_from_zero
-    (tmp_path / "s.yaml").write_text(SWEEP.replace("SHARDS", str(shards)))
+    text = (
+        SMALL_SWEEP.replace("SHARDS", str(shards))
+        .replace("seeds: [1]", "retrain: none")
+        .replace("trials: 2", "trials: 1")
+    )
+    (tmp_path / "s.yaml").write_text(text.replace("cpus_per_worker: 0.5", "cpus_per_worker: 1"))
     until = time.monotonic() + 60
     while time.monotonic() < until and "update iteration" not in read(logs / "monitor.log"):
         time.sleep(0.5)

@@ -57,11 +57,11 @@ def test_one_group_serves_one_training_after_the_other() -> None:
         await workers.begin("b")
         assert [group.name for group in workers.started] == ["group-000", "group-001"], "two wait: two groups"
         await workers.train("group-000", "a")
-        await workers.pool.finished("group-000", "a", None, "", 1)
+        await workers.pool.finished("group-000", "a", None, "")
         assert await workers.outcome("a") == {}
         await workers.train("group-000", "b")
         assert len(workers.started) == 2
-        await workers.pool.finished("group-000", "b", "the loss is not finite", COLLAPSED, 1)
+        await workers.pool.finished("group-000", "b", "the loss is not finite", COLLAPSED)
         assert await workers.outcome("b") == {"failure": "the loss is not finite", "kind": COLLAPSED}
         await workers.begin("c")
         await workers.train("group-000", "c")
@@ -88,7 +88,7 @@ def test_a_report_waits_for_its_answer() -> None:
         await workers.begin("b")
         assert len(workers.started) == 1
         taking = asyncio.create_task(workers.pool.take("group-000"))
-        await workers.pool.finished("group-000", "a", None, "", 1)
+        await workers.pool.finished("group-000", "a", None, "")
         found = await taking
         assert isinstance(found, Training)
         assert found.folder == "b"
@@ -103,7 +103,7 @@ def test_a_crash_is_tried_again_as_often_as_asked(said_by: str) -> None:
         for number in range(2):
             await workers.train("group-000", "a")
             if said_by == "workers":
-                await workers.pool.finished("group-000", "a", f"boom {number}", CRASHED, 1)
+                await workers.pool.finished("group-000", "a", f"boom {number}", CRASHED)
             if said_by != "nobody":
                 await workers.pool.group_failed("group-000", f"boom {number}", is_waiting=False)
         if said_by == "nobody":
@@ -117,6 +117,31 @@ def test_a_crash_is_tried_again_as_often_as_asked(said_by: str) -> None:
     run(test)
 
 
+def test_what_is_tried_again_is_said_once() -> None:
+    async def test(workers: Workers) -> None:
+        await workers.begin("runs/s/trials/0007", retries=2)
+        await workers.train("group-000", "runs/s/trials/0007")
+        hearing = asyncio.create_task(workers.pool.wait("runs/s/trials/0007", 0, 10.0))
+        assert not await soon(hearing)
+        await workers.pool.group_failed("group-000", "the node is gone", is_waiting=False)
+        assert (await hearing)["notice"] == "0007: the node is gone; once more from its latest checkpoint, try 2 of 3"
+        assert (await workers.pool.wait("runs/s/trials/0007", 0, 0.0))["notice"] is None
+
+    run(test)
+
+
+def test_a_stopped_training_ends_with_its_group() -> None:
+    async def test(workers: Workers) -> None:
+        await workers.begin("a")
+        await workers.pool.take("group-000")  # and dies before it trains
+        await workers.pool.stop("a")
+        workers.pool.group_ended(workers.started[0], None)
+        await asyncio.wait_for(workers.pool.begin(Training("a", "val/miou", ONE)), 1.0)
+        await workers.train("group-001", "a")
+
+    run(test)
+
+
 def test_workers_that_die_before_they_train_cost_no_try() -> None:
     async def test(workers: Workers) -> None:
         await workers.begin("a", retries=0)
@@ -125,7 +150,7 @@ def test_workers_that_die_before_they_train_cost_no_try() -> None:
             assert isinstance(found, Training)
             await workers.pool.group_failed("group-000", "killed", is_waiting=False)
         await workers.train("group-000", "a")
-        await workers.pool.finished("group-000", "a", None, "", 1)
+        await workers.pool.finished("group-000", "a", None, "")
         assert await workers.outcome("a") == {}
 
     run(test)
@@ -135,7 +160,7 @@ def test_out_of_memory_is_not_tried_again() -> None:
     async def test(workers: Workers) -> None:
         await workers.begin("a", retries=5)
         await workers.train("group-000", "a")
-        await workers.pool.finished("group-000", "a", "CUDA out of memory", OUT_OF_MEMORY, 1)
+        await workers.pool.finished("group-000", "a", "CUDA out of memory", OUT_OF_MEMORY)
         assert await workers.outcome("a") == {"failure": "CUDA out of memory", "kind": OUT_OF_MEMORY}
         # Its processes are on their way out, and serve nobody until they are back.
         await workers.begin("b")
@@ -178,9 +203,9 @@ def test_no_room_is_waited_for_and_said() -> None:
             await workers.pool.group_failed("group-000", "timed out", is_waiting=True)
         found = await workers.pool.wait("a", 0, 0.0)
         assert found["outcome"] is None
-        assert found["waits_for"] == "1 x (1 CPUs, 0 GPUs) to be free"
+        assert found["notice"] == "waiting for 1 x (1 CPUs, 0 GPUs) to be free: the cluster has no room now"
         await workers.train("group-000", "a")
-        assert (await workers.pool.wait("a", 0, 0.0))["waits_for"] is None
+        assert (await workers.pool.wait("a", 0, 0.0))["notice"] is None
 
     run(test)
 
@@ -190,7 +215,7 @@ def test_other_resources_get_another_group_and_idle_ones_make_room() -> None:
         await workers.begin("a")
         await workers.train("group-000", "a")
         idle = asyncio.create_task(workers.pool.take("group-000"))
-        await workers.pool.finished("group-000", "a", None, "", 1)
+        await workers.pool.finished("group-000", "a", None, "")
         assert not await soon(idle)
         await workers.begin("b", TWO)
         assert workers.started[1].shape == TWO
@@ -221,13 +246,17 @@ def test_an_idle_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_that_grows_is_renewed() -> None:
     async def test(workers: Workers) -> None:
+        await workers.pool.prepare(ONE, 1)
+        starting = asyncio.create_task(workers.pool.take("group-000", held=1))  # nothing yet
+        await soon(starting)
         for name, held, then in (("a", 2 * 2**30, None), ("b", 3 * 2**30, None), ("c", 3 * 2**30 + 1, END)):
             await workers.begin(name)
             await workers.train("group-000", name)
-            await workers.pool.finished("group-000", name, None, "", held)
-            asking = asyncio.create_task(workers.pool.take("group-000"))
+            await workers.pool.finished("group-000", name, None, "")
+            asking = asyncio.create_task(workers.pool.take("group-000", held=held))
             assert (asking.result() if await soon(asking) else None) == then, name
             asking.cancel()
+        starting.cancel()
         await workers.begin("d")
         assert len(workers.started) == 2
 
@@ -315,11 +344,11 @@ def test_workers_that_live_on_beside_their_successors_are_cut_off() -> None:
         found = await pool.take(group, new)  # the node of the old ones was lost; they are not
         assert isinstance(found, Training)
         assert not await pool.report(group, "a", 5, old)
-        await pool.finished(group, "a", None, "", 1, old)
+        await pool.finished(group, "a", None, "", old)
         assert await workers.outcome("a") is None
         assert await pool.take(group, old) == END
         assert await pool.started(group, "a", new)
-        await pool.finished(group, "a", None, "", 1, new)
+        await pool.finished(group, "a", None, "", new)
         assert await workers.outcome("a") == {}
 
     run(test)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import TINY_DATA
+from support import SMALL_SWEEP
 
 from cps_ray import open_sweep, sweep
 from cps_ray.config.reader import load_sweep
@@ -14,25 +14,6 @@ from cps_ray.search.records import write_tables
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.sweep_folder import begun, with_fingerprints
 
-SWEEP = f"""\
-version: 1
-name: s
-output: runs
-train:
-{TINY_DATA}
-  model: {{encoder: tu-test_efficientnet, options: {{decoder_channels: 16}}}}
-  optim: {{lr: 0.01}}
-  schedule: {{steps: 4, eval_every: 2}}
-  resources: {{cpus_per_worker: 0.5}}
-budget: {{trials: 2}}
-sampler: {{type: random}}
-early_stopping: {{type: none}}
-search_space:
-  cps.weight: {{type: float, low: 0.5, high: 2.0}}
-  cps.mix: {{type: choice, values: [none, cutmix]}}
-baselines: {{supervised: {{method: supervised}}}}
-final: {{seeds: [1]}}
-"""
 Edit = Callable[..., Path]
 
 
@@ -48,7 +29,7 @@ def edit(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     (tmp_path / "shards").symlink_to(shards)
 
     def written(*changes: tuple[str, str], path: str = "other/s.yaml") -> Path:
-        text = SWEEP.replace("SHARDS", "../shards")
+        text = SMALL_SWEEP.replace("SHARDS", "../shards")
         for old, new in changes:
             assert old in text
             text = text.replace(old, new, 1)

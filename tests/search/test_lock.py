@@ -8,35 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import TINY_DATA
+from support import SMALL_SWEEP
 
 from cps_ray.config.reader import load_sweep
-from cps_ray.errors import ConfigError
+from cps_ray.errors import ConfigError, DiskError
+from cps_ray.results import LOCK_FILE
 from cps_ray.search.lock import locked
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.sweep_folder import begun
 
-SWEEP = f"""\
-version: 1
-name: s
-output: runs
-train:
-{TINY_DATA}
-  model: {{encoder: tu-test_efficientnet, options: {{decoder_channels: 16}}}}
-  optim: {{lr: 0.01}}
-  schedule: {{steps: 4, eval_every: 2}}
-budget: {{trials: 2}}
-early_stopping: {{type: none}}
-search_space:
-  cps.weight: {{type: float, low: 0.5, high: 2.0}}
-"""
 HEAVY = ("torch", "ray", "optuna")
 
 
 @pytest.fixture
 def root(tmp_path: Path, shards: Path) -> Path:
     file = tmp_path / "s.yaml"
-    file.write_text(SWEEP.replace("SHARDS", str(shards)))
+    file.write_text(SMALL_SWEEP.replace("SHARDS", str(shards)))
     config = load_sweep(file)
     with begun(config, file, fresh=False) as root:
         SweepStudy(config, root).ask()
@@ -98,3 +85,12 @@ def test_a_folder_that_is_moved_aside_leaves_the_new_one_held(root: Path) -> Non
             with lock.open() as other, pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     assert len(list(root.parent.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).mkdir()  # also for root, who may write everywhere else
+    with (
+        pytest.raises(DiskError, match=r"must be a folder that can be written to, but is not \(Is a directory\)"),
+        locked(tmp_path),
+    ):
+        pass

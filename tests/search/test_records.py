@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from cps_ray.config.space import apply
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
@@ -111,6 +112,11 @@ def test_runs_of_an_earlier_best_are_removed(config: SweepConfig, tmp_path: Path
     drop_stale([first, second])
     assert first.job.folder.exists()
     assert not second.job.folder.exists()
+    # One that has gone on in smaller micro-batches is the same training.
+    halved = apply(first.job.config, {"compute.accumulate": 2}, "test")
+    (first.job.folder / "config.yaml").write_text(dump_yaml(halved.dump(str(first.job.folder))))
+    drop_stale([first])
+    assert first.job.folder.exists()
 
 
 def evaluated(arm: str, seed: int, miou: float, config: TrainConfig) -> EvaluatedRun:

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+from support import changed
 
 import cps_ray
+from cps_ray.config import space
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.search import records, search_phase, sweep_folder
@@ -47,7 +50,7 @@ def reopened(root: Path, config: SweepConfig) -> SearchPhase:
 def begin(phase: SearchPhase) -> TrainingJob:
     job = phase.ask()
     assert job is not None
-    (job.folder / "checkpoint_1").mkdir(parents=True)
+    (job.folder / "checkpoint_1").mkdir(parents=True, exist_ok=True)
     return job
 
 
@@ -142,3 +145,21 @@ def test_summary_asks_git_once(phase: SearchPhase, monkeypatch: pytest.MonkeyPat
         end(phase, begin(phase), value, value, value)
     records.environment.cache_clear()  # it holds no commit
     assert len(asked) == 1
+
+
+def test_a_trial_that_was_halved_stays_so_when_it_is_resumed_and_in_the_best_training(
+    phase: SearchPhase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("study", "search_phase"):
+        monkeypatch.setattr(f"cps_ray.search.{name}.apply", space.apply)  # the real one again
+    begun = begin(phase)
+    assert begun.config.compute.accumulate == 1
+    phase.halve(replace(begun, config=changed(begun.config, compute__accumulate=2)))
+    phase = reopened(phase.root, phase.config)
+    resumed = begin(phase)
+    assert (resumed.name, resumed.config.compute.accumulate) == (begun.name, 2)
+    end(phase, resumed, 0.1, 0.2, 0.3)
+    assert search_phase.best_config(phase.study, phase.config).compute.accumulate == 2
+    assert cps_ray.open_sweep(phase.root).trials["accumulate"].to_pylist() == [2]
+    other = begin(phase)
+    assert other.config.compute.accumulate == 1, "another trial has its own memory"

@@ -11,7 +11,7 @@ from cps_ray.config.sweep import FailuresConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import DiskError
 from cps_ray.on_ray.failures import COLLAPSED, CRASHED, DISK_FULL, OUT_OF_MEMORY
-from cps_ray.runs import ERROR_FILE, METRICS_FILE
+from cps_ray.runs import ERROR_FILE, METRICS_FILE, Records
 from cps_ray.search.tune_session import TrainingJob, TuneSession
 
 
@@ -89,7 +89,7 @@ def test_a_training_is_asked_for_with_its_resources_and_limits(tiny: TrainConfig
     assert (training.retries, training.most_s, training.first_report_s) == (3, 7200.0, 300.0)
     assert (training.shape.workers, training.shape.cpus, training.shape.gpus) == (1, tiny.resources.cpus_per_worker, 0)
     assert not (tmp_path / "0000" / ERROR_FILE).exists()
-    assert session.suggest("other") is None, "there is no more"
+    assert session.suggest("other") == {}, "not now: the first may have to begin once more"
 
 
 def test_no_more_begin_than_the_cluster_holds(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -159,7 +159,8 @@ def test_out_of_memory_is_tried_again_in_smaller_parts_until_there_are_none(tiny
         session.suggest("id")
         session.end("id", failed, error=False)
         assert phase.heard.pop() == ("0000", "halved", accumulate)
-    assert "accumulate: 4" in (tmp_path / "0000" / "config.yaml").read_text() or session.suggest("id")
+    session.suggest("id")
+    assert "accumulate: 4" in (tmp_path / "0000" / "config.yaml").read_text()
     session.end("id", failed, error=False)
     assert phase.heard == [("0000", "CUDA out of memory", False)], "four images: not in eight parts"
     assert said == [f"0000: CUDA out of memory. Once more with compute.accumulate {n}" for n in (2, 4)]
@@ -190,8 +191,39 @@ def test_an_error_of_the_phase_is_the_sessions_not_tunes(tiny: TrainConfig, tmp_
 
 
 def test_what_is_waited_for_is_said_once(tiny: TrainConfig, tmp_path: Path) -> None:
-    session, _, said = session_of(HeardPhase([job(tiny, tmp_path, "0000")]), tmp_path)
+    session, _, said = session_of(HeardPhase([job(tiny, tmp_path, name) for name in ("0000", "0001")]), tmp_path)
+    session.suggest("a")
+    session.suggest("b")
+    for trial, notice in (("a", None), ("a", "no room"), ("b", "no room"), ("a", "no room"), ("b", "0001: boom")):
+        assert session.hear(trial, {"notice": notice})
+    assert said == ["no room", "0001: boom"]
+
+
+def test_the_last_training_that_runs_may_begin_once_more(tiny: TrainConfig, tmp_path: Path) -> None:
+    session, _, _ = session_of(HeardPhase([job(tiny, tmp_path, "0000")]), tmp_path, on_oom="halve")
+    session.suggest("a")
+    assert session.suggest("b") == {}, "not over: Tune asks no more once it has heard so"
+    session.end("a", {"failure": "CUDA out of memory", "kind": OUT_OF_MEMORY}, error=False)
+    again = session.suggest("b")
+    assert again
+    assert again["training"].folder == str(tmp_path / "0000")
+    session.end("b", {}, error=False)
+    assert session.suggest("c") is None
+
+
+def test_a_damaged_record_ends_the_reading_until_workers_have_written_the_file_anew(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    phase = HeardPhase([job(tiny, tmp_path, "0000")])
+    session, _, _ = session_of(phase, tmp_path)
     session.suggest("id")
-    for waits_for in (None, "2 x (1 CPUs, 0 GPUs) to be free", "2 x (1 CPUs, 0 GPUs) to be free", None):
-        assert session.hear("id", {"waits_for": waits_for})
-    assert said == ["waiting for 2 x (1 CPUs, 0 GPUs) to be free: the cluster has no room now"]
+    record(tmp_path / "0000", 2)
+    with (tmp_path / "0000" / METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "va{"step": 6}\n')
+    record(tmp_path / "0000", 8)
+    assert session.hear("id", {})
+    assert phase.heard == [("0000", 2)]
+    Records(tiny, tmp_path / "0000", 2)
+    record(tmp_path / "0000", 4)
+    assert session.hear("id", {})
+    assert phase.heard == [("0000", 2), ("0000", 4)]
