@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     from cps_ray.engine.preflight import Preflight, check_training
     from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
     from cps_ray.on_ray.export import export_best
-    from cps_ray.on_ray.leaving import leave_in_time
+    from cps_ray.on_ray.leaving import head_watched, leave_in_time
     from cps_ray.on_ray.trainer import DEFAULT_METRIC
     from cps_ray.runs import CONFIG_FILE
 
@@ -92,8 +92,8 @@ def _run(args: argparse.Namespace) -> int:
     (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder)), f"Made from {source}."))
     signals: list[int] = []
 
-    def say_how_to_resume() -> None:
-        print(printable(f"interrupted. Resume: {_resume_command(folder)}"), flush=True)
+    def say_how_to_resume(what: str = "interrupted") -> None:
+        print(printable(f"{what}. Resume: {_resume_command(folder)}"), flush=True)
 
     def interrupt(number: int, _: Any) -> None:
         if not signals:
@@ -104,7 +104,10 @@ def _run(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        with connected(args.address, f"train {folder.name}") as cluster:
+        with (
+            connected(args.address, f"train {folder.name}") as cluster,
+            head_watched(lambda what: say_how_to_resume(f"error: {what}")),
+        ):
             awaited(
                 lambda: trainings_at_once(config.resources, 1, nodes(), streams=config.semi_supervised),
                 cluster,

@@ -701,7 +701,9 @@ def test_head_lost_in_the_final_phase(faults: Faults, undisturbed: Outcome, clus
         code = command.end(300)
         faults.note(command.saw(began), time.monotonic() - began, code, left_of_sweep(60))
         nodes.shutdown()
-        assert code, command.text
+        assert code == 1, command.text
+        assert "has not answered for" in command.text
+        assert f"Resume: python -m cps_ray.sweep resume runs/tiny --address {nodes.address}" in command.text
     command = faults.start("resume", "runs/tiny", "--address", cluster().address)
     assert command.end() == 0, command.text
     faults.check(undisturbed)

@@ -1,15 +1,21 @@
-"""Leaving in time when the process is told to end, whatever Ray is doing."""
+"""Leaving in time when the process is told to end, or its cluster is gone, whatever Ray is doing."""
 
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE_S = 7.0
 """How long an orderly end may take. Slurm, Kubernetes and closing terminals send SIGTERM to every process at once: then Ray's have ended
 before ours, which would wait for them for a minute and die."""
+HEAD_PATIENCE_S = 45.0
+"""How long a cluster's head may be silent. A head that is started again with its state comes back within that; after 60 s Ray ends this process, and
+says nothing that helps (`gcs_rpc_server_reconnect_timeout_s`)."""
+_LOOK_S = 2.0
 
 
 def leave_in_time(code: int, say: Callable[[], None]) -> None:
@@ -17,6 +23,34 @@ def leave_in_time(code: int, say: Callable[[], None]) -> None:
     timer = threading.Timer(PATIENCE_S, _leave, (code, say))
     timer.daemon = True
     timer.start()
+
+
+@contextmanager
+def head_watched(say: Callable[[str], None]) -> Iterator[None]:
+    """While inside, looks whether the head of the connected cluster answers. If it has not for `HEAD_PATIENCE_S`, ends this process with
+    exit code 1, after `say` with what happened."""
+    import ray
+
+    ended = threading.Event()
+    arguments = (ray.get_runtime_context().gcs_address, ended, say)
+    threading.Thread(target=_watch_head, args=arguments, name="head", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _watch_head(address: str, ended: threading.Event, say: Callable[[str], None]) -> None:
+    host, _, port = address.rpartition(":")
+    answered = None  # where it never does, as behind a proxy, nothing is known
+    while not ended.wait(_LOOK_S):
+        try:
+            socket.create_connection((host, int(port)), timeout=_LOOK_S).close()
+            answered = time.monotonic()
+        except OSError:
+            if answered is not None and time.monotonic() - answered > HEAD_PATIENCE_S:
+                text = f"the head of the Ray cluster, {address}, has not answered for {HEAD_PATIENCE_S:g} s"
+                _leave(1, lambda: say(text))
 
 
 def _leave(code: int, say: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
 from cps_ray.on_ray.export import export_best, write_checkpoint_model
 from cps_ray.on_ray.gauges import SweepGauges
-from cps_ray.on_ray.leaving import leave_in_time
+from cps_ray.on_ray.leaving import head_watched, leave_in_time
 from cps_ray.on_ray.trainer import close_groups, prepare_groups, worker_groups
 from cps_ray.results import (
     BEST_FILE,
@@ -141,7 +141,7 @@ class Sweep:
             try:
                 if not self._trials_left():
                     self._need_best()  # before a cluster is started for nothing
-                with connected(self._address, f"sweep {self._config.name}") as cluster:
+                with connected(self._address, f"sweep {self._config.name}") as cluster, head_watched(self._say_lost):
                     # Both before the first trial: final runs that can never start must not be found after three days.
                     at_once, _ = awaited(self._how_many_fit, cluster, self._wait_s, self._say)
                     for line in cluster.banner():
@@ -340,6 +340,10 @@ class Sweep:
         self._has_said = True
         for line in progress_lines(self._root, self._save(INTERRUPTED)):
             self._say(line)
+
+    def _say_lost(self, what: str) -> None:
+        self._say(f"error: {what}.")
+        self._say_progress()
 
     def _interrupted(self) -> int:
         self._say_progress()
