@@ -202,8 +202,18 @@ def _entry_faults(sweep: SweepConfig, i: int, name: str, value: Scalar) -> Itera
 
 
 def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
-    for name, changes in sweep.baselines.items():
-        yield from _faults_of_changes(sweep.train, changes, ("baselines", name))
+    for name in sweep.baselines:
+        yield from _faults_of_changes(sweep.train, sweep.changes(name), ("baselines", name))
+        try:
+            baseline = sweep.baseline(name)
+        except ConfigError as err:
+            yield from ((("baselines", name), line) for line in str(err).splitlines())
+            continue
+        yield from (
+            (("baselines", name, "search"), f"{each} is not in search_space.{did_you_mean(each, sweep.search_space)}")
+            for each in baseline.search
+            if each not in sweep.search_space
+        )
     refused = {
         name: renaming((name,)) or f"cannot be changed: {why}"
         for name in sweep.final.set

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from cps_ray.config import yaml_reader
 from cps_ray.config.checks import describe, faults
 from cps_ray.config.schema import M, Where, absolute, as_yaml, dotted, first_sentences, locate, parse, put, types_at
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import BaselineConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Document, Loc
 from cps_ray.errors import ConfigError
@@ -243,7 +243,10 @@ def _with_absolute_changes(sweep: SweepConfig, base: Path) -> SweepConfig:
 
     def absolute_paths(changes: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: absolute(TrainConfig, locate(TrainConfig, {}, name), value, base) for name, value in changes.items()
+            name: value
+            if name in BaselineConfig.model_fields
+            else absolute(TrainConfig, locate(TrainConfig, {}, name), value, base)
+            for name, value in changes.items()
         }
 
     baselines = {name: absolute_paths(changes) for name, changes in sweep.baselines.items()}

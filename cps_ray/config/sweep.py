@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cps_ray.config.schema import parse
 from cps_ray.config.section import RelativePath, Section
 from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
@@ -172,8 +173,42 @@ class FinalConfig(Section):
 
     retrain: Literal["best", "none"] = "best"
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1, 2, 3)
+    draws: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Instead of `seeds`: so many draws of the labelled images, with `data.subset_seed` and `seed` 1, 2, ... With few labels, which ones they are
+    makes more difference than the seed."""
+    folds: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Instead of `seeds`, for few masks: cross-validation over all labelled images, those of val and test included. Each fold is held out once, and is
+    the test of the trainings on the others, one an arm; the model that is delivered is trained on all of them."""
+    group_by: str | None = None
+    """Pattern: images whose ids agree in its first group, or in all it matches, such as frames of one video, come into one fold, and are drawn together for
+    the interval of the verdict."""
+    top: PositiveInt = 1
+    """How many of the best trials are trained again over the seeds; the best of them by the mean over seeds is compared and delivered."""
+    curve: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
+    """Fractions of the labelled, and of the unlabelled, images with which the best configuration and the baselines are trained again: what more
+    labels, and more images, would bring."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_repeats(self) -> Self:
+        if self.draws and self.folds:
+            raise ValueError(
+                "`draws` and `folds` exclude each other: draws are for many masks, folds for few. Remove one."
+            )
+        if self.folds and self.curve:
+            raise ValueError("`curve` needs a test split, but with `folds` there is none. Remove one.")
+        return self
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Number of each training of an arm: its seed, draw or fold, each from 1."""
+        return tuple(range(1, (self.draws or self.folds or 0) + 1)) or self.seeds
+
+    @property
+    def repeat_name(self) -> str:
+        """What an arm's trainings differ in."""
+        return "draw" if self.draws else "fold" if self.folds else "seed"
 
     @field_validator("seeds")
     @classmethod
@@ -182,6 +217,27 @@ class FinalConfig(Section):
         if repeated:
             raise ValueError(f"lists {repeated[0]} twice: a run with the same seed is the same run. Remove one.")
         return seeds
+
+
+class BaselineConfig(Section):
+    """What a baseline says beside its changes."""
+
+    search: tuple[str, ...] = ()
+    """Parameters of the search space that are searched for the baseline, too, as they were for the best configuration: in a study of its own,
+    which begins with the values of the best one. Without any, the baseline takes those values, and the verdict says `not tuned`."""
+    trials: PositiveInt | None = None
+    """Number of trials of that search. null: as many as the sweep has begun."""
+    train_on: Literal["labeled", "labeled+val"] = "labeled"
+    """`labeled+val`: the masks of the val split are trained on, too. Nothing can then be chosen by them: the values of the best configuration
+    are taken, and the last step."""
+
+    @model_validator(mode="after")
+    def _val_does_not_choose(self) -> Self:
+        if self.search and self.train_on == "labeled+val":
+            raise ValueError("`search` needs val to choose by, but `train_on: labeled+val` trains on it. Remove one.")
+        if self.trials is not None and not self.search:
+            raise ValueError("`trials` is the number of trials of a `search`, but there is none.")
+        return self
 
 
 class SweepConfig(Section):
@@ -205,7 +261,7 @@ class SweepConfig(Section):
     """Points that are tried first: dotted name -> value."""
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> changes to the best configuration. Everything else, such as network, rate and steps, stays the same, so that only the
-    changes make a difference."""
+    changes make a difference; and what `BaselineConfig` says: what is searched for the baseline, too."""
     final: FinalConfig = FinalConfig()
 
     @model_validator(mode="after")
@@ -217,3 +273,22 @@ class SweepConfig(Section):
                 f"but got grace={self.early_stopping.grace}, eval_every={every}."
             )
         return self
+
+    def fold(self, held_out: int | None) -> dict[str, Any]:
+        """Returns the changes that make a training one of a cross-validation, with fold `held_out` or none held out; {} without `final.folds`."""
+        if self.final.folds is None:
+            return {}
+        folds = {"count": self.final.folds, "held_out": held_out, "group_by": self.final.group_by}
+        return {"data.folds": folds, "data.further_labeled": ["val", "test"]}
+
+    def baseline(self, name: str) -> BaselineConfig:
+        """Returns what a baseline says beside its changes. Raises ConfigError if that is not what it must be."""
+        return parse(
+            BaselineConfig, {k: v for k, v in self.baselines[name].items() if k in BaselineConfig.model_fields}
+        )
+
+    def changes(self, name: str) -> dict[str, Any]:
+        """Returns the changes that a baseline makes to the best configuration: dotted name -> value."""
+        changes = {k: v for k, v in self.baselines[name].items() if k not in BaselineConfig.model_fields}
+        on_val = self.baselines[name].get("train_on") == "labeled+val"
+        return changes | ({"data.further_labeled": ["val"]} if on_val else {})

@@ -65,7 +65,7 @@ def variants(sweep: SweepConfig, chosen: Callable[[str], bool]) -> Iterator[list
             yield [trial]
             continue
         final = _changed(trial, sweep.final.set, ("final", "set"))
-        baselines = [_changed(final, changes, ("baselines", name)) for name, changes in sweep.baselines.items()]
+        baselines = [_changed(final, sweep.changes(name), ("baselines", name)) for name in sweep.baselines]
         yield [trial, final, *baselines]
 
 

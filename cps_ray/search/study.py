@@ -12,7 +12,7 @@ import math
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,8 @@ from cps_ray.search.stopping import stopping_rule
 WORST = 0.0
 """Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
 _BEST = ObjectiveConfig(select="best")
+_ELECTION = "election"
+"""Attribute of the study: see `SweepStudy.elect`."""
 ACCUMULATE = "accumulate"
 """Attribute of a trial: see `SweepTrial`."""
 
@@ -137,8 +139,9 @@ class SweepStudy:
     A trial's intermediate values are what `objective.select` makes of its curve so far: the best, or the last.
     """
 
-    def __init__(self, config: SweepConfig, folder: Path) -> None:
-        """Opens the study in `folder`, or begins it with the enqueued points. Raises ConfigError if it is damaged, or not this sweep's."""
+    def __init__(self, config: SweepConfig, folder: Path, home: Path | None = None) -> None:
+        """Opens the study in `folder`, or begins it with the enqueued points; `home`: the folder in which its trials' folder lies, if that is another one.
+        Raises ConfigError if it is damaged, or not this sweep's."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._config, self._objective = config, config.objective
         self._path = folder / STUDY_FILE
@@ -146,6 +149,7 @@ class SweepStudy:
         self._rule = stopping_rule(config.early_stopping)
         self._counts = dict.fromkeys(STATES, 0)
         self._best: SweepTrial | None = None
+        self._elected: SweepTrial | None = None
         self._failed_in_a_row = 0
         self._kinds: dict[str, set[str]] = {}
         """Parameter -> what the trials before this session were drawn from."""
@@ -154,7 +158,7 @@ class SweepStudy:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
             connect = partial(sqlite3.connect, self._path, check_same_thread=False)
-            if (folder / TRIALS_FOLDER).exists():
+            if ((home or folder) / TRIALS_FOLDER).exists():
                 self._check_is_ours(connect)
             self._storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
             self.study = optuna.create_study(
@@ -169,6 +173,7 @@ class SweepStudy:
                     self.study.enqueue_trial(dict(point))
         # What an earlier session left unfinished: this one begins with it.
         self._unfinished = iter(self._load(trials))
+        self._take_election()
 
     def _check_is_ours(self, connect: Callable[[], sqlite3.Connection]) -> None:
         """Raises ConfigError for a damaged file, and for an empty one or another study, in which the sweep would silently begin anew."""
@@ -226,6 +231,8 @@ class SweepStudy:
         # The earlier one at a tie.
         if state == COMPLETE and (self._best is None or _rank(trial) > _rank(self._best)):
             self._best = trial
+        if state == COMPLETE:
+            self._elected = None
 
     def check_space(self, where: Where) -> None:
         """Raises ConfigError, with where the sweep says so, if the study's trials were drawn from a space that this one cannot go on from."""
@@ -241,6 +248,21 @@ class SweepStudy:
     def live(self) -> list[int]:
         """Numbers of the trials begun or continued here that have not ended yet."""
         return list(self._live)
+
+    def fact(self, name: str) -> Any:
+        """Returns what `note` has kept under this name; None if nothing."""
+        with on_disk(self._path):
+            return self.study.user_attrs.get(name)
+
+    def note(self, name: str, fact: Any) -> None:
+        """Keeps a fact with the study, as JSON has it."""
+        with on_disk(self._path):
+            self.study.set_user_attr(name, fact)
+
+    def delete(self) -> None:
+        """Takes the study and its trials out of its file."""
+        with on_disk(self._path):
+            optuna.delete_study(study_name=self._config.name, storage=self._storage)
 
     @property
     def seconds_before(self) -> float:
@@ -271,9 +293,50 @@ class SweepStudy:
         """Number of trials by state: complete, pruned, collapsed, failed, running."""
         return dict(self._counts)
 
+    @property
+    def config(self) -> SweepConfig:
+        """The sweep."""
+        return self._config
+
+    @property
+    def num_left(self) -> int:
+        """Number of trials of the budget that are to be begun or continued: running ones were left by a session that was killed."""
+        return self._config.budget.trials - sum(self._counts.values()) + self._counts[RUNNING]
+
     def best(self) -> SweepTrial | None:
-        """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
-        return self._best
+        """The complete trial with the best value, the earlier one at a tie, or the one of the best that `elect` has named; None if none is
+        complete."""
+        return self._elected or self._best
+
+    def top(self, count: int) -> list[SweepTrial]:
+        """Returns the complete trials with the best values, the best one first."""
+        return sorted((each for each in self._trials.values() if each.state == COMPLETE), key=_rank, reverse=True)[
+            :count
+        ]
+
+    @property
+    def is_elected(self) -> bool:
+        """Whether `elect` has named the best one, and no trial has completed since."""
+        return self._elected is not None
+
+    def elect(self, means: Mapping[int, float]) -> None:
+        """Names the best of the best trials, by the means of what each reaches when it is trained again: number -> value. Holds until another trial
+        completes, or the sweep asks for other ones to be trained again."""
+        self.note(
+            _ELECTION, {"final": self._election, "means": {str(number): value for number, value in means.items()}}
+        )
+        self._take_election()
+
+    @property
+    def _election(self) -> dict[str, Any]:
+        final = self._config.final.model_dump(mode="json", include={"top", "seeds", "draws", "folds", "set"})
+        return {**final, "of": [trial.number for trial in self.top(self._config.final.top)]}
+
+    def _take_election(self) -> None:
+        found = self.fact(_ELECTION)
+        self._elected = None
+        if found and found["final"] == self._election:
+            self._elected = self._trials[int(max(found["means"], key=lambda number: found["means"][number]))]
 
     def ask(self) -> tuple[int, TrainConfig] | None:
         """Returns number and config of the next trial; None when the budget of trials is used up.
@@ -299,7 +362,9 @@ class SweepStudy:
                 changes = draw(self._config.search_space, trial)
                 more = self._trials[number].accumulate  # of an earlier session
                 halved = {} if more is None else {"compute.accumulate": more}
-                config = apply(self._config.train, {**changes, **halved}, f"trial {number}")
+                # With folds, the first one's images are those that the search is evaluated on.
+                all_changes = {**changes, **halved, **self._config.fold(0)}
+                config = apply(self._config.train, all_changes, f"trial {number}")
             except Exception:
                 if unfinished is None:  # it never ran, and nothing is left to continue
                     self.study.tell(number, state=TrialState.FAIL)
@@ -376,3 +441,8 @@ class SweepStudy:
 
 def _rank(trial: SweepTrial) -> tuple[float, int]:
     return trial.score or 0.0, -trial.number
+
+
+def drawn(trial: SweepTrial) -> dict[str, Any]:
+    """Returns the changes that make a trial's training: what was drawn, and more micro-batches if its memory was too small."""
+    return trial.params | ({} if trial.accumulate is None else {"compute.accumulate": trial.accumulate})

@@ -95,7 +95,7 @@ def with_fingerprints(config: SweepConfig) -> SweepConfig:
     fingerprint = data.fingerprint or fingerprints(open_data(data))
     baselines = {}
     for name, changes in config.baselines.items():
-        other = apply(config.train, changes, f"baseline {name}").data
+        other = apply(config.train, config.changes(name), f"baseline {name}").data
         # What it has from `train` is of the data of `train`.
         if other.shards != data.shards and data.fingerprint in (None, other.fingerprint):
             unchecked = other.model_copy(update={"fingerprint": None})
@@ -114,7 +114,8 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
-    for changed in (config.train, *final_training_configs(config)):
+    searched = apply(config.train, config.fold(0), "trials")
+    for changed in (searched, *final_training_configs(config)):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
@@ -131,5 +132,5 @@ def final_training_configs(config: SweepConfig) -> list[TrainConfig]:
     """Returns the configs of the final runs, as far as they are known before the search."""
     if config.final.retrain == "none":
         return []
-    arms = ({}, *config.baselines.values())  # {}: the best one itself, here with the values of `train`
-    return [apply(config.train, {**config.final.set, **changes}, "final runs") for changes in arms]
+    arms = ({}, *map(config.changes, config.baselines))  # {}: the best one itself, here with the values of `train`
+    return [apply(config.train, {**config.final.set, **changes, **config.fold(0)}, "final runs") for changes in arms]
