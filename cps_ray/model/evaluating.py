@@ -19,6 +19,7 @@ from cps_ray.engine.evaluation import calibration_sums
 from cps_ray.engine.metrics import (
     calibration_error,
     class_accuracy,
+    class_counts,
     confusion,
     iou,
     mean_iou,
@@ -110,8 +111,8 @@ def evaluate_model(model: Model, batches: Iterable[EvalBatch], num_worst: int = 
             labels.append(found.labels.cpu().numpy())
             first_row += rows
         scores.matrix += matrices.sum(0)
-        for number, (image_id, matrix) in enumerate(zip(batch.ids, matrices, strict=True)):
-            counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+        counts_N3C = class_counts(torch.from_numpy(matrices)).numpy()
+        for number, (image_id, counts) in enumerate(zip(batch.ids, counts_N3C, strict=True)):
             scores.ids.append(image_id)
             scores.counts.append(counts)
             value = float(image_ious(counts))

@@ -1,11 +1,13 @@
 """Checkpoints evaluated on a split, as tasks on the cluster."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cps_ray.config.reader import parse_train
 from cps_ray.config.train import ENSEMBLE, TrainConfig
@@ -15,6 +17,7 @@ from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.inference import label_strips
+from cps_ray.engine.metrics import class_counts
 from cps_ray.engine.networks import Segmenter
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks
@@ -34,6 +37,10 @@ class CheckpointScores:
     examples: list[Example]
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
     """Network, and ENSEMBLE where there are several -> pixels per true class and predicted class."""
+    ids: tuple[str, ...] = ()
+    """Of the images that were evaluated, in order: so those of two checkpoints pair."""
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3, 0), np.int64), compare=False)
+    """(I, 3, C) of each image: pixels of each class that the network shown finds, that are true, and that it predicts."""
 
 
 def evaluate_checkpoint(
@@ -50,12 +57,22 @@ def evaluate_checkpoint(
     networks = load_networks(config, read_checkpoint(Path(checkpoint)), len(shards.classes), source=checkpoint)
     for network in networks.values():
         network.to(device)
-    counts = evaluate(config, networks, eval_batches(shards, split), len(shards.classes), Ranks(device=device))
+    of_images: dict[str, NDArray[np.int64]] = {}
+
+    def count(network: str, ids: Sequence[str], matrices_NCC: torch.Tensor) -> None:  # noqa: N803
+        if network == shown:
+            for image_id, counts_3C in zip(ids, class_counts(matrices_NCC).cpu().numpy(), strict=True):  # noqa: N806
+                of_images[image_id] = of_images.get(image_id, 0) + counts_3C
+
+    batches, ranks = eval_batches(shards, split), Ranks(device=device)
+    counts = evaluate(config, networks, batches, len(shards.classes), ranks, count)
     showing = networks if shown == ENSEMBLE else {shown: networks[shown]}
     examples = _examples(config, showing, shown, shards.index(split), num_examples, device)
     matrices = {"a": counts.whole_split, **counts.others}
     confusion = {name: matrix.tolist() for name, matrix in matrices.items()}
-    return CheckpointScores(summarise(counts, shards.classes, split), examples, confusion)
+    ids = tuple(sorted(of_images))
+    per_image = np.array([of_images[each] for each in ids], np.int64)
+    return CheckpointScores(summarise(counts, shards.classes, split), examples, confusion, ids, per_image)
 
 
 def _examples(

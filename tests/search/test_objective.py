@@ -173,6 +173,28 @@ def test_what_is_exported_uses_the_network_of_the_objective(
 
 
 @pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
+def test_counts_per_image_are_those_of_the_network_shown(
+    trained: tuple[TrainConfig, Path], shown: str
+) -> None:
+    config, checkpoint = changed(trained[0], evaluation__window_px=(16, 24)), trained[1]  # in several strips
+    scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 0, shown)
+    index = open_shards(config.data.shards).index("test")
+    networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
+    assert scores.ids == tuple(sorted(index.ids))
+    assert scores.counts.shape == (len(index), 3, 7)
+    for image_id, (hit, true, predicted) in zip(scores.ids, scores.counts, strict=True):
+        batch = eval_batch(index, [index.ids.index(image_id)])
+        with torch.inference_mode():
+            prob = {each: predict(config.inference, networks[each], batch.image).softmax(1) for each in "ab"}
+        found = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1).numpy()
+        mask = batch.mask.numpy()
+        for label in range(7):
+            assert hit[label] == ((found == label) & (mask == label)).sum()
+            assert true[label] == (mask == label).sum()
+            assert predicted[label] == ((found == label) & (mask != 255)).sum()
+
+
+@pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
 def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, Path], shown: str) -> None:
     config, checkpoint = trained
     scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 2, shown)
