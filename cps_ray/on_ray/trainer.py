@@ -45,6 +45,9 @@ def make_trainer(
     It keeps the checkpoint with the highest `metric` and the latest. A crash or a lost node restarts the workers up to `retries` times.
     `sweep` is the tag of the training's metrics.
     """
+    from cps_ray.on_ray.ray_internals import shorten_messages
+
+    shorten_messages()
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     # Plain values only: a worker parses the config again, so both sides need not agree on classes.
@@ -59,6 +62,9 @@ def worker_groups(storage: Path) -> Iterator[Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from cps_ray.on_ray.ray_internals import shorten_messages
+
+    shorten_messages()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # As actor of this process it ends with it, whatever happens, and its groups with it.
     pool = (
