@@ -198,10 +198,12 @@ class _Images:
 
     def warnings(self, model: "Model") -> list[str]:
         """Returns what makes the scores of this model better than they are, or what else one must know of them."""
+        from cps_ray.model.data import trained_splits
+
         own = self._shards and self._shards.manifest.splits[self._args.split].fingerprint
         reasons = {
-            "train": "was trained on these very images",
             "val": "had its checkpoint, and in a sweep its settings, chosen by these very images",
+            **dict.fromkeys(trained_splits(model), "was trained on these very images"),
         }
         known = model.description.fingerprint or {}
         return self._notes + [

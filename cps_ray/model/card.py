@@ -47,7 +47,7 @@ def model_card(
         *_smp(description),
         "## Scores",
         "",
-        *_scores(description, metrics, arms),
+        *_scores(description, config, metrics, arms),
         "",
         "## Data",
         "",
@@ -110,12 +110,14 @@ def _smp(description: ModelDescription) -> list[str]:
     ]
 
 
-def _scores(description: ModelDescription, metrics: Mapping[str, Any], arms: Arms | None) -> Iterator[str]:
+def _scores(
+    description: ModelDescription, config: TrainConfig, metrics: Mapping[str, Any], arms: Arms | None
+) -> Iterator[str]:
     split = "test" if "test/miou" in metrics else "val"
     images = (
         "the test split, which nothing was chosen by"
         if split == "test"
-        else "the val split, by which its checkpoint was chosen"
+        else f"{_validation(config)}, by which its checkpoint was chosen"
     )
     inner = "" if description.network == "a" else f"{description.network}/"
     yield f"Measured on {images}. This model: mIoU {_percent(metrics.get(f'{split}/{inner}miou'))} %."
@@ -145,6 +147,16 @@ def _scores(description: ModelDescription, metrics: Mapping[str, Any], arms: Arm
         yield f"Expected calibration error: {_percent(ece)} % (how far probabilities are from how often they are right)."
 
 
+def _validation(config: TrainConfig) -> str:
+    folds = config.data.folds
+    if folds is None or (folds.held_out is None and (config.data.fingerprint or {}).get("val")):
+        trained = ", on which it was trained, too" if "val" in config.data.further_labeled else ""
+        return f"the val split{trained}"
+    if folds.held_out is None:
+        return "the images that it was trained on"
+    return f"fold {folds.held_out} of 0 to {folds.count - 1} of the labelled images, on which it was not trained"
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -170,6 +182,9 @@ def _data(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
     if labeled is not None:
         yield ""
         yield f"Of train, the masks of `labeled: {labeled}` were used, drawn with `subset_seed: {config.data.subset_seed}`."
+    if config.data.further_labeled:
+        yield ""
+        yield f"The masks of {', '.join(config.data.further_labeled)} were used to train, too."
 
 
 def _recipe(config: TrainConfig) -> Iterator[str]:

@@ -9,20 +9,28 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from cps_ray.config.plugins import Sink, load_sink
 from cps_ray.config.reader import load_train, parse_train
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
-from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
+from cps_ray.datasets.loader import (
+    TrainData,
+    evaluated_images,
+    hidden_batches,
+    image_batches,
+    train_batches,
+    train_data,
+)
 from cps_ray.datasets.open import open_data
-from cps_ray.datasets.shards import Shards
+from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import held_bytes, release_memory, tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
@@ -168,7 +176,7 @@ def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logg
     if ranks.device.type == "cpu":
         tune_cpu(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
-    data = train_data(shards, config)
+    data, evaluated = train_data(shards, config), evaluated_images(shards, config, "val")
     state = build_state(config, len(shards.classes), ranks)
     # All ranks the same: the first one's latest, which the others may not see yet on shared storage.
     checkpoint = _shared(ranks, latest_checkpoint(folder))
@@ -194,7 +202,8 @@ def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logg
             fill=padding_color(config.model),
         )
         with closing(batches):
-            fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
+            validated = partial(validate, config, shards.classes, data, evaluated)
+            fit(config, state, batches, validated, report, shards.classes)
     finally:
         report.close()
 
@@ -206,17 +215,20 @@ def _shared(ranks: Ranks, value: T) -> T:
     return value if ranks.world == 1 else collective.broadcast_from_rank_zero(value if ranks.rank == 0 else None)
 
 
-def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
-    """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, what
+def validate(
+    config: TrainConfig, classes: Sequence[str], data: TrainData, evaluated: Index, state: TrainState
+) -> Metrics:
+    """Evaluates every image of `evaluated`, val or what takes its place, each once over all ranks; and, if there are hidden masks, what
     `evaluate_hidden` says of some of them."""
-    ranks, classes = state.ranks, shards.classes
+    ranks = state.ranks
     # Ranks of one batch shard pass the same images: their networks are evaluated together.
     mine: dict[str, int] = {
         "batch_shard": ranks.batch_shard,
         "num_batch_shards": ranks.num_batch_shards,
         "threads": decode_threads(),
     }
-    counts = evaluate(config, state.evaluated, eval_batches(shards, "val", **mine), len(classes), ranks)
+    batches = image_batches(evaluated, np.arange(len(evaluated)), masks=True, **mine)
+    counts = evaluate(config, state.evaluated, batches, len(classes), ranks)
     hidden = hidden_batches(data, config.evaluation.hidden_images, **mine)
     pseudo = evaluate_hidden(config, state.evaluated, hidden, classes, ranks)
     return summarise(counts, classes, "val") | pseudo

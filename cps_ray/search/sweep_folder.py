@@ -121,7 +121,7 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
             check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
     check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
-    known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric
+    known, metric = metrics_of(shards, config.train, "val", further), config.objective.metric
     if metric not in known:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from support import changed
 
 from cps_ray.config.sweep import SweepConfig, measured_network
-from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import eval_batch
+from cps_ray.config.train import HELD_OUT, TrainConfig
+from cps_ray.datasets.loader import eval_batch, evaluated_images
+from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.inference import predict
 from cps_ray.engine.metrics import mean_iou
@@ -173,9 +174,7 @@ def test_what_is_exported_uses_the_network_of_the_objective(
 
 
 @pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
-def test_counts_per_image_are_those_of_the_network_shown(
-    trained: tuple[TrainConfig, Path], shown: str
-) -> None:
+def test_counts_per_image_are_those_of_the_network_shown(trained: tuple[TrainConfig, Path], shown: str) -> None:
     config, checkpoint = changed(trained[0], evaluation__window_px=(16, 24)), trained[1]  # in several strips
     scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 0, shown)
     index = open_shards(config.data.shards).index("test")
@@ -207,6 +206,18 @@ def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, 
             prob = {each: predict(config.inference, networks[each], batch.image).softmax(1) for each in "ab"}
         expected = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1)[0]
         assert np.array_equal(mask, expected.numpy())
+
+
+def test_the_fold_that_is_held_out_is_evaluated_as_test(trained: tuple[TrainConfig, Path]) -> None:
+    shards = open_shards(trained[0].data.shards)
+    config = changed(trained[0], data__folds={"count": 3, "held_out": 1}, data__fingerprint=fingerprints(shards))
+    scores = evaluate_checkpoint(config.dump(), str(trained[1]), HELD_OUT, 1)
+    assert scores.ids == tuple(sorted(evaluated_images(shards, config, "val").ids))
+    assert len(scores.ids) == 2
+    assert scores.examples[0][0] in scores.ids
+    validation = evaluate_checkpoint(config.dump(), str(trained[1]), "val")
+    assert scores.metrics["test/miou"] == validation.metrics["val/miou"]
+    assert (scores.counts == validation.counts).all()
 
 
 def test_the_checkpoint_is_chosen_by_the_objective(tmp_path: Path) -> None:
