@@ -696,14 +696,14 @@ def test_head_lost_in_the_final_phase(faults: Faults, undisturbed: Outcome, clus
         words = ("resume", "runs/tiny") if number else ("tiny.yaml",)
         command = faults.start(*words, "--address", nodes.address)
         command.until(at_step(("best-seed1", "supervised-only-seed1")[number], 20))
-        began = time.monotonic()
+        address, began = nodes.address, time.monotonic()
         nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
         code = command.end(300)
         faults.note(command.saw(began), time.monotonic() - began, code, left_of_sweep(60))
         nodes.shutdown()
         assert code == 1, command.text
         assert "has not answered for" in command.text
-        assert f"Resume: python -m cps_ray.sweep resume runs/tiny --address {nodes.address}" in command.text
+        assert f"Resume: python -m cps_ray.sweep resume runs/tiny --address {address}" in command.text
     command = faults.start("resume", "runs/tiny", "--address", cluster().address)
     assert command.end() == 0, command.text
     faults.check(undisturbed)

@@ -74,10 +74,10 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
     """
     data, train = config.data, shards.index("train")
     subset, index = labeled_subset(data, train), train
-    if data.further_labeled:
-        index = joined(
-            [train, *(_with_masks(shards, split, "for data.further_labeled") for split in data.further_labeled)]
-        )
+    # For folds, what there is: nothing is given away for val and test.
+    further = [name for name in data.further_labeled if data.folds is None or _has_masks(shards, name)]
+    if further:
+        index = joined([train, *(_with_masks(shards, split, "for data.further_labeled") for split in further)])
         labeled = np.concatenate([subset.labeled, np.arange(len(train), len(index))])
         subset = replace(subset, labeled=labeled)
     if data.folds is not None:
@@ -103,6 +103,10 @@ def evaluated_images(shards: Shards, config: TrainConfig, split: str) -> Index:
         if split == "val" and not (val and val.masks):
             return data.index.take(data.subset.labeled)
     return _with_masks(shards, split, "to be evaluated on")
+
+
+def _has_masks(shards: Shards, split: str) -> bool:
+    return split in shards.manifest.splits and shards.manifest.splits[split].masks > 0
 
 
 def _with_masks(shards: Shards, split: str, why: str) -> Index:

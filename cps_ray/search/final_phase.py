@@ -15,7 +15,7 @@ from typing import Any
 from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import HELD_OUT, TrainConfig
 from cps_ray.datasets.loader import train_data
 from cps_ray.datasets.open import open_data
 from cps_ray.engine.telemetry import Metrics, vanishing

@@ -80,7 +80,9 @@ def test_of_rays_messages_to_the_driver_the_first_line_is_printed(capsys: pytest
     assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages), HELP
     for _ in range(2):  # by the second connection, too
         shorten_messages()
-    worker.print_to_stdstream({"lines": ["a node was lost\nits log\nand more"], "pid": "raylet", "is_err": False}, False)
+    worker.print_to_stdstream(
+        {"lines": ["a node was lost\nits log\nand more"], "pid": "raylet", "is_err": False}, False
+    )
     printed = capsys.readouterr().out
     assert "a node was lost" in printed
     assert "its log" not in printed
