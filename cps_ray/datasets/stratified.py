@@ -94,8 +94,7 @@ def group_images(names: Mapping[str, str], group_by: str | None, alike: Iterable
         if not named:
             example = next(iter(names.values()))
             raise DataError(f"group_by {group_by!r} must match ids, but matches none; they look like {example!r}.")
-        for keys in named.values():
-            join(keys)
+        alike = [*named.values(), *alike]
     for keys in alike:
         join(keys)
     return {key: root(key) for key in parent}

@@ -361,7 +361,7 @@ def test_folds_need_no_val_and_no_test(tiny: TrainConfig, without_val: Shards) -
         check_data(without_val, folded)
         evaluated = evaluated_images(without_val, folded, "val")
         assert len(evaluated) == (2 if held_out == 0 else 6)
-        assert {size for size in evaluated_sizes(without_val, folded)} >= {*zip(evaluated.height, evaluated.width)}
+        assert {*evaluated_sizes(without_val, folded)} >= {*zip(evaluated.height, evaluated.width, strict=True)}
     with pytest.raises(DataError, match="no split 'held_out'"):
         evaluated_images(without_val, folded, HELD_OUT)
 
