@@ -13,6 +13,7 @@ Exit codes: 0 done; 2 wrong input; 130 interrupted.
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScores | None") -> dict[str, Any]:
     """Returns what scores.json holds."""
+    import numpy as np
     import torch
 
     from cps_ray.engine.metrics import mean_iou
-    from cps_ray.model.evaluating import paired_difference
+    from cps_ray.model.intervals import difference
 
     result: dict[str, Any] = {
         "model": str(args.model),
@@ -133,11 +135,13 @@ def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScore
     if theirs is not None:
         if theirs.ids != scores.ids:
             raise DataError(f"{args.against}: both models must see the same images in the same order, but do not.")
+        ours_and_theirs = ([np.stack(each.counts)] for each in (scores, theirs))
+        groups = _groups(args.group_by, scores.ids)
         result["against"] = {
             "model": str(args.against),
             "network": theirs.network,
             **theirs.metrics(),
-            "difference": paired_difference(scores.counts, theirs.counts, _groups(args.group_by, scores.ids)),
+            "difference": asdict(difference(*ours_and_theirs, scores.classes, groups)),
         }
     return result
 
@@ -231,7 +235,7 @@ def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None
     from pyarrow import csv
 
     from cps_ray.files import write_whole
-    from cps_ray.model.evaluating import image_ious
+    from cps_ray.model.intervals import image_ious
 
     def columns(each: "ModelScores", suffix: str) -> dict[str, list[float | None]]:
         values = [float(image_ious(counts)) for counts in each.counts]
@@ -249,7 +253,7 @@ def _print_table(console: Any, result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from cps_ray.model.evaluating import difference_in_words
+    from cps_ray.model.intervals import Difference, in_words
 
     theirs = result.get("against")
     table = Table(box=None)
@@ -271,7 +275,7 @@ def _print_table(console: Any, result: dict[str, Any]) -> None:
     )
     if theirs:
         names = (f"{each['model']} ({each['network']})" for each in (result, theirs))
-        say(console, f"{' against '.join(names)}: {difference_in_words(theirs['difference'])}")
+        say(console, f"{' against '.join(names)}: {in_words(Difference(**theirs['difference']))}")
 
 
 def _percent(value: float | None) -> str:

@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_step(benchmarks)
     _add_placement(benchmarks)
     _add_methods(benchmarks)
+    _add_verdict(benchmarks)
     _add_start(benchmarks)
     _add_driver(benchmarks)
     return parser
@@ -139,6 +140,25 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     record = "file that every run is written to as it ends; runs that it already holds are not repeated"
     add("--json", type=Path, metavar="FILE", help=record)
+
+
+def _add_verdict(benchmarks: "Benchmarks") -> None:
+    verdict = benchmarks.add_parser(
+        "verdict",
+        help="the interval of a verdict: how often it holds the truth, and how often an arm is told from itself",
+        description="Trains many pairs of CPS and supervised trainings on the embedded data, as sweeps/quickstart.yaml does, and evaluates them on "
+        "2 000 images. Then draws three pairs and 60 images again and again: docs/verdict.md.",
+    )
+    add = verdict.add_argument
+    add("pool", type=Path, metavar="FOLDER", help="folder of the trainings; those that it already holds are not repeated")
+    varied = "seed: all trainings have the same labelled images; draw: each has others, too (default seed)"
+    add("--vary", choices=("seed", "draw"), default="seed", help=varied)
+    add("--trainings", type=_positive, default=24, help="trainings of each arm, at least 2 (default 24)")
+    add("--steps", type=_positive, default=400, help="steps of each training (default 400)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all trainings")
+    add("--draws", type=_positive, default=1000, help="how often a few are drawn (default 1000)")
+    add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
 def _add_driver(benchmarks: "Benchmarks") -> None:
