@@ -264,9 +264,8 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     if final:
         lines += _score_lines(final, summary["objective"])
         for seed, classes in final.get("vanished", {}).items():  # a sweep of an earlier version has not recorded them
-            lines.append(
-                f"Vanished from the pseudo labels (fraction there by that in the masks), seed {seed}: {classes}"
-            )
+            which = f"{final.get('repeat', 'seed')} {seed}"
+            lines.append(f"Vanished from the pseudo labels (fraction there by that in the masks), {which}: {classes}")
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
     lines.append(f"Predict photos: python -m cps_ray.predict {shell_path(root / MODEL_FOLDER)} PHOTOS OUT")
     # A network learns from its peers' labels: the licence of any one's weights may bind it.

@@ -179,9 +179,14 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
         cells = [changes.get(name, "-") for name in config.search_space]
         table.add_row(*(Text(_cell(value)) for value in cells))
     console.print(table)
-    steps, finals = config.train.schedule.steps, len(config.final.seeds) * (1 + len(config.baselines))
-    finals = 0 if config.final.retrain == "none" else finals
-    plan = f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs."
+    steps = config.train.schedule.steps
+    searches = [
+        f"{baseline.trials or config.budget.trials} for baseline {name}"
+        for name in (config.baselines if config.final.retrain == "best" else ())
+        if (baseline := config.baseline(name)).search
+    ]
+    trials = ", ".join([f"{config.budget.trials} trials", *searches])
+    plan = f"{trials} of up to {steps} steps, then {config.num_final_runs} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
     filled = (f"{text}." for text in preflight.filled)
     say(console, f"{plan} Every draw is a valid training.", *normalised, *filled, *data.split("\n"))

@@ -185,8 +185,8 @@ class FinalConfig(Section):
     top: PositiveInt = 1
     """How many of the best trials are trained again over the seeds; the best of them by the mean over seeds is compared and delivered."""
     curve: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
-    """Fractions of the labelled, and of the unlabelled, images with which the best configuration and the baselines are trained again: what more
-    labels, and more images, would bring."""
+    """Fractions of the labelled, and of the unlabelled, images with which the best configuration and the first baseline are trained again: what
+    more labels, and more images, would bring."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
 
@@ -273,6 +273,15 @@ class SweepConfig(Section):
                 f"but got grace={self.early_stopping.grace}, eval_every={every}."
             )
         return self
+
+    @property
+    def num_final_runs(self) -> int:
+        """Number of trainings after the search."""
+        final, arms = self.final, 1 + len(self.baselines)
+        if final.retrain == "none":
+            return 0
+        fewer = len({*final.curve} - {1.0}) * (min(2, arms) + self.train.semi_supervised)
+        return len(final.repeats) * (arms + final.top - 1 + fewer) + bool(final.folds)
 
     def fold(self, held_out: int | None) -> dict[str, Any]:
         """Returns the changes that make a training one of a cross-validation, with fold `held_out` or none held out; {} without `final.folds`."""

@@ -1,6 +1,6 @@
 """Whether one arm predicts better than another: their difference in mIoU, its interval, and the words for it. Needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,9 @@ from cps_ray.text import printable
 
 # T trainings, I images, U units that are left out one by one (groups of images, or folds), C classes, S scores: each class, then the mean.
 Counts = NDArray[np.int64]
+Score = Callable[[Counts], NDArray[np.float64]]
 _LEVEL = 0.95
+_UNITS_AT_ONCE = 256
 
 
 def class_ious(counts_3C: NDArray[np.number]) -> NDArray[np.float64]:
@@ -77,7 +79,7 @@ def difference(
         counts_TU23C = np.zeros((len(pairs), group_I.max() + 1, *pairs[0].shape[1:]), np.int64)
         for row, pair in zip(counts_TU23C, pairs, strict=True):
             np.add.at(row, group_I, pair)
-    gain_S, variance_S, freedom_S = _jackknife(counts_TU23C, folds=folds)
+    gain_S, variance_S, freedom_S = _jackknife(counts_TU23C, _gains, folds=folds)
     known_S = np.isfinite(variance_S)
     # Bonferroni: each of n class intervals misses its class in 5 % / n of all cases, so that all n hold in 95 %.
     miss_S = np.append(np.full(len(classes), (1 - _LEVEL) / max(1, known_S[:-1].sum())), 1 - _LEVEL)
@@ -116,14 +118,29 @@ def _gains(counts_23C: NDArray[np.int64]) -> NDArray[np.float64]:
     return _gain(scores_2S, axis=-2)
 
 
-def _jackknife(counts_TU23C: NDArray[np.int64], *, folds: bool) -> tuple[NDArray[np.float64], ...]:
-    """Returns gain, variance and degrees of freedom of each score; a variance is nan where it is not known.
+def gain_interval(counts: Counts, score: Score) -> tuple[float, float | None, float | None]:
+    """Returns the mean over trainings of a score, and its 95 % interval (None with a single image).
+
+    `counts`: (T, I, ...) of trainings that share the images; `score` takes their sums over images, (..., without I).
+    """
+    from scipy.special import stdtrit
+
+    gain_S, variance_S, freedom_S = _jackknife(counts, lambda summed: score(summed)[..., None], folds=False)
+    gain, half = float(gain_S[0]), float(stdtrit(freedom_S[0], (1 + _LEVEL) / 2) * np.sqrt(variance_S[0]))
+    return (gain, None, None) if np.isnan(half) else (gain, gain - half, gain + half)
+
+
+def _jackknife(counts_TU: Counts, score: Score, *, folds: bool) -> tuple[NDArray[np.float64], ...]:
+    """Returns mean over trainings, variance and degrees of freedom of each score; a variance is nan where it is not known.
 
     Jackknife (Efron and Stein 1981): each unit is left out once.
     """
-    trainings, units = counts_TU23C.shape[:2]
-    total = counts_TU23C.sum(1, keepdims=True)
-    gain_TS, left_TUS = _gains(total[:, 0]), _gains(total - counts_TU23C)
+    trainings, units = counts_TU.shape[:2]
+    total = counts_TU.sum(1, keepdims=True)
+    gain_TS = score(total[:, 0])
+    # In parts: ten thousand images of a hundred classes would be gigabytes.
+    firsts = range(0, units, _UNITS_AT_ONCE)
+    left_TUS = np.concatenate([score(total - counts_TU[:, first : first + _UNITS_AT_ONCE]) for first in firsts], axis=1)
     gain_S = gain_TS.mean(0)
     if units == 1:
         return gain_S, np.full_like(gain_S, np.nan), np.ones_like(gain_S)
@@ -146,7 +163,10 @@ def in_words(found: Difference, advice: str = "") -> str:
     """Returns a line such as `better by 6.4 points (95 % interval 5.1 to 7.6; better on 61 of 80 images)`, and names classes that are hurt:
     those whose whole interval is below 0. `advice`: what to do where the two cannot be told apart."""
     points, alone = 100 * found.gain, "" if found.trainings_covered else " for these two trainings alone"
-    better, worse = (f"{word} on {count} of {found.images} images" for word, count in (("better", found.better), ("worse", found.worse)))
+    better, worse = (
+        f"{word} on {count} of {found.images} images"
+        for word, count in (("better", found.better), ("worse", found.worse))
+    )
     if found.low is None or found.high is None:
         return f"{points:+.1f} points ({better}; one image, or one group, gives no interval)"
     low, high = 100 * found.low, 100 * found.high

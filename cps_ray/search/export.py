@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cps_ray.config.reader import load_train
 from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
@@ -17,10 +15,9 @@ from cps_ray.files import replaced_folder, write_text
 from cps_ray.model.card import Arms
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
-from cps_ray.on_ray.evaluate_runs import CheckpointScores
 from cps_ray.on_ray.export import write_checkpoint_model
 from cps_ray.results import BEST_FILE
-from cps_ray.search.final_phase import EvaluatedRun, FinalRun, best_arm_config, counting_checkpoint
+from cps_ray.search.final_phase import EvaluatedRun, FinalRun, best_arm_config, counting_checkpoint, over_folds
 
 
 def write_best(root: Path, config: TrainConfig, header: str) -> Path:
@@ -66,17 +63,6 @@ def export_final(
         _write_seeds(folder / "seeds.csv", [_row(one, config) for one in evaluated])
         write_examples(folder / "examples.png", columns, shards.manifest.palette)
     return job.config
-
-
-def over_folds(evaluated: Sequence[EvaluatedRun]) -> CheckpointScores:
-    """Returns the scores of a model that is trained on all labels: the means over the folds, and the pixels of all of them."""
-    each = [one.scores for one in evaluated]
-    names = set.intersection(*(set(scores.metrics) for scores in each))
-    metrics = {name: float(np.mean([scores.metrics[name] for scores in each])) for name in sorted(names)}
-    confusion = {
-        name: np.sum([scores.confusion[name] for scores in each], axis=0).tolist() for name in each[0].confusion
-    }
-    return CheckpointScores(metrics, each[0].examples, confusion)
 
 
 def _row(one: EvaluatedRun, config: SweepConfig) -> dict[str, Any]:

@@ -7,10 +7,14 @@ differs in the result is then the change itself. Arms are paired: the n-th train
 
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
+import torch
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
@@ -18,6 +22,7 @@ from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import HELD_OUT, TrainConfig
 from cps_ray.datasets.loader import train_data
 from cps_ray.datasets.open import open_data
+from cps_ray.engine.metrics import mean_iou
 from cps_ray.engine.telemetry import Metrics, vanishing
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
 from cps_ray.results import FINAL_FOLDER
@@ -70,7 +75,8 @@ def plan_final_runs(
     runs = [plan.run(arm, changes, repeat) for arm, changes in arms.items() for repeat in config.final.repeats]
     for fraction in sorted({*config.final.curve} - {1.0}):
         for repeat in config.final.repeats:
-            runs += [plan.run(arm, changes, repeat, labels=fraction) for arm, changes in arms.items()]
+            # The best one, and the first baseline: each arm more is paid for at every point.
+            runs += [plan.run(arm, changes, repeat, labels=fraction) for arm, changes in [*arms.items()][:2]]
             runs += [plan.run(BEST_ARM, {}, repeat, images=fraction)] if best.semi_supervised else []
     return runs + ([plan.on_all_labels()] if config.final.folds else [])
 
@@ -263,3 +269,16 @@ def _num_images(config: TrainConfig) -> tuple[int, int]:
     """Returns how many labelled and unlabelled images a training has."""
     subset = train_data(open_data(config.data), config).subset
     return len(subset.labeled), len(subset.unlabeled) if config.semi_supervised else 0
+
+
+def over_folds(evaluated: Sequence[EvaluatedRun]) -> CheckpointScores:
+    """Returns the scores of all held-out images together, each predicted by the training that has not seen it; what is not counted in pixels is a mean
+    over the folds."""
+    each = [one.scores for one in evaluated]
+    names = set.intersection(*(set(scores.metrics) for scores in each))
+    metrics = {name: fmean(scores.metrics[name] for scores in each) for name in sorted(names)}
+    confusion = {name: np.sum([scores.confusion[name] for scores in each], axis=0) for name in each[0].confusion}
+    for network, matrix in confusion.items():
+        part = "" if network == "a" else f"{network}/"
+        metrics[f"test/{part}miou"] = mean_iou(torch.from_numpy(matrix))
+    return CheckpointScores(metrics, each[0].examples, {name: matrix.tolist() for name, matrix in confusion.items()})

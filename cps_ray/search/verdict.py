@@ -10,7 +10,7 @@ from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.model.intervals import difference
 from cps_ray.search.curve import learning_curve
-from cps_ray.search.final_phase import EvaluatedRun
+from cps_ray.search.final_phase import EvaluatedRun, over_folds
 from cps_ray.search.objective import headline_score
 
 
@@ -19,7 +19,8 @@ def compare(
 ) -> dict[str, Any]:
     """Returns what the final runs show:
 
-    `arms`: mean and standard deviation over seeds, draws or folds, per arm and metric; `repeat`: which of the three.
+    `arms`: mean and standard deviation over seeds, draws or folds, per arm and metric; `repeat`: which of the three. With folds, the score that is
+    compared has as its mean that of all held-out images together.
     `headline`: the score that is compared, per arm: the mIoU of the network that the objective is of.
     `gain`: best minus each baseline, in mIoU points; `difference`: the same with its interval, and per class, as `intervals.Difference`, with
     `tuned`: whether the baseline had a search of its own.
@@ -33,6 +34,10 @@ def compare(
     # A class that one seed's test split neither shows nor predicts has no score there: compared is what all seeds have.
     table = {arm: _spreads(members) for arm, members in kept.items()}
     headline = {arm: headline_score(config.objective.metric, row) for arm, row in table.items()}
+    if config.final.folds:
+        # Of all held-out images together, as their difference is: a fold alone may lack classes.
+        for arm, members in kept.items():
+            table[arm][headline[arm]]["mean"] = over_folds(members).metrics[headline[arm]]
     differences = {
         arm: _difference(kept, arm, config, classes) | {"tuned": arm in tuned, "advice": _advice(kept, arm)}
         for arm in kept
