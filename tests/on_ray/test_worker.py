@@ -49,9 +49,10 @@ def test_the_log_says_what_a_weights_file_filled(
 
 
 def test_a_training_is_validated_on_the_fold_that_is_held_out(tiny: TrainConfig) -> None:
-    config = changed(tiny, data__folds={"count": 3, "held_out": 1}, data__slices={"fold": "train_*", "val": "val_*"})
+    config = changed(tiny, data__folds={"count": 6, "held_out": 1})
     shards = open_shards(config.data.shards)
     data, evaluated = train_data(shards, config), evaluated_images(shards, config, "val")
+    config = changed(config, data__slices={"fold": evaluated.ids[0], "val": "val_*"})
     metrics = validate(config, shards.classes, data, evaluated, build_state(config, 7, Ranks()))
     assert metrics["val/miou"] == metrics["val/fold/miou"]
     assert "val/val/miou" not in metrics
