@@ -47,7 +47,7 @@ def model_card(
         *_smp(description),
         "## Scores",
         "",
-        *_scores(description, config, metrics, arms),
+        *_scores(description, config, metrics, manifest, arms),
         "",
         "## Data",
         "",
@@ -111,13 +111,17 @@ def _smp(description: ModelDescription) -> list[str]:
 
 
 def _scores(
-    description: ModelDescription, config: TrainConfig, metrics: Mapping[str, Any], arms: Arms | None
+    description: ModelDescription,
+    config: TrainConfig,
+    metrics: Mapping[str, Any],
+    manifest: Manifest,
+    arms: Arms | None,
 ) -> Iterator[str]:
     split = "test" if "test/miou" in metrics else "val"
     images = (
         "the test split, which nothing was chosen by"
         if split == "test"
-        else f"{_validation(config)}, by which its checkpoint was chosen"
+        else f"{_validation(config, manifest)}, by which its checkpoint was chosen"
     )
     inner = "" if description.network == "a" else f"{description.network}/"
     yield f"Measured on {images}. This model: mIoU {_percent(metrics.get(f'{split}/{inner}miou'))} %."
@@ -147,14 +151,14 @@ def _scores(
         yield f"Expected calibration error: {_percent(ece)} % (how far probabilities are from how often they are right)."
 
 
-def _validation(config: TrainConfig) -> str:
-    folds = config.data.folds
-    if folds is None or (folds.held_out is None and (config.data.fingerprint or {}).get("val")):
-        trained = ", on which it was trained, too" if "val" in config.data.further_labeled else ""
-        return f"the val split{trained}"
-    if folds.held_out is None:
-        return "the images that it was trained on"
-    return f"fold {folds.held_out} of 0 to {folds.count - 1} of the labelled images, on which it was not trained"
+def _validation(config: TrainConfig, manifest: Manifest) -> str:
+    """Returns what stands for val in the evaluations of a training, in words."""
+    folds, val = config.data.folds, manifest.splits.get("val")
+    if folds is not None and folds.held_out is not None:
+        return f"fold {folds.held_out} of 0 to {folds.count - 1} of the labelled images, on which it was not trained"
+    if folds is not None and not (val and val.masks):
+        return "the labelled images, on which it was trained"
+    return f"the val split{', on which it was trained, too' if 'val' in config.data.further_labeled else ''}"
 
 
 def _cell(text: str) -> str:

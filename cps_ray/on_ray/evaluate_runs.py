@@ -38,9 +38,9 @@ class CheckpointScores:
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
     """Network, and ENSEMBLE where there are several -> pixels per true class and predicted class."""
     ids: tuple[str, ...] = ()
-    """Of the images that were evaluated, in order: so those of two checkpoints pair."""
+    """Ids of the images that were evaluated, in order, so that those of two checkpoints pair."""
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3, 0), np.int64), compare=False)
-    """(I, 3, C) of each image: pixels of each class that the network shown finds, that are true, and that it predicts."""
+    """(I, 3, C) pixels of each image and class that the network shown finds, that are true, and that it predicts."""
 
 
 def evaluate_checkpoint(

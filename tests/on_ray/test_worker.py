@@ -10,11 +10,11 @@ import torch
 from support import changed
 
 from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import train_data
+from cps_ray.datasets.loader import evaluated_images, train_data
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
-from cps_ray.on_ray.worker import WorkerReport, _log_start
+from cps_ray.on_ray.worker import WorkerReport, _log_start, validate
 
 
 def test_the_log_names_classes_that_vanish_and_leaves_the_others_to_the_records(
@@ -46,3 +46,13 @@ def test_the_log_says_what_a_weights_file_filled(
     assert [line for line in caplog.messages if "filled" in line] == [
         f"network {name}: {tiny.model.encoder} {said}" for name in "ab"
     ]
+
+
+def test_a_training_is_validated_on_the_fold_that_is_held_out(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__folds={"count": 6, "held_out": 1})
+    shards = open_shards(config.data.shards)
+    data, evaluated = train_data(shards, config), evaluated_images(shards, config, "val")
+    config = changed(config, data__slices={"fold": evaluated.ids[0], "val": "val_*"})
+    metrics = validate(config, shards.classes, data, evaluated, build_state(config, 7, Ranks()))
+    assert metrics["val/miou"] == metrics["val/fold/miou"]
+    assert "val/val/miou" not in metrics

@@ -11,7 +11,7 @@ from support import changed
 
 from cps_ray.config.sweep import SweepConfig, measured_network
 from cps_ray.config.train import HELD_OUT, TrainConfig
-from cps_ray.datasets.loader import eval_batch, evaluated_images
+from cps_ray.datasets.loader import eval_batch, evaluated_images, image_batches
 from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.inference import predict
@@ -19,6 +19,7 @@ from cps_ray.engine.metrics import mean_iou
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state, load_networks
 from cps_ray.model.model import load_model
+from cps_ray.on_ray import evaluate_runs
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
 from cps_ray.on_ray.export import write_checkpoint_model
 from cps_ray.results import verdict_lines
@@ -174,8 +175,12 @@ def test_what_is_exported_uses_the_network_of_the_objective(
 
 
 @pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
-def test_counts_per_image_are_those_of_the_network_shown(trained: tuple[TrainConfig, Path], shown: str) -> None:
+def test_counts_per_image_are_those_of_the_network_shown(
+    trained: tuple[TrainConfig, Path], monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
     config, checkpoint = changed(trained[0], evaluation__window_px=(16, 24)), trained[1]  # in several strips
+    backwards = lambda index, rows, **settings: image_batches(index, rows[::-1], **settings)  # noqa: E731
+    monkeypatch.setattr(evaluate_runs, "image_batches", backwards)
     scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 0, shown)
     index = open_shards(config.data.shards).index("test")
     networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
