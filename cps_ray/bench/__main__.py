@@ -150,7 +150,12 @@ def _add_verdict(benchmarks: "Benchmarks") -> None:
         "2 000 images. Then draws three pairs and 60 images again and again: docs/verdict.md.",
     )
     add = verdict.add_argument
-    add("pool", type=Path, metavar="FOLDER", help="folder of the trainings; those that it already holds are not repeated")
+    add(
+        "pool",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the trainings; those that it already holds are not repeated",
+    )
     varied = "seed: all trainings have the same labelled images; draw: each has others, too (default seed)"
     add("--vary", choices=("seed", "draw"), default="seed", help=varied)
     add("--trainings", type=_positive, default=24, help="trainings of each arm, at least 2 (default 24)")

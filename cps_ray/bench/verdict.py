@@ -159,7 +159,9 @@ def _check(pairs: Iterable[Pair], classes: Sequence[str], truth: float, of_class
                 "covered": found.low <= truth <= found.high,
                 "half_width": (found.high - found.low) / 2,
                 "percentile_covered": low <= truth <= high,
-                "classes_covered": all(a is None or b is None or a <= of_classes[n] <= b for n, (a, b) in known.items()),
+                "classes_covered": all(
+                    a is None or b is None or a <= of_classes[n] <= b for n, (a, b) in known.items()
+                ),
                 "better": found.low > 0,
                 "worse": found.high < 0,
                 "hurt": any(b is not None and b < 0 for _, b in known.values()),
@@ -187,7 +189,14 @@ def percentile_interval(ours: Counts, theirs: Counts, rng: np.random.Generator) 
 def table(found: Mapping[str, Figures], title: str) -> Table:
     """Returns the table of what was found, in percent and points."""
     columns = ("interval holds", "percentile bootstrap", "says better", "worse", "all classes hold", "a class hurt")
-    shown = Table("", "true gain", "half width", *columns, title=title, caption="wanted: the interval holds in 92 to 98 % of the draws")
+    shown = Table(
+        "",
+        "true gain",
+        "half width",
+        *columns,
+        title=title,
+        caption="wanted: the interval holds in 92 to 98 % of the draws",
+    )
     names = ("covered", "percentile_covered", "better", "worse", "classes_covered", "hurt")
     for row, each in found.items():
         cells = (f"{100 * each[name]:.1f} %" for name in names)

@@ -33,7 +33,6 @@ from cps_ray.model.model import Model
 from cps_ray.text import first_few
 
 
-
 @dataclass(slots=True)
 class ModelScores:
     """What a model's predictions count up to, image by image."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,17 +11,17 @@ from cps_ray.text import printable
 
 # T trainings, I images, U units that are left out one by one (groups of images, or folds), C classes, S scores: each class, then the mean.
 Counts = NDArray[np.int64]
-_LEVEL = 0.95
+_MISS = 0.05
 
 
-def class_ious(counts_3C: NDArray[np.number]) -> NDArray[np.float64]:
+def class_ious(counts_3C: NDArray[Any]) -> NDArray[np.float64]:
     """Returns the IoU per class of (..., 3, C) found, true and predicted pixels: (..., C); nan where a class is neither true nor predicted."""
     hit, true, predicted = np.moveaxis(counts_3C.astype(np.float64), -2, 0)
     union = true + predicted - hit
     return np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0)
 
 
-def image_ious(counts_3C: NDArray[np.number]) -> NDArray[np.float64]:
+def image_ious(counts_3C: NDArray[Any]) -> NDArray[np.float64]:
     """Returns the mean IoU, as `metrics.mean_iou` does, of (..., 3, C) found, true and predicted pixels; nan where nothing was counted."""
     iou = class_ious(counts_3C)
     number = np.isfinite(iou).sum(-1)
@@ -77,11 +78,14 @@ def difference(
         counts_TU23C = np.zeros((len(pairs), group_I.max() + 1, *pairs[0].shape[1:]), np.int64)
         for row, pair in zip(counts_TU23C, pairs, strict=True):
             np.add.at(row, group_I, pair)
-    gain_S, variance_S, freedom_S = _jackknife(counts_TU23C, folds=folds)
+    gain_S, spreads = _gains_and_spreads(counts_TU23C, folds=folds)
+    variance_S = np.sum([spread.variance for spread in spreads], axis=0)
     known_S = np.isfinite(variance_S)
     # Bonferroni: each of n class intervals misses its class in 5 % / n of all cases, so that all n hold in 95 %.
-    miss_S = np.append(np.full(len(classes), (1 - _LEVEL) / max(1, known_S[:-1].sum())), 1 - _LEVEL)
-    half_S = stdtrit(freedom_S, 1 - miss_S / 2) * np.sqrt(variance_S)
+    miss_S = np.append(np.full(len(classes), _MISS / max(1, known_S[:-1].sum())), _MISS)
+    # Cochran and Cox (1950): the quantile of each variance's own degrees of freedom, weighted by the variances.
+    half_S = sum(stdtrit(spread.freedom, 1 - miss_S / 2) * spread.variance for spread in spreads)
+    half_S = np.divide(half_S, np.sqrt(variance_S), out=np.zeros_like(variance_S), where=variance_S > 0)
     *of_classes, (gain, low, high) = (
         (float(gain), *((float(gain - half), float(gain + half)) if known else (None, None)))
         for gain, half, known in zip(gain_S, half_S, known_S, strict=True)
@@ -116,37 +120,41 @@ def _gains(counts_23C: NDArray[np.int64]) -> NDArray[np.float64]:
     return _gain(scores_2S, axis=-2)
 
 
-def _jackknife(counts_TU23C: NDArray[np.int64], *, folds: bool) -> tuple[NDArray[np.float64], ...]:
-    """Returns gain, variance and degrees of freedom of each score; a variance is nan where it is not known.
+class _Spread(NamedTuple):
+    """Variance (S,) of the gains that comes from one source; nan where it is not known."""
 
-    Jackknife (Efron and Stein 1981): each unit is left out once.
-    """
+    variance: NDArray[np.float64]
+    freedom: int
+    """Degrees of freedom of its estimate."""
+
+
+def _gains_and_spreads(counts_TU23C: Counts, *, folds: bool) -> tuple[NDArray[np.float64], list[_Spread]]:
+    """Returns the gains, means over trainings, and where they vary: over units and, where there are several, over trainings."""
     trainings, units = counts_TU23C.shape[:2]
     total = counts_TU23C.sum(1, keepdims=True)
-    gain_TS, left_TUS = _gains(total[:, 0]), _gains(total - counts_TU23C)
+    gain_TS = _gains(total[:, 0])
     gain_S = gain_TS.mean(0)
     if units == 1:
-        return gain_S, np.full_like(gain_S, np.nan), np.ones_like(gain_S)
-    mean_US = left_TUS.mean(0)
-    over_units_S = (units - 1) ** 2 / units * mean_US.var(0, ddof=1)
+        return gain_S, [_Spread(np.full_like(gain_S, np.nan), 1)]
+    # Jackknife: each unit is left out once, by all trainings.
+    left_out_US = _gains(total - counts_TU23C).mean(0)
+    over_units = _Spread((units - 1) ** 2 / units * left_out_US.var(0, ddof=1), units - 1)
     if folds:
-        # Folds' trainings share most of their images: Nadeau and Bengio (2003), with 1/(K - 1) test images per training image.
-        return gain_S, over_units_S * (1 + units / (units - 1)), np.full_like(gain_S, units - 1)
+        # Trainings share most of their images, so folds vary too little: Nadeau and Bengio (2003), whose 1 / K + 1 / (K - 1) this is.
+        return gain_S, [over_units._replace(variance=over_units.variance * (1 + units / (units - 1)))]
     if trainings == 1:
-        return gain_S, over_units_S, np.full_like(gain_S, units - 1)
-    over_trainings_S = gain_TS.var(0, ddof=1) / trainings
-    variance_S = over_trainings_S + over_units_S
-    # Satterthwaite (1946)
-    squares_S = over_trainings_S**2 / (trainings - 1) + over_units_S**2 / (units - 1)
-    freedom_S = np.divide(variance_S**2, squares_S, out=np.ones_like(squares_S), where=squares_S > 0)
-    return gain_S, variance_S, freedom_S
+        return gain_S, [over_units]
+    return gain_S, [over_units, _Spread(gain_TS.var(0, ddof=1) / trainings, trainings - 1)]
 
 
 def in_words(found: Difference, advice: str = "") -> str:
     """Returns a line such as `better by 6.4 points (95 % interval 5.1 to 7.6; better on 61 of 80 images)`, and names classes that are hurt:
     those whose whole interval is below 0. `advice`: what to do where the two cannot be told apart."""
     points, alone = 100 * found.gain, "" if found.trainings_covered else " for these two trainings alone"
-    better, worse = (f"{word} on {count} of {found.images} images" for word, count in (("better", found.better), ("worse", found.worse)))
+    better, worse = (
+        f"{word} on {count} of {found.images} images"
+        for word, count in (("better", found.better), ("worse", found.worse))
+    )
     if found.low is None or found.high is None:
         return f"{points:+.1f} points ({better}; one image, or one group, gives no interval)"
     low, high = 100 * found.low, 100 * found.high
