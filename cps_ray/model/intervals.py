@@ -136,9 +136,14 @@ def _gains_and_spreads(counts_TU23C: Counts, *, folds: bool) -> tuple[NDArray[np
     gain_S = gain_TS.mean(0)
     if units == 1:
         return gain_S, [_Spread(np.full_like(gain_S, np.nan), 1)]
-    # Jackknife: each unit is left out once, by all trainings.
-    left_out_US = _gains(total - counts_TU23C).mean(0)
-    over_units = _Spread((units - 1) ** 2 / units * left_out_US.var(0, ddof=1), units - 1)
+    # Jackknife: each unit is left out once. What that changes, squared, is a unit's part of the variance.
+    left_out_TUS = _gains(total - counts_TU23C)
+    changed_TUS = left_out_TUS - left_out_TUS.mean(1, keepdims=True)
+    part_US = changed_TUS.mean(0) ** 2
+    if trainings > 1:
+        # What an image changes in one training alone is in the variance over trainings already.
+        part_US -= changed_TUS.var(0, ddof=1) / trainings
+    over_units = _Spread(np.maximum(0, (units - 1) / units * part_US.sum(0)), units - 1)
     if folds:
         # Trainings share most of their images, so folds vary too little: Nadeau and Bengio (2003), whose 1 / K + 1 / (K - 1) this is.
         return gain_S, [over_units._replace(variance=over_units.variance * (1 + units / (units - 1)))]
