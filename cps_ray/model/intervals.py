@@ -1,8 +1,8 @@
 """Whether one arm predicts better than another: their difference in mIoU, its interval, and the words for it. Needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ def class_ious(counts_3C: NDArray[Any]) -> NDArray[np.float64]:
     """Returns the IoU per class of (..., 3, C) found, true and predicted pixels: (..., C); nan where a class is neither true nor predicted."""
     hit, true, predicted = np.moveaxis(counts_3C.astype(np.float64), -2, 0)
     union = true + predicted - hit
-    return np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0)
+    return np.asarray(np.divide(hit, union, out=np.full_like(hit, np.nan), where=union > 0))
 
 
 def image_ious(counts_3C: NDArray[Any]) -> NDArray[np.float64]:
@@ -26,6 +26,14 @@ def image_ious(counts_3C: NDArray[Any]) -> NDArray[np.float64]:
     iou = class_ious(counts_3C)
     number = np.isfinite(iou).sum(-1)
     return np.asarray(np.divide(np.nansum(iou, -1), number, out=np.full(np.shape(number), np.nan), where=number > 0))
+
+
+class ClassDifference(TypedDict):
+    """The same of a class. The intervals hold for all classes at once."""
+
+    gain: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +53,13 @@ class Difference:
     """Of each arm."""
     trainings_covered: bool
     """Whether the interval holds for other trainings, too; else it is about these two alone, on new images."""
-    classes: dict[str, dict[str, float | None]]
-    """Class -> `gain`, `low` and `high` of its IoU; these intervals hold for all classes at once. A class that is nowhere is left out."""
+    classes: dict[str, ClassDifference]
+    """Of the IoU of each class that is there."""
 
 
 def difference(
-    ours: Sequence[Counts],
-    theirs: Sequence[Counts],
+    ours: Iterable[Counts],
+    theirs: Iterable[Counts],
     classes: Sequence[str],
     groups: Sequence[str] | None = None,
     *,
@@ -79,32 +87,26 @@ def difference(
         for row, pair in zip(counts_TU23C, pairs, strict=True):
             np.add.at(row, group_I, pair)
     gain_S, spreads = _gains_and_spreads(counts_TU23C, folds=folds)
-    variance_S = np.sum([spread.variance for spread in spreads], axis=0)
+    variance_S = np.sum([each.variance for each in spreads], axis=0)
     known_S = np.isfinite(variance_S)
     # Bonferroni: each of n class intervals misses its class in 5 % / n of all cases, so that all n hold in 95 %.
     miss_S = np.append(np.full(len(classes), _MISS / max(1, known_S[:-1].sum())), _MISS)
     # Cochran and Cox (1950): the quantile of each variance's own degrees of freedom, weighted by the variances.
-    half_S = sum(stdtrit(spread.freedom, 1 - miss_S / 2) * spread.variance for spread in spreads)
-    half_S = np.divide(half_S, np.sqrt(variance_S), out=np.zeros_like(variance_S), where=variance_S > 0)
-    *of_classes, (gain, low, high) = (
-        (float(gain), *((float(gain - half), float(gain + half)) if known else (None, None)))
-        for gain, half, known in zip(gain_S, half_S, known_S, strict=True)
+    scaled_S = np.sum([stdtrit(each.freedom, 1 - miss_S / 2) * each.variance for each in spreads], axis=0)
+    half_S = np.divide(scaled_S, np.sqrt(variance_S), out=np.zeros_like(scaled_S), where=variance_S > 0)
+    *of_classes, of_mean = (
+        ClassDifference(gain=gain, low=gain - half if known else None, high=gain + half if known else None)
+        for gain, half, known in zip(gain_S.tolist(), half_S.tolist(), known_S, strict=True)
     )
     return Difference(
-        gain,
-        low,
-        high,
+        **of_mean,
         better=int((gain_I > 0).sum()),
         worse=int((gain_I < 0).sum()),
         images=len(gain_I),
         groups=int(group_I.max()) + 1,
         trainings=len(pairs),
         trainings_covered=len(pairs) > 1,
-        classes={
-            name: dict(zip(("gain", "low", "high"), each, strict=True))
-            for name, each in zip(classes, of_classes, strict=True)
-            if np.isfinite(each[0])
-        },
+        classes={name: each for name, each in zip(classes, of_classes, strict=True) if np.isfinite(each["gain"])},
     )
 
 
@@ -173,6 +175,6 @@ def in_words(found: Difference, advice: str = "") -> str:
     hurt = [
         f"{printable(name)} {100 * each['gain']:.1f} ({100 * each['low']:.1f} to {100 * each['high']:.1f})"
         for name, each in found.classes.items()
-        if each["high"] is not None and each["high"] < 0
+        if each["low"] is not None and each["high"] is not None and each["high"] < 0
     ]
     return f"{line}; hurt: {', '.join(hurt)}" if hurt else line
