@@ -5,7 +5,7 @@
     python -m cps_ray.evaluate runs/camvid/best data/camvid/shards --against runs/old/best --group-by '^(seq\\d+)'
 
 Prints scores per class, and writes scores.json, images.csv, a picture of the confusion matrix and the worst images. With `--against` the
-difference of two models has an interval, by drawing images with replacement; frames of one video are then to be drawn together: `--group-by`.
+difference of two models has an interval, by leaving out images one by one; frames of one video are then to be left out together: `--group-by`.
 
 Exit codes: 0 done; 2 wrong input; 130 interrupted.
 """
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--group-by",
         type=_pattern,
         metavar="REGEX",
-        help="images whose ids agree in its first group, or in all it matches, are drawn together",
+        help="images whose ids agree in its first group, or in all it matches, are left out together",
     )
     parser.add_argument(
         "--worst", type=_count, default=8, metavar="N", help="number of worst images in the picture (default 8)"
@@ -135,13 +135,13 @@ def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScore
     if theirs is not None:
         if theirs.ids != scores.ids:
             raise DataError(f"{args.against}: both models must see the same images in the same order, but do not.")
-        ours_and_theirs = ([np.stack(each.counts)] for each in (scores, theirs))
-        groups = _groups(args.group_by, scores.ids)
+        counts = [np.stack(scores.counts)], [np.stack(theirs.counts)]
+        found = difference(*counts, scores.classes, _groups(args.group_by, scores.ids))
         result["against"] = {
             "model": str(args.against),
             "network": theirs.network,
             **theirs.metrics(),
-            "difference": asdict(difference(*ours_and_theirs, scores.classes, groups)),
+            "difference": asdict(found),
         }
     return result
 

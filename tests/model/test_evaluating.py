@@ -21,6 +21,7 @@ from cps_ray.model.evaluating import (
     read_labels,
 )
 from cps_ray.model.examples import confusion_picture
+from cps_ray.model.intervals import image_ious
 from cps_ray.model.model import load_model
 
 

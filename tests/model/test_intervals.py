@@ -140,3 +140,51 @@ HURT = {"sign": {"gain": -0.12, "low": -0.181, "high": -0.059}, "car": {"gain": 
 def test_a_difference_in_words(found: Difference, line: str) -> None:
     assert in_words(found, "take the cheaper") == line
     assert in_words(Difference(**json.loads(json.dumps(asdict(found)))), "take the cheaper") == line
+
+
+GAIN = 0.15
+"""What our arm has before theirs, in log odds: about 3 points of mIoU."""
+
+
+def true_gain(rng: np.random.Generator, sd: float) -> float:
+    """Returns the gain on many images, over trainings whose effects are normal with this deviation."""
+    images, effects = simulate_images(rng, 2000), sd * stats.norm.ppf((np.arange(20)[:, None] + 0.5) / 20)
+    ours, theirs = (simulate_arm(rng, images, odds + effects + np.zeros(7)).sum(1) for odds in (GAIN, 0.0))
+    return float((image_ious(ours) - image_ious(theirs)).mean())
+
+
+def fold_coverage(of_seed: float, of_labels: float, draws: int) -> float:
+    """Returns how often the interval of 5 folds of 30 images holds the true gain of trainings on 24 others.
+
+    A training has a random effect of its seed, and the sum of the effects of its labelled images, which folds share. Their deviations, in log odds.
+    """
+    rng, folds, covered = np.random.default_rng(6), np.arange(30) // 6, 0
+    truth = true_gain(rng, float(np.hypot(of_seed, of_labels)))
+    for _ in range(draws):
+        true, ease = simulate_images(rng, 30)
+        arms = []
+        for odds in (GAIN, 0.0):
+            of_images = rng.normal(0.0, of_labels / np.sqrt(24), 30)
+            effects = [
+                rng.normal(odds, of_seed) + of_images[folds != fold].sum() + np.zeros((1, 7)) for fold in range(5)
+            ]
+            arms.append(
+                [simulate_arm(rng, (true[folds == k], ease[folds == k]), each)[0] for k, each in enumerate(effects)]
+            )
+        found = difference(*arms, CLASSES, folds=True)
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= truth <= found.high
+    return covered / draws
+
+
+@pytest.mark.parametrize(
+    ("of_seed", "of_labels", "low", "high"),
+    [(0.04, 0.0, 0.93, 1.0), (0.04, 0.04, 0.93, 1.0), (0.04, 0.3, 0.65, 0.9)],
+    ids=["images alone", "as much as the seed", "far more than the seed"],
+)
+def test_folds_cover_unless_the_draw_of_the_labels_matters_most(
+    of_seed: float, of_labels: float, low: float, high: float
+) -> None:
+    """The third is the limit: all folds have most of their labels in common, so how they vary cannot show what others would do."""
+    assert low <= fold_coverage(of_seed, of_labels, 200) <= high
