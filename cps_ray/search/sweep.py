@@ -131,11 +131,14 @@ class Sweep:
         """
         with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
+            for line in self._study.notices:
+                self._say(line)
             self._events = Events(self._root)
             write_tables(self._root, self._study, self._config)  # they may be deleted, or damaged
             summary = read_json(self._root / SUMMARY_FILE) or {}
             if self._is_finished(summary):
-                self._say("Nothing to do: the sweep is finished. More trials: --trials N.")
+                more = "--patience N" if self._study.is_stalled else "--trials N"
+                self._say(f"Nothing to do: the sweep is finished. More trials: {more}.")
                 self._say_verdict(summary)
                 return 0
             try:
@@ -180,7 +183,7 @@ class Sweep:
         """Whether there are trials to begin or to continue, and time for them."""
         limit = self._config.budget.time
         in_time = limit is None or self._study.seconds_before <= limit
-        return in_time and self._num_ended() < self._config.budget.trials
+        return in_time and not self._study.why_no_more
 
     def _num_ended(self) -> int:
         counts = self._study.counts()
