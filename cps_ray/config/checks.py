@@ -146,7 +146,7 @@ def _range_faults(name: str, param: Param) -> Iterator[str]:
         yield f"high must be low + k * step, but got low={param.low}, high={param.high}, step={param.step}."
 
 
-def _condition_fault(space: Mapping[str, Param], name: str, other: str, value: Scalar | None | list[Value]) -> str:
+def _condition_fault(space: Mapping[str, Param], name: str, other: str, value: Scalar | list[Value] | None) -> str:
     """Returns what is wrong with the condition `when: {other: value}` of `name`, or ""."""
     if other == name:
         return "refers to itself."

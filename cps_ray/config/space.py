@@ -145,7 +145,7 @@ def active(param: Param, point: Mapping[str, Value]) -> bool:
     return all(name in point and point[name] in listed(value) for name, value in (param.when or {}).items())
 
 
-def listed(value: Scalar | None | list[Value]) -> list[Value]:
+def listed(value: Scalar | list[Value] | None) -> list[Value]:
     """Returns a list of one value or of several, as `when` takes them."""
     return value if isinstance(value, list) else [value]
 

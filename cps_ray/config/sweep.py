@@ -11,9 +11,9 @@ from cps_ray.config.section import RelativePath, Section
 from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
-Value = Scalar | None | list[Scalar]
+Value = Scalar | list[Scalar] | None
 """What a setting may be set to by a search."""
-When = dict[str, Scalar | None | list[Value]]
+When = dict[str, Scalar | list[Value] | None]
 """Other parameters, each with a value or a list of values. A value that is itself a list stands in a list."""
 
 BEST_ARM = "best"
