@@ -123,7 +123,10 @@ def search(config: SweepConfig, folder: Path, seed: int, restarts: float) -> lis
     ]
 
 
-@pytest.mark.parametrize(("kind", "select", "seed"), [("asha", "best", 1), ("asha", "last", 2), ("hyperband", "last", 3), ("median", "last", 4)])
+@pytest.mark.parametrize(
+    ("kind", "select", "seed"),
+    [("asha", "best", 1), ("asha", "last", 2), ("hyperband", "last", 3), ("median", "last", 4)],
+)
 def test_every_decision_is_optunas_and_a_resumed_study_equals_the_undisturbed_one(
     sweep: dict[str, Any], tmp_path: Path, kind: str, select: str, seed: int
 ) -> None:
