@@ -5,8 +5,8 @@ import random
 import optuna
 import pytest
 
-from cps_ray.config.reader import load_sweep
 from cps_ray.config.checks import remarks
+from cps_ray.config.reader import load_sweep
 from cps_ray.config.space import RandomSuggest, apply, draw, from_scalars, grid, own_point, preview, to_scalars
 from cps_ray.config.sweep import ChoiceParam, FloatParam, IntParam
 from cps_ray.errors import ConfigError

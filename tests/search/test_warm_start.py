@@ -56,8 +56,9 @@ def earlier(tiny: TrainConfig, tmp_path: Path) -> SweepStudy:
     study = open_study(sweep(tiny, tmp_path, "earlier", budget={"trials": 13}))
     search(study, 10)
     for collapsed in (False, True):
-        number, _ = study.ask() or pytest.fail()
-        study.tell(number, failure="x", collapsed=collapsed)
+        found = study.ask()
+        assert found is not None
+        study.tell(found[0], failure="x", collapsed=collapsed)
     study.ask()
     assert study.counts()["pruned"] > 1
     return study
@@ -94,7 +95,7 @@ def test_the_sampler_alone_learns_from_earlier_trials(earlier: SweepStudy, tiny:
     assert [trial.number for trial in again.study.trials if trial.user_attrs.get("score_last")] == list(range(11, 17))
 
 
-def test_the_trials_after_the_first_are_drawn_near_what_was_good(
+def test_the_model_takes_over_right_after_the_first_trial(
     earlier: SweepStudy, tiny: TrainConfig, tmp_path: Path
 ) -> None:
     drawn = {}
