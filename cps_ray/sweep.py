@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cps_ray.command import add_cluster_flags, checked, command_parser, entry, reported, run_command, say
+from cps_ray.config.checks import remarks
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
 from cps_ray.config.space import preview
@@ -43,7 +44,18 @@ _DRAWS = "5"
 _REDRAW_S = 2
 _COLUMNS = ("number", "state", "steps", "score_best", "seconds")
 _PARAMS = "params."
-_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file", "--wait")
+_WITH_VALUE = (
+    "--dry-run",
+    "--set",
+    "--name",
+    "--output",
+    "--address",
+    "--trials",
+    "--time",
+    "--patience",
+    "--file",
+    "--wait",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
     )
+    resume.add_argument("--patience", type=int, help="another number of trials that may end without a better value")
     resume.add_argument(
         "--set",
         choices=[f"{FINGERPRINT}=null"],
@@ -189,11 +202,23 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
     plan = f"{trials} of up to {steps} steps, then {config.num_final_runs} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
     filled = (f"{text}." for text in preflight.filled)
+    say(console, *remarks(config), *_earlier(config))
     say(console, f"{plan} Every draw is a valid training.", *normalised, *filled, *data.split("\n"))
     return 0
 
 
+def _earlier(config: SweepConfig) -> list[str]:
+    """Returns what a warm start would take. ConfigError if it cannot."""
+    if not config.warm_start:
+        return []
+    from cps_ray.search.warm_start import earlier_trials
+
+    return earlier_trials(config)[1]
+
+
 def _cell(value: object) -> str:
+    if value is None:
+        return "null"
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
@@ -237,7 +262,7 @@ def _resume(args: argparse.Namespace) -> int:
     open_sweep(args.folder)  # ConfigError where there is no sweep
     root = args.folder.absolute()
     with locked(root):
-        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time, "budget.patience": args.patience})
         begun = read_begun(root)
         read, where = read_sweep(args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes)
         config = edited(begun, read, where, other_data=bool(args.set))

@@ -119,8 +119,8 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     cwd = sweep_file.parent
-    # The third one learns nothing, and the first two are ahead of it at every rung.
-    points = ", ".join(f"{{cps.weight: 1.0, optim.lr: {rate}}}" for rate in ("3.0e-3", "5.0e-3", "1.0e-6"))
+    # The third one learns nothing, and the first two, of which one is the file's own, are ahead of it at every rung.
+    points = ", ".join(f"{{cps.weight: 1.0, optim.lr: {rate}}}" for rate in ("5.0e-3", "1.0e-6"))
     code, out = run("sweep", "tiny.yaml", "--set", f"enqueue=[{points}]", cwd=cwd)
     assert code == 0, out
     assert "Ray dashboard: http://127.0.0.1:" in out

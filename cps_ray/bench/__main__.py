@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verdict(benchmarks)
     _add_start(benchmarks)
     _add_driver(benchmarks)
+    _add_search(benchmarks)
     return parser
 
 
@@ -178,6 +179,29 @@ def _add_driver(benchmarks: "Benchmarks") -> None:
     add("--trials", type=_positive, nargs="+", default=[100, 1000, 3000], metavar="N", help=sizes)
     add("--sampler", choices=("random", "tpe"), default="random")
     add("--early-stopping", choices=("asha", "median", "none"), default="asha")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
+
+
+def _add_search(benchmarks: "Benchmarks") -> None:
+    search = benchmarks.add_parser(
+        "search",
+        help="how much of a grid of trainings a search needs to find one as good as the best: ours, a plain Optuna loop, random search",
+        description="--record trains a grid over a sweep's search space by the engine alone. With the record, searches are replayed in "
+        "seconds: a drawn trial is the recorded training nearest to it. Steps until a finished trial is within 1 %% of the grid's best.",
+    )
+    add = search.add_argument
+    add("file", nargs="?", type=Path, help="a record to replay searches on")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="train the grid into this file; trainings that it holds are not repeated",
+    )
+    add("--sweep", type=Path, default=Path("quickstart"), help="sweep whose space is recorded (default quickstart)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of that sweep")
+    add("--points", type=_positive, default=5, help="values of each range (default 5)")
+    add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--seeds", type=_positive, default=20, help="searches of each kind (default 20)")
     add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 

@@ -12,6 +12,10 @@ from cps_ray.config.section import RelativePath, Section
 from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
+Value = Scalar | list[Scalar] | None
+"""What a setting may be set to by a search."""
+When = dict[str, Scalar | list[Value] | None]
+"""Other parameters, each with a value or a list of values. A value that is itself a list stands in a list."""
 
 BEST_ARM = "best"
 """Name of the best configuration among the baselines' names."""
@@ -43,9 +47,9 @@ class FloatParam(Section):
     high: float
     log: bool = False
     step: Annotated[float, Field(gt=0.0)] | None = None
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    when: When | None = None
     """Other parameters, each with the value, or list of values, for which this one is drawn. Otherwise the setting keeps the value
-    that it has in `train`."""
+    that it has in `train`. A value that is itself a list stands in a list: `[[64, 96]]`."""
 
 
 class IntParam(Section):
@@ -56,15 +60,15 @@ class IntParam(Section):
     high: Annotated[int, Field(strict=True)]
     log: bool = False
     step: PositiveInt | None = None
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    when: When | None = None
 
 
 class ChoiceParam(Section):
-    """Parameter whose values are listed."""
+    """Parameter whose values are listed: numbers, texts, true, false, null, or lists of them."""
 
     type: Literal["choice"]
-    values: Annotated[list[Scalar], Field(min_length=1)]
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    values: Annotated[list[Value], Field(min_length=1)]
+    when: When | None = None
 
 
 Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type")]
@@ -117,26 +121,32 @@ class BudgetConfig(Section):
     trials: PositiveInt
     time: Duration | None = None
     """Wall time of the search phase, all sessions together. Trials that it cuts short count as pruned."""
+    patience: PositiveInt | None = None
+    """Trials that may end, one after the other, without a better value than the best so far; then no further one begins. Pruned and
+    failed ones count. null: no limit."""
 
 
 class SamplerConfig(Section):
     """How Optuna proposes the next trial."""
 
-    type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
+    type: Literal["tpe", "random", "grid", "qmc", "gp", "cmaes"] = "tpe"
+    """`grid`: every combination of choices, whole numbers and ranges with a step, once each, in an order drawn by `seed`. `cmaes`:
+    models numbers alone and draws choices at random; it needs the extra `cmaes`."""
     seed: Seed = 0
     startup_trials: NonNegativeInt = 10
-    """Number of random trials before the model takes over (tpe and gp)."""
+    """Number of random trials before the model takes over (tpe, gp and cmaes)."""
 
 
 class EarlyStoppingConfig(Section):
     """Which trials are stopped early, by comparing `objective.metric` at equal steps."""
 
-    type: Literal["asha", "median", "none"] = "asha"
+    type: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """`hyperband`: trials are divided among several `asha`, whose first rungs lie at grace, grace * reduction, ... steps."""
     grace: PositiveInt = 1
-    """Steps before a trial may be stopped; asha's first rung. Choose at least the longest ramp: before its end a trial does not show
-    what it can reach."""
+    """Steps before a trial may be stopped; asha's first rung. Must not lie inside the ramp of the method's weight: before its end a
+    trial does not show what it can reach."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3
-    """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction of the trials continue."""
+    """asha and hyperband: rungs lie at grace * reduction^k steps, and the best 1/reduction of the trials continue."""
 
 
 class FailuresConfig(Section):
@@ -257,8 +267,11 @@ class SweepConfig(Section):
     failures: FailuresConfig = FailuresConfig()
     search_space: Annotated[dict[str, Param], Field(min_length=1)]
     """Dotted name of a setting of `train` -> its range or its values."""
-    enqueue: list[dict[str, Scalar]] = Field(default_factory=list)
-    """Points that are tried first: dotted name -> value."""
+    enqueue: list[dict[str, Value]] = Field(default_factory=list)
+    """Points that are tried right after trial 0, which has the values of `train` wherever they lie in the search space: dotted name ->
+    value."""
+    warm_start: list[RelativePath] = Field(default_factory=list)
+    """Folders of earlier sweeps: the sampler learns from their trials, as far as these lie in this search space."""
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> changes to the best configuration. Everything else, such as network, rate and steps, stays the same, so that only the
     changes make a difference; and what `BaselineConfig` says: what is searched for the baseline, too."""

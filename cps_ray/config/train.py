@@ -1,5 +1,6 @@
 """The schema of one training: of the file for `python -m cps_ray.train`, of `train:` in a sweep, and of `best.yaml`."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -818,6 +819,12 @@ class TrainConfig(Section):
     def dump(self, base: str | None = None) -> dict[str, Any]:
         """Returns a plain dict of every setting; paths are relative to the folder `base`, or absolute without it."""
         return self.model_dump(mode="json", context={"base": base})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every setting but `sinks`, which say where metrics go: equal for trainings that are the same."""
+        settings = {name: value for name, value in self.dump().items() if name != "sinks"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 METHOD_SETTINGS = (

@@ -51,7 +51,13 @@ def make_trainer(
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     # Plain values only: a worker parses the config again, so both sides need not agree on classes.
-    settings = {"train": config.dump(), "run_dir": str(run_dir), "sweep": sweep, "metric": metric}
+    settings = {
+        "train": config.dump(),
+        "sha256": config.sha256,
+        "run_dir": str(run_dir),
+        "sweep": sweep,
+        "metric": metric,
+    }
     # Without a limit for the controller, a run that can never start retries for ever.
     return _trainer(train_loop, settings, GroupShape.of(config.resources), run_dir, retries, 3)
 

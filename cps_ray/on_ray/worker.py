@@ -38,7 +38,7 @@ from cps_ray.engine.normalisation import normalisation, padding_color
 from cps_ray.engine.ranks import Ranks, join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse, vanishing
-from cps_ray.errors import DataError, DivergedError
+from cps_ray.errors import ConfigError, DataError, DivergedError
 from cps_ray.files import write_text
 from cps_ray.on_ray.failures import COLLAPSED, kind_of, reason
 from cps_ray.on_ray.gauges import TrainGauges
@@ -66,15 +66,15 @@ Judge = Callable[[int], bool]
 """Takes the step of an evaluation that is on record, checkpoint and all; False ends the training. Rank 0 alone asks it."""
 
 
-def work(train: dict[str, Any], run_dir: str, sweep: str, metric: str) -> dict[str, str]:
+def work(train: dict[str, Any], sha256: str, run_dir: str, sweep: str, metric: str) -> dict[str, str]:
     """Trains as `trainer.train_loop` says, in each worker.
 
-    `train`: as `TrainConfig.dump` gives it, paths absolute. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
+    `train`: as `TrainConfig.dump` gives it, paths absolute. `sha256`: the driver's hash of it. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
     `sweep`: the tag of the training's metrics. `metric`: that by which the best checkpoint is kept.
     """
     with _run_log(Path(run_dir)) as log:
         try:
-            _train(parse_train(train, "train"), Path(run_dir), sweep, metric, log, lambda step: True)
+            _train(parse_train(train, "train"), sha256, Path(run_dir), sweep, metric, log, lambda step: True)
         except DivergedError as err:
             # Returned, not raised: Ray Train would take it for a crash and try again.
             log.error("%s", err)
@@ -127,7 +127,7 @@ def _serve(pool: Any, group: str, workers: str, training: Training, rank: int) -
                 judge = lambda step: ray.get(pool.report.remote(group, folder, step, workers))  # noqa: E731
                 if rank == 0:
                     (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
-                _train(config, Path(folder), training.sweep, training.metric, log, judge)
+                _train(config, training.sha256, Path(folder), training.sweep, training.metric, log, judge)
             except Exception as err:
                 diverged = isinstance(err, DivergedError)
                 text = f"{err}\n" if diverged else traceback.format_exc()
@@ -167,12 +167,15 @@ def clean_up() -> None:
     release_memory()
 
 
-def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logging.Logger, judge: Judge) -> None:
+def _train(
+    config: TrainConfig, sha256: str, folder: Path, sweep: str, metric: str, log: logging.Logger, judge: Judge
+) -> None:
     from ray import train
     from ray.train.torch import get_device
 
     context = train.get_context()
     ranks = join(config, context.get_world_rank(), context.get_world_size(), get_device())
+    check_same(config, sha256, ranks, log)
     if ranks.device.type == "cpu":
         tune_cpu(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
@@ -206,6 +209,20 @@ def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logg
             fit(config, state, batches, validated, report, shards.classes)
     finally:
         report.close()
+
+
+def check_same(config: TrainConfig, sha256: str, ranks: Ranks, log: logging.Logger) -> None:
+    """Puts on record that every rank has the training that the driver wrote; ConfigError on all ranks if one has not. A collective."""
+    differs = torch.zeros(ranks.world, dtype=torch.int64, device=ranks.device)
+    differs[ranks.rank] = config.sha256 != sha256
+    wrong = ranks.sum(differs).nonzero().flatten().tolist()
+    if wrong:
+        raise ConfigError(
+            f"every rank must train what the driver wrote (sha256 {sha256}), but rank(s) {', '.join(map(str, wrong))} of {ranks.world} "
+            f"read another {CONFIG_FILE} (rank {ranks.rank}: {config.sha256}). Is the folder the same on all nodes, and nobody else writes there?"
+        )
+    if ranks.rank == 0:
+        log.info("config sha256 %s, on all %d rank(s) as the driver wrote it", sha256, ranks.world)
 
 
 def _shared(ranks: Ranks, value: T) -> T:

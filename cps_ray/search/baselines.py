@@ -47,6 +47,7 @@ def baseline_sweep(
             "budget": BudgetConfig(trials=baseline.trials or trials),
             "search_space": _space(config.search_space, baseline.search, point),
             "enqueue": [],
+            "warm_start": [],
             "baselines": {},
             "final": FinalConfig(retrain="none"),
         }

@@ -88,7 +88,7 @@ class SearchPhase:
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Ends a trial in the study, and brings best.yaml, trials.jsonl and summary up to date; tables when it is their time."""
         number = self._number(job)
-        before = self.study.best()  # only `tell` changes it
+        before, was_stalled = self.study.best(), self.study.is_stalled  # only `tell` changes them
         state = self.study.tell(number, failure=failure, collapsed=collapsed)
         trial, best = self.study.trial(number), self.study.best()
         append_trial(self.root, trial, self.config)
@@ -105,6 +105,9 @@ class SearchPhase:
             self._write_best()
             if before is not None:
                 self._ended.append(before.number)
+        if self.study.is_stalled and not was_stalled:
+            patience = self.config.budget.patience
+            self.events("notice", text=f"{patience} trials have ended without a better value: no further one begins")
         self._drop_checkpoints(self._ended)
         self._write_tables_if_due()
         write_summary(self.root, self.study, self.config, RUNNING)

@@ -133,11 +133,14 @@ class Sweep:
         """
         with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
+            for line in self._study.notices:
+                self._say(line)
             self._events = Events(self._root)
             write_tables(self._root, self._study, self._config)  # they may be deleted, or damaged
             summary = read_json(self._root / SUMMARY_FILE) or {}
             if self._is_finished(summary):
-                self._say("Nothing to do: the sweep is finished. More trials: --trials N.")
+                more = "--patience N" if self._study.is_stalled else "--trials N"
+                self._say(f"Nothing to do: the sweep is finished. More trials: {more}.")
                 self._say_verdict(summary)
                 return 0
             try:
@@ -168,7 +171,7 @@ class Sweep:
         best = self._study.best()
         if summary.get("status") != "finished" or self._trials_left() or best is None:
             return False
-        if any(study.num_left for _, study in self._baseline_searches()):
+        if not all(study.why_no_more for _, study in self._baseline_searches()):
             return False
         runs = self._planned(best_config(self._study, self._config))
         evaluated = (summary.get("final") or {}).get("runs", [])
@@ -183,7 +186,7 @@ class Sweep:
         """Whether there are trials to begin or to continue, and time for them."""
         limit = self._config.budget.time
         in_time = limit is None or self._study.seconds_before <= limit
-        return in_time and self._num_ended() < self._config.budget.trials
+        return in_time and not self._study.why_no_more
 
     def _num_ended(self) -> int:
         return self._config.budget.trials - self._study.num_left
@@ -286,7 +289,7 @@ class Sweep:
 
     def _run_baseline_searches(self) -> None:
         for name, study in self._baseline_searches():
-            if study.num_left:
+            if not study.why_no_more:
                 self._run_baseline_search(name, study)
             if study.best() is None:
                 folder = baseline_folder(self._root, name)

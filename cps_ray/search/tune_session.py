@@ -197,6 +197,7 @@ class TuneSession:
         training = Training(
             str(job.folder),
             job.metric,
+            job.config.sha256,
             GroupShape.of(job.config.resources),
             self._sweep,
             limits.retries,

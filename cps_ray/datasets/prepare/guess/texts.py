@@ -159,9 +159,6 @@ search_space:
   cps.weight: {{type: float, low: 0.1, high: 3.0, log: true}}
   optim.lr: {{type: float, low: 5.0e-4, high: 1.0e-2, log: true}}
 
-enqueue:
-  - {{cps.weight: 1.0, optim.lr: {rate}}}    # the values above are tried first
-
 baselines:
   supervised-only: {{method: supervised}}    # the same network, rate and steps, without unlabelled photos
 
