@@ -143,7 +143,8 @@ class DataConfig(Section):
     def _what_is_trained_on_is_checked(
         cls, fingerprint: dict[str, str] | None, info: ValidationInfo
     ) -> dict[str, str] | None:
-        used = ("train", *(() if info.data.get("folds") else ("val",)), *info.data.get("further_labeled", ()))
+        # With folds, what there is of other splits is used.
+        used = ("train",) if info.data.get("folds") else ("train", "val", *info.data.get("further_labeled", ()))
         missing = [split for split in used if fingerprint is not None and split not in fingerprint]
         if missing:
             raise ValueError(f"must have the fingerprint of {missing[0]}, or be null for no check.")

@@ -119,7 +119,9 @@ def _scores(
 ) -> Iterator[str]:
     split = "test" if "test/miou" in metrics else "val"
     images = (
-        "the test split, which nothing was chosen by"
+        f"all labelled images, each predicted by one of {config.data.folds.count} trainings that had not seen it; this model was trained on all of them"
+        if split == "test" and config.data.folds
+        else "the test split, which nothing was chosen by"
         if split == "test"
         else f"{_validation(config, manifest)}, by which its checkpoint was chosen"
     )
@@ -128,10 +130,11 @@ def _scores(
     over = (arms or {}).get(BEST_ARM, {})
     seeds = max((row["n"] for row in over.values()), default=0)
     others = [arm for arm in arms or {} if arm != BEST_ARM]
+    differ = "folds" if config.data.folds else "seeds"
     if seeds:
-        yield f"The columns are means over {seeds} training(s) with other seeds{', and standard deviations' if seeds > 1 else ''}."
+        yield f"The columns are means over {seeds} training(s) with other {differ}{', and standard deviations' if seeds > 1 else ''}."
     yield ""
-    yield " | ".join(["| class", "this model", *(["all seeds"] if seeds else []), *others]) + " |"
+    yield " | ".join(["| class", "this model", *([f"all {differ}"] if seeds else []), *others]) + " |"
     yield "|---" * (2 + bool(seeds) + len(others)) + "|"
     matrix = metrics.get("confusion", {}).get(description.network)
     exact = dict(zip(description.classes, iou(torch.tensor(matrix)).tolist(), strict=True)) if matrix else {}

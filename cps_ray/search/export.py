@@ -1,7 +1,7 @@
 """What a sweep leaves for its user: best.yaml, which trains as it is, the model, and the scores of all final runs."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Shards
 from cps_ray.errors import CpsRayError
 from cps_ray.files import replaced_folder, write_text
-from cps_ray.model.card import Arms
+from cps_ray.model.curve import curve_picture
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.export import write_checkpoint_model
@@ -32,10 +32,10 @@ def export_final(
     config: SweepConfig,
     runs: Sequence[FinalRun],
     evaluated: Sequence[EvaluatedRun],
-    arms: Arms,
+    final: Mapping[str, Any],
     shards: Shards,
 ) -> TrainConfig:
-    """Writes best/ from the final runs; returns the training that it is from. Raises CpsRayError if that is not what best.yaml says."""
+    """Writes best/ from the final runs and what they show (`final`, of `verdict.compare`); returns the training that it is from. Raises CpsRayError if that is not what best.yaml says."""
     of_best = [one for one in evaluated if one.run.arm == BEST_ARM and one.run.is_whole]
     # Of the seeds the one that is best on val: choosing by test would make its test score too good.
     top = max(of_best, key=lambda one: one.validation)
@@ -59,9 +59,13 @@ def export_final(
     facts = {"step": step, "seed": job.config.seed}
     with replaced_folder(root / MODEL_FOLDER) as folder:
         network = measured_network(job.metric)
-        write_checkpoint_model(folder, job.config, checkpoint, shards, scores, facts, network=network, arms=arms)
+        write_checkpoint_model(
+            folder, job.config, checkpoint, shards, scores, facts, network=network, arms=final["arms"]
+        )
         _write_seeds(folder / "seeds.csv", [_row(one, config) for one in evaluated])
         write_examples(folder / "examples.png", columns, shards.manifest.palette)
+        if final["curve"]:
+            curve_picture(final["curve"]).save(folder / "curve.png")
     return job.config
 
 

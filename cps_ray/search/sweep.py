@@ -358,7 +358,7 @@ class Sweep:
     def _export(self, best: TrainConfig, runs: list[FinalRun], evaluated: list[EvaluatedRun], shards: Shards) -> None:
         if evaluated:
             final = self._compare(evaluated, shards)
-            exported = export_final(self._root, self._config, runs, evaluated, final["arms"], shards)
+            exported = export_final(self._root, self._config, runs, evaluated, final, shards)
         else:  # `final.retrain: none`: the search's own best model is what there is
             trial = self._study.best()
             assert trial is not None

@@ -74,7 +74,7 @@ def sweep(tiny: TrainConfig, root: Path, metric: str) -> SweepConfig:
 
 
 def test_final_runs_keep_and_report_what_they_measure(tiny: TrainConfig, tmp_path: Path) -> None:
-    ours, theirs = plan_final_runs(tmp_path, sweep(tiny, tmp_path, "val/b/miou"), tiny)
+    ours, theirs = plan_final_runs(tmp_path, sweep(tiny, tmp_path, "val/b/miou"), tiny, 0, {})
     assert (ours.job.metric, theirs.job.metric) == ("val/b/miou", "val/miou")
     phase = FinalPhase([ours, theirs], Events(tmp_path))
     for run, record in ((ours, {"val/miou": 0.1, "val/b/miou": 0.2}), (theirs, {"val/miou": 0.3})):
@@ -84,7 +84,7 @@ def test_final_runs_keep_and_report_what_they_measure(tiny: TrainConfig, tmp_pat
         phase.tell(run.job, None, collapsed=False)
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["value"] for event in told if event["event"] == "finished"] == [0.2, 0.3]
-    rows = [EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({}, [])).row() for run in (ours, theirs)]
+    rows = [EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({}, []), 6, 0).row() for run in (ours, theirs)]
     assert [list(row)[-1] for row in rows] == ["val/b/miou", "val/miou"]
 
 
@@ -105,16 +105,19 @@ def test_a_run_that_collapsed_at_its_last_step_is_not_done(tiny: TrainConfig, tm
 
 def evaluated(arm: str, config: TrainConfig, metric: str, scores: dict[str, float]) -> EvaluatedRun:
     run = FinalRun(arm, 1, TrainingJob(f"{arm}-1", Path(), config, metric))
-    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(scores, []))
+    # Two images of one class each, of which the headline's network finds its part.
+    found = round(100 * scores[headline_score(metric, scores)])
+    counts = np.array([[[found], [100], [found]], [[found], [100], [found]]])
+    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(scores, [], ids=("x", "y"), counts=counts), 6, 0)
 
 
 @pytest.mark.parametrize(
     ("metric", "gain", "lines"),
     [
-        ("val/miou", 10.0, ["50.0 % over 1 seed(s)", "40.0 % over 1 seed(s)   best is +10.0 points"]),
-        ("val/b/miou", 20.0, ["60.0 % over 1 seed(s), network b", "best is +20.0 points"]),
-        ("val/ensemble/miou", 30.0, ["70.0 % over 1 seed(s), all networks together", "best is +30.0 points"]),
-        ("val/iou/car", 10.0, ["best is +10.0 points", "test/iou/car  best              20.0 % over 1 seed(s)"]),
+        ("val/miou", 10.0, ["50.0 % over 1 seed", "40.0 % over 1 seed", "Best against plain: better by 10.0 points"]),
+        ("val/b/miou", 20.0, ["60.0 % over 1 seed, network b", "better by 20.0 points"]),
+        ("val/ensemble/miou", 30.0, ["70.0 % over 1 seed, all networks together", "better by 30.0 points"]),
+        ("val/iou/car", 10.0, ["better by 10.0 points", "test/iou/car  best   20.0 % over 1 seed"]),
     ],
 )
 def test_the_verdict_is_on_the_network_of_the_objective(
@@ -125,13 +128,14 @@ def test_the_verdict_is_on_the_network_of_the_objective(
         evaluated("best", tiny, metric, pair),
         evaluated("plain", tiny, "val/miou", {"test/miou": 0.4, "test/iou/car": 0.1}),
     ]
-    final = compare(runs, metric)
+    config = sweep(tiny, tmp_path, metric)
+    final = compare(runs, config, ["road"], tuned=["plain"], chosen=True)
     assert final["gain"] == {"plain": pytest.approx(gain)}
     best = {"trial": 0, "value": 0.5, "step": 6, "params": {}}
     text = "\n".join(verdict_lines(tmp_path, {"best": best, "objective": metric, "final": final}))
     assert all(line in text for line in lines), text
     assert text.count("test/iou/car") == (2 if metric == "val/iou/car" else 0)
-    earlier = {name: value for name, value in final.items() if name != "headline"}
+    earlier = {name: final[name] for name in ("arms", "gain", "vanished")}
     assert verdict_lines(tmp_path, {"best": best, "objective": metric, "final": earlier}), "of an earlier version"
 
 
