@@ -283,7 +283,7 @@ def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> 
     spawn = multiprocessing.get_context("spawn")
     futures: dict[str, Future[Figures]] = {}
     # A process per training, so that none begins with the memory or the thread settings of another.
-    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
         for pair in comparison.pairs:
             for name in comparison.trainings:
                 key = comparison.key(name, pair)
@@ -298,7 +298,7 @@ def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> 
             pool.shutdown(wait=False, cancel_futures=True)  # else an error would wait for all trainings
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone: a killed benchmark leaves no training behind."""
     parent = multiprocessing.parent_process()
     assert parent is not None
