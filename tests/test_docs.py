@@ -5,6 +5,7 @@ Links and targets of make are checked in `test_project.py`, the modules of CONTR
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -232,7 +233,9 @@ def test_yaml_loads(block: Printed, place: Path) -> None:
     file = place / "sweeps" / "block.yaml"
     file.write_text(block.text)
     settings = scalar(block.text)
-    if "search_space" in settings:
+    if "search_space" in settings and "train" not in settings:
+        load_sweep(Path("quickstart"), [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+    elif "search_space" in settings:
         load_sweep(file)
     elif "splits" in settings:
         load_recipe(file)

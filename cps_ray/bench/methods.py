@@ -307,7 +307,7 @@ def in_processes(jobs: int, calls: Mapping[str, Callable[[], T]]) -> Iterator[tu
     """Makes `jobs` of the calls at once, in their order, and yields (key, what it returned) as they end."""
     spawn = multiprocessing.get_context("spawn")
     # A process per call, so that no training begins with the memory or the thread settings of another.
-    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
         keys = {pool.submit(call): key for key, call in calls.items()}
         try:
             for future in as_completed(keys):
@@ -316,7 +316,7 @@ def in_processes(jobs: int, calls: Mapping[str, Callable[[], T]]) -> Iterator[tu
             pool.shutdown(wait=False, cancel_futures=True)  # else an error would wait for all trainings
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone: a killed benchmark leaves no training behind."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +23,20 @@ import optuna
 from rich.table import Table
 
 from cps_ray.bench import wide
-from cps_ray.config.reader import load_sweep, parse
+from cps_ray.bench.methods import end_with_parent
+from cps_ray.config.reader import load_sweep, parse, parse_train
 from cps_ray.config.space import apply, draw
 from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig, Value
-from cps_ray.config.train import TrainConfig
-from cps_ray.errors import ConfigError
+from cps_ray.datasets.loader import eval_batches, train_batches, train_data
+from cps_ray.datasets.open import open_data
+from cps_ray.engine.cpu.threads import tune_cpu
+from cps_ray.engine.evaluation import evaluate, summarise
+from cps_ray.engine.loop import fit
+from cps_ray.engine.normalisation import padding_color
+from cps_ray.engine.ranks import Ranks
+from cps_ray.engine.state import TrainState, build_state
+from cps_ray.engine.telemetry import Metrics
+from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
 from cps_ray.search.study import SweepStudy
 
@@ -283,7 +293,8 @@ def record(args: argparse.Namespace) -> None:
     missing = [point for point in points if _key(point) not in wanted["curves"]]
     trainings = [apply(sweep.train, point, "bench") for point in missing]  # all are valid before the first one begins
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
         futures: dict[Future[Curve], Point] = {
             pool.submit(train, config.dump(), sweep.objective.metric, threads): point
             for config, point in zip(trainings, missing, strict=True)
@@ -301,21 +312,7 @@ def record(args: argparse.Namespace) -> None:
 
 def train(raw: dict[str, Any], metric: str, threads: int) -> Curve:
     """Trains by the engine alone. Returns the metric at each evaluation, up to where the training diverged if it did."""
-    from contextlib import closing
-
-    from cps_ray.config.reader import parse_train
-    from cps_ray.datasets.loader import eval_batches, train_batches, train_data
-    from cps_ray.datasets.open import open_data
-    from cps_ray.engine.cpu.threads import tune_cpu
-    from cps_ray.engine.evaluation import evaluate, summarise
-    from cps_ray.engine.loop import fit
-    from cps_ray.engine.normalisation import padding_color
-    from cps_ray.engine.ranks import Ranks
-    from cps_ray.engine.state import TrainState, build_state
-    from cps_ray.engine.telemetry import Metrics
-    from cps_ray.errors import DivergedError
-
-    config: TrainConfig = parse_train(raw, "bench")
+    config = parse_train(raw, "bench")
     tune_cpu(threads)
     shards, ranks = open_data(config.data), Ranks()
     data, classes = train_data(shards, config), shards.classes

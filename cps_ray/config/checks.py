@@ -131,7 +131,7 @@ def _refused(name: str, reasons: Mapping[str, str]) -> str:
 def _range_faults(name: str, param: Param) -> Iterator[str]:
     if isinstance(param, ChoiceParam):
         scalars = [scalar(value) for value in param.values]
-        repeated = [value for i, value in enumerate(scalars) if value in scalars[:i]]
+        repeated = [value for i, value in enumerate(param.values) if scalars[i] in scalars[:i]]
         if repeated:
             yield f"values lists {as_yaml(repeated[0])} twice."
         return

@@ -183,10 +183,9 @@ def _is_same(value: Value, option: Value) -> bool:
 
 
 def _option(param: Param, value: Value) -> Value:
-    """Returns the value as the parameter writes it: `[64, 96]` for `[64.0, 96.0]`."""
-    if not isinstance(param, ChoiceParam):
-        return value
-    return next(option for option in param.values if _is_same(value, option))
+    """Returns the value as the parameter writes it: `[64, 96]` for `[64.0, 96.0]`. What it does not have stays as it is."""
+    options = param.values if isinstance(param, ChoiceParam) else []
+    return next((option for option in options if _is_same(value, option)), value)
 
 
 def scalar(value: Value) -> Scalar | None:

@@ -196,6 +196,7 @@ class SweepStudy:
         self._num_warm = sum(map(_is_warm, trials))
         # What an earlier session left unfinished: this one begins with it.
         self._unfinished = iter(self._load(trials[self._num_warm :]))
+        self.study.sampler = self._sampler(len(self._trials))
         self._take_election()
 
     def _create(self) -> optuna.Study:
@@ -399,7 +400,7 @@ class SweepStudy:
             return f"all {self._config.budget.trials} trials of the budget have begun"
         if self.is_stalled:
             return f"budget.patience: {self._since_best} trials have ended without a better value"
-        if self._grid is not None and len(self._begun()) >= len(self._grid):
+        if self._grid is not None and self._begun().issuperset(frozenset(point.items()) for point in self._grid):
             return f"all {len(self._grid)} points of the grid have begun"
         return ""
 

@@ -180,7 +180,7 @@ SWEEP_FAULTS = [
     (LR, f"{LR}\n  cps.ramp: {{type: float, low: 0.0, high: 0.3}}", "16: early_stopping.grace: must be at least 60, "),
     (LR, f"{LR}\n  cps.ramp: {{type: choice, values: [0.0, 1.0], when: {{cps.mix: cutmix}}}}", "must be at least 200, "),
     ("asha, grace: 50", "hyperband", "must hold, but got grace=1, eval_every=50."),
-    ("values: [none, cutmix]", "values: [[1, 2], [1, 2]]", "20: search_space.cps.mix: values lists '[1, 2]' twice."),
+    ("values: [none, cutmix]", "values: [[1, 2], [1, 2]]", "20: search_space.cps.mix: values lists [1, 2] twice."),
     (POINT, "{cps.mix: [none]}", "23: enqueue[0].cps.mix: ['none'] is not one of none, cutmix."),
     ("budget: {trials: 4}", "budget: {trials: 4}\nsampler: {type: grid}", "search_space.cps.weight: needs a step, since sampler.type is grid."),
     ("budget: {trials: 4}", "budget: {trials: 4}\nwarm_start: [a]\nsampler: {type: qmc}",
