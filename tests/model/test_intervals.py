@@ -100,6 +100,18 @@ def test_the_intervals_of_classes_hold_together() -> None:
     assert difference(*beside, ["x", "nowhere"]) == difference(*alone, ["x"])
 
 
+def test_a_class_of_one_image_has_a_gain_but_no_interval() -> None:
+    rng = np.random.default_rng(8)
+    arms = [simulate_arm(rng, simulate_images(rng, 9), np.zeros((3, 7))) for _ in "ab"]
+    for arm in arms:
+        arm[:, 1:, :, 6] = 0
+        arm[:, 0, :, 6] = 5
+    found = difference(*arms, CLASSES)
+    assert found.classes["sign"] == {"gain": 0.0, "low": None, "high": None}
+    assert found.low is not None
+    assert found.classes["car"]["low"] is not None
+
+
 def test_groups_are_left_out_whole() -> None:
     """Copies of one image in one group say no more than the image itself; taken for images of their own, they would."""
     rng = np.random.default_rng(1)
