@@ -159,7 +159,7 @@ def _add_verdict(benchmarks: "Benchmarks") -> None:
     )
     varied = "seed: all trainings have the same labelled images; draw: each has others, too (default seed)"
     add("--vary", choices=("seed", "draw"), default="seed", help=varied)
-    add("--trainings", type=_positive, default=24, help="trainings of each arm, at least 2 (default 24)")
+    add("--trainings", type=_pool_size, default=24, help="trainings of each arm (default 24)")
     add("--steps", type=_positive, default=400, help="steps of each training (default 400)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all trainings")
     add("--draws", type=_positive, default=1000, help="how often a few are drawn (default 1000)")
@@ -211,6 +211,10 @@ def _positive(text: str) -> int:
 
 def _num_images(text: str) -> int:
     return checked(int, text, lambda count: count == 0 or count >= _SMALLEST_SET, f"0 or at least {_SMALLEST_SET}")
+
+
+def _pool_size(text: str) -> int:
+    return checked(int, text, lambda count: count >= 2, "a whole number of at least 2")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -52,11 +52,11 @@ class Difference:
     images: int
     groups: int
     trainings: int
-    """Of each arm."""
+    """Number of them in each arm."""
     trainings_covered: bool
     """Whether the interval holds for other trainings, too; else it is about these two alone, on new images."""
     classes: dict[str, ClassDifference]
-    """Of the IoU of each class that is there."""
+    """Differences in the IoU of each class that is there."""
 
 
 def difference(

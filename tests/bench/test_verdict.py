@@ -76,3 +76,6 @@ def test_a_pool_is_trained_once_and_checked(
     assert json.loads(file.read_text()) == found
     assert main([*words, "--trainings", "2", "--vary", "seed"]) == 2
     assert f"{pool}: its trainings must have the settings that are asked for" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--trainings", "1"])
+    assert "a whole number of at least 2" in capsys.readouterr().err

@@ -49,6 +49,20 @@ def test_with_trainings_alike_it_is_the_t_interval_over_images(trainings: int) -
     assert found.classes["x"] == pytest.approx({"gain": found.gain, "low": found.low, "high": found.high})
 
 
+def test_with_both_it_is_cochran_and_cox_on_an_analysis_of_variance() -> None:
+    ours, theirs = np.random.default_rng(7).normal(0.5, 0.1, (2, 3, 20)).round(4)
+    gain_TI = ours - theirs + np.linspace(-0.2, 0.2, 20)  # some images are hard for one arm
+    found = difference(counts_of(theirs + gain_TI), counts_of(theirs), ["x"])
+    of_training, of_image = gain_TI.mean(1, keepdims=True), gain_TI.mean(0)
+    of_both = gain_TI - of_training - of_image + gain_TI.mean()
+    over_images = (3 * of_image.var(ddof=1) - (of_both**2).sum() / (2 * 19)) / (3 * 20)
+    over_trainings = of_training.var(ddof=1) / 3
+    quantiles = stats.t.ppf(0.975, [19, 2])
+    half = quantiles @ [over_images, over_trainings] / np.sqrt(over_images + over_trainings)
+    assert over_images > 0.1 * over_trainings
+    assert (found.low, found.high) == pytest.approx((gain_TI.mean() - half, gain_TI.mean() + half), rel=1e-3)
+
+
 def test_folds_have_the_corrected_t_interval() -> None:
     """Nadeau and Bengio's: the variance of a mean over folds is s^2 (1 / K + 1 / (K - 1)), with K - 1 degrees of freedom."""
     ours, theirs = np.random.default_rng(2).normal(0.5, 0.1, (2, 5, 6)).round(4)
@@ -81,8 +95,21 @@ def test_the_intervals_of_classes_hold_together() -> None:
             {"gain": (ours_I - theirs_I).mean(), "low": expected.low, "high": expected.high}
         )
     # A class that is nowhere has no entry and makes the others' intervals no wider.
-    absent = ([np.pad(each[0], ((0, 0), (0, 0), (0, 1)))] for each in ([counts_of(ours)[0]], [counts_of(theirs)[0]]))
-    assert difference(*absent, ["x", "nowhere"]).classes.keys() == {"x"}
+    alone = [counts_of(each[:1]) for each in (ours, theirs)]
+    beside = [[np.pad(each, ((0, 0), (0, 0), (0, 1))) for each in arm] for arm in alone]
+    assert difference(*beside, ["x", "nowhere"]) == difference(*alone, ["x"])
+
+
+def test_a_class_of_one_image_has_a_gain_but_no_interval() -> None:
+    rng = np.random.default_rng(8)
+    arms = [simulate_arm(rng, simulate_images(rng, 9), np.zeros((3, 7))) for _ in "ab"]
+    for arm in arms:
+        arm[:, 1:, :, 6] = 0
+        arm[:, 0, :, 6] = 5
+    found = difference(*arms, CLASSES)
+    assert found.classes["sign"] == {"gain": 0.0, "low": None, "high": None}
+    assert found.low is not None
+    assert found.classes["car"]["low"] is not None
 
 
 def test_groups_are_left_out_whole() -> None:
@@ -112,7 +139,11 @@ def test_an_arm_is_not_told_from_itself() -> None:
 
 
 SAID = Difference(0.064, 0.051, 0.076, 61, 15, 80, 80, 3, True, {"sign": {"gain": 0.1, "low": -0.1, "high": 0.3}})
-HURT = {"sign": {"gain": -0.12, "low": -0.181, "high": -0.059}, "car": {"gain": -0.1, "low": None, "high": None}}
+HURT = {
+    "sign": {"gain": -0.12, "low": -0.181, "high": -0.059},
+    "car": {"gain": -0.1, "low": None, "high": None},
+    "sky": {"gain": -0.1, "low": -0.3, "high": 0.1},
+}
 
 
 @pytest.mark.parametrize(
