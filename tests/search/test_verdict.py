@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,12 @@ def arm(config: TrainConfig, name: str, plus: list[list[int]]) -> list[Evaluated
     [
         ([[20, 20], [21, 21], [20, 21]], "supervised", "better by "),
         ([[-20, -20], [-21, -20], [-21, -21]], "supervised", "worse by "),
-        ([[3, -2], [-2, 3], [1, 0]], "supervised", "not distinguishable: .*: use plain, it is cheaper"),
-        ([[3, -2], [-2, 3], [1, 0]], "mean_teacher", r"not distinguishable: [^:]*; better on \d of 5 images\)$"),
+        ([[3, 3], [-3, -3], [1, 0]], "supervised", "not distinguishable: .*: use plain, it is cheaper"),
+        ([[3, 3], [-3, -3], [1, 0]], "mean_teacher", r"not distinguishable: [^:]*; better on \d of 5 images\)$"),
         ([[40, -20], [41, -20], [41, -21]], "supervised", "better by .*; hurt: car -"),
     ],
 )
 def test_the_verdict_in_words(tiny: TrainConfig, tmp_path: Path, plus: Any, method: str, words: str) -> None:
-    import re
-
     config = sweep(tiny, tmp_path, {"method": method})
     other = tiny.model_copy(update={"method": method})
     runs = arm(tiny, "best", plus) + arm(other, "plain", [[0, 0]] * 3)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cps_ray.datasets.lists import listed_ids, write_list
 from cps_ray.datasets.prepare.items import Source
 from cps_ray.datasets.prepare.recipe import DRAWN_FROM, Recipe
-from cps_ray.datasets.stratified import even_folds, group_images, next_pick
+from cps_ray.datasets.stratified import group_images, next_pick
 from cps_ray.errors import DataError
 from cps_ray.files import read_json, write_json
 from cps_ray.text import first_few
@@ -315,34 +315,3 @@ def _notes(
             f"{first_few(torn)}"
         )
     return notes
-
-
-# ------------------------------------------------------------------------------------------------------------- folds
-
-
-def write_folds(
-    folder: Path,
-    sources: Sequence[Source],
-    classes_of: ClassesOf,
-    *,
-    count: int = 5,
-    seed: int = 0,
-    group_by: str | None = None,
-) -> None:
-    """Writes FOLDER/1/train.txt and held_out.txt, and so on: each labelled image is held out in one of `count` folds.
-
-    Groups stay whole, and classes are about as frequent in each fold. Raises DataError if there are fewer groups than folds.
-    """
-    labeled = [source for source in sources if source.masks]
-    shows = _classes(labeled, classes_of)
-    names = [str(number) for number in range(count)]
-    pool = _Pool.of(list(shows), _groups(labeled, group_by, ""), shows, {}, names)
-    if len(pool.groups) < count:
-        raise DataError(
-            f"{folder}: {count} folds need {count} groups of labelled images, but there are {len(pool.groups)}."
-        )
-    folds = even_folds(pool.counts, pool.sizes, count, seed)
-    for at in range(count):
-        held_out = sorted(key for group, fold in zip(pool.groups, folds, strict=True) if fold == at for key in group)
-        write_list(folder / str(at + 1) / "held_out.txt", held_out)
-        write_list(folder / str(at + 1) / "train.txt", sorted(shows.keys() - {*held_out}))
