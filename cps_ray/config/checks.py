@@ -256,6 +256,17 @@ def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
             for each in baseline.search
             if each not in sweep.search_space
         )
+    labeled = sweep.train.data.labeled
+    if labeled is None or isinstance(labeled, str):
+        fixed = "a list" if labeled is None else f"the subset {labeled}"
+        yield from (
+            (("final", name), f"{what}, so train.data.labeled must be a count or a fraction, but is {fixed}.")
+            for name, what in (
+                ("draws", "draws the labelled images anew"),
+                ("curve", "takes parts of the labelled images"),
+            )
+            if getattr(sweep.final, name)
+        )
     refused = {
         name: renaming((name,)) or f"cannot be changed: {why}"
         for name in sweep.final.set

@@ -8,9 +8,9 @@ from pathlib import Path
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import FINGERPRINT, SweepConfig
-from cps_ray.config.train import DataConfig, TrainConfig
+from cps_ray.config.train import HELD_OUT, DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import check_data, evaluated_sizes, metrics_of
+from cps_ray.datasets.loader import check_data, evaluated_images, evaluated_sizes, metrics_of
 from cps_ray.datasets.open import HASHES_FILE, fingerprints, open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.evaluation import further_scores
@@ -115,17 +115,39 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
     searched = apply(config.train, config.fold(0), "trials")
-    for changed in (searched, *final_training_configs(config)):
+    best, *baselines = final_training_configs(config) or [searched]
+    for changed in (searched, best, *baselines):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
-    check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
+    for name, baseline in zip(config.baselines, baselines, strict=False):
+        if baseline.data != best.data:
+            _check_same_images(name, baseline, best, where)
+    check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, searched)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
-    known, metric = metrics_of(shards, config.train, "val", further), config.objective.metric
+    known, metric = metrics_of(shards, searched, "val", further), config.objective.metric
     if metric not in known:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
     return shards
+
+
+def _check_same_images(name: str, baseline: TrainConfig, best: TrainConfig, where: Where) -> None:
+    """Raises ConfigError if a baseline is evaluated on other images than the best: a gain is that of pairs."""
+    split = "test" if best.data.folds is None else HELD_OUT
+    theirs, ours = (
+        (shards.classes, sorted(evaluated_images(shards, each, split).ids))
+        for each in (baseline, best)
+        for shards in [open_data(each.data, None)]
+    )
+    if theirs != ours:
+        kind = (
+            "held-out images (with folds, all arms share their labelled ones)" if split == HELD_OUT else "test images"
+        )
+        raise ConfigError(
+            f"{where(('baselines', name))}: baselines.{name}: must have the classes and {kind} of the best configuration, since they are compared "
+            f"image by image, but {baseline.data.shards} has others."
+        )
 
 
 def final_training_configs(config: SweepConfig) -> list[TrainConfig]:

@@ -185,6 +185,12 @@ SWEEP_FAULTS = [
     ("budget: {trials: 4}", "budget: {trials: 4}\nsampler: {type: grid}", "search_space.cps.weight: needs a step, since sampler.type is grid."),
     ("budget: {trials: 4}", "budget: {trials: 4}\nwarm_start: [a]\nsampler: {type: qmc}",
      "16: warm_start: has no effect with sampler.type=qmc: only tpe and gp learn from it."),
+    ("{method: supervised}", "{method: supervised, search: [optim.lrr]}",
+     "25: baselines.supervised.search: optim.lrr is not in search_space. Did you mean optim.lr?"),
+    ("{method: supervised}", "{method: supervised, trials: 3}", "25: baselines.supervised: `trials` is the number of trials of a `search`"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  draws: 3\n  folds: 3", "`final.draws` and `final.folds` exclude each other"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  curve: [0.5]\n  folds: 3", "`final.curve` needs a test split"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  folds: 1", "final.folds: must be at least 2"),
     ("grace: 50", "grace: 400", "16: early_stopping.grace: must be at most train.schedule.steps=200, but got 400."),
 ]  # fmt: skip
 
@@ -196,6 +202,14 @@ def test_sweep_faults(sweep_file, old, new, message):
     lines = str(caught.value).splitlines()
     assert all(line.startswith("sweeps/x.yaml:") for line in lines)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["draws: 3", "curve: [0.5]"])
+@pytest.mark.parametrize(("labeled", "text"), [("labeled: x", "the subset x"), ("labeled_list: x.txt", "a list")])
+def test_labels_that_are_listed_cannot_be_drawn_anew(sweep_file, name, labeled, text):
+    path = sweep_file(("labeled: 0.125", labeled), ("seeds: [1, 2]", f"seeds: [1, 2]\n  {name}"))
+    with pytest.raises(ConfigError, match=f"train.data.labeled must be a count or a fraction, but is {text}"):
+        load_sweep(path)
 
 
 def test_sweep_allows_what_is_right(sweep_file):
