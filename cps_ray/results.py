@@ -235,7 +235,8 @@ def _bits(flags: list[bool]) -> pa.Buffer:
 
 
 def resume_command(root: Path) -> str:
-    """Returns the command that resumes a sweep, on the cluster that its last session was told to join."""
+    """Returns the command that resumes a sweep, on the cluster that its last session was told to join. `root`: its folder, or a baseline's in it."""
+    root = root.parent.parent if root.parent.name == BASELINES_FOLDER else root
     address = None
     with suppress(ValueError):  # damaged: `resume` itself says so
         address = (read_json(root / BEGUN_FILE) or {}).get("address")

@@ -27,7 +27,7 @@ from cps_ray.command import add_cluster_flags, checked, command_parser, entry, r
 from cps_ray.config.checks import remarks
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
-from cps_ray.config.space import preview
+from cps_ray.config.space import apply, preview
 from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.errors import ConfigError, DataError
 from cps_ray.text import did_you_mean, nearest, printable
@@ -233,7 +233,7 @@ def _data(config: SweepConfig, hashes_in: Path) -> "tuple[Shards | None, str]":
         return None, f"Data: {data.shards} will be drawn on first use."
     try:
         shards = open_shards(data.shards, data.prepare)
-        check_data(shards, config.train)
+        check_data(shards, apply(config.train, config.fold(0), "trials"))
     except DataError as err:
         known = isinstance(config.train.evaluation.window_px, tuple)
         untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
@@ -248,7 +248,7 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
     synthetic, window = config.train.data.synthetic, config.train.evaluation.window_px
     if shards is not None:
-        return Preflight(len(shards.classes), evaluated_sizes(shards, config.train))
+        return Preflight(len(shards.classes), evaluated_sizes(shards, apply(config.train, config.fold(0), "trials")))
     if synthetic is not None:
         return Preflight(image_sizes=[(synthetic.height_px, synthetic.width_px)])
     return Preflight(image_sizes=[window] if isinstance(window, tuple) else [])
@@ -264,7 +264,9 @@ def _resume(args: argparse.Namespace) -> int:
     with locked(root):
         changes = _given(**{"budget.trials": args.trials, "budget.time": args.time, "budget.patience": args.patience})
         begun = read_begun(root)
-        read, where = read_sweep(args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes)
+        read, where = read_sweep(
+            args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes, begun=True
+        )
         config = edited(begun, read, where, other_data=bool(args.set))
         # Imported only now, because torch and Ray take seconds, and a folder in use and a wrong setting need neither.
         from rich.console import Console

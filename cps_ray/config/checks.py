@@ -7,6 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ _LEARN = ("tpe", "gp")
 """Samplers that learn from any trial; cmaes only from those that it has proposed."""
 
 
-def faults(sweep: SweepConfig) -> list[Fault]:
-    """Returns the faults of a sweep. Values are tried on `train` only once all names and ranges are right."""
+def faults(sweep: SweepConfig, *, begun: bool = False) -> list[Fault]:
+    """Returns the faults of a sweep; of one that has begun without those that only its beginning had to avoid. Values are tried on `train` only once all names and ranges are right."""
     return [*_name_faults(sweep), *_sampler_faults(sweep)] or [
-        *_grace_faults(sweep),
+        *_grace_faults(sweep, begun=begun),
         *_value_faults(sweep),
         *_point_faults(sweep),
         *_change_faults(sweep),
@@ -106,6 +107,11 @@ def _name_faults(sweep: SweepConfig) -> Iterator[Fault]:
             )
         if name == BEST_ARM:
             yield ("baselines", name), "is the name of the best configuration itself; give the baseline another one."
+        if name.startswith((f"{BEST_ARM}-", "trial-")):
+            yield (
+                ("baselines", name),
+                "begins as the names of the best one's own runs do; give the baseline another one.",
+            )
 
 
 def _name_fault(name: str) -> str:
@@ -172,14 +178,14 @@ def _sampler_faults(sweep: SweepConfig) -> Iterator[Fault]:
         yield loc, f"grid must have at most {_MOST_POINTS} points, but has up to {size}. Take larger steps, or qmc."
 
 
-def _grace_faults(sweep: SweepConfig) -> Iterator[Fault]:
+def _grace_faults(sweep: SweepConfig, *, begun: bool) -> Iterator[Fault]:
     loc, grace, steps = ("early_stopping", "grace"), sweep.early_stopping.grace, sweep.train.schedule.steps
     if sweep.early_stopping.type == "none":
         return
     if grace > steps:
         yield loc, f"must be at most train.schedule.steps={steps}, but got {grace}."
         return
-    if sweep.train.settings is None:
+    if begun or sweep.train.settings is None:
         return
     section = "custom" if is_import_path(sweep.train.method) else sweep.train.method
     names = {f"{section}.{name}": getattr(sweep.train.settings, name) for name in ("start", "ramp")}
@@ -256,17 +262,12 @@ def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
             for each in baseline.search
             if each not in sweep.search_space
         )
-    labeled = sweep.train.data.labeled
-    if labeled is None or isinstance(labeled, str):
-        fixed = "a list" if labeled is None else f"the subset {labeled}"
-        yield from (
-            (("final", name), f"{what}, so train.data.labeled must be a count or a fraction, but is {fixed}.")
-            for name, what in (
-                ("draws", "draws the labelled images anew"),
-                ("curve", "takes parts of the labelled images"),
+        if sweep.final.folds and baseline.train_on == "labeled+val":
+            yield (
+                ("baselines", name, "train_on"),
+                "has no effect with final.folds, which train on the masks of val anyhow. Remove it.",
             )
-            if getattr(sweep.final, name)
-        )
+    yield from _labeled_faults(sweep)
     refused = {
         name: renaming((name,)) or f"cannot be changed: {why}"
         for name in sweep.final.set
@@ -275,6 +276,34 @@ def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
     yield from ((("final", "set", name), text) for name, text in refused.items())
     if not refused:
         yield from _faults_of_changes(sweep.train, sweep.final.set, ("final", "set"))
+
+
+def _labeled_faults(sweep: SweepConfig) -> Iterator[Fault]:
+    """Yields what `final` asks of labelled images that are no number of them."""
+    arms = {"train": sweep.train}
+    for name in [*sweep.baselines][:1] if sweep.final.curve else ():
+        with suppress(ConfigError):  # said elsewhere
+            arms[f"baselines.{name}"] = apply(sweep.train, sweep.changes(name), "")
+    for arm, train in arms.items():
+        labeled = train.data.labeled
+        if labeled is None or isinstance(labeled, str):
+            fixed = "a list" if labeled is None else f"the subset {labeled}"
+            for name, what in (
+                ("draws", "draws the labelled images anew"),
+                ("curve", "takes parts of the labelled images"),
+            ):
+                if getattr(sweep.final, name):
+                    yield (
+                        ("final", name),
+                        f"{what}, so {arm}.data.labeled must be a count or a fraction, but is {fixed}.",
+                    )
+        elif isinstance(labeled, int) and sweep.final.curve:
+            counts = [max(1, round(labeled * part)) for part in {*sweep.final.curve, 1.0}]
+            if len(counts) > len({*counts}):
+                yield (
+                    ("final", "curve"),
+                    f"must give different numbers of labels, but of {labeled} gives {sorted(counts)}.",
+                )
 
 
 def _faults_of_changes(train: TrainConfig, changes: Mapping[str, Any], loc: Loc) -> Iterator[Fault]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cps_ray.config.schema import parse
-from cps_ray.config.section import RelativePath, Section
+from cps_ray.config.section import Regex, RelativePath, Section
 from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
@@ -189,7 +189,7 @@ class FinalConfig(Section):
     folds: Annotated[int, Field(ge=2, strict=True)] | None = None
     """Instead of `seeds`, for few masks: cross-validation over all labelled images, those of val and test included. Each fold is held out once, and is
     the test of the trainings on the others, one an arm; the model that is delivered is trained on all of them."""
-    group_by: str | None = None
+    group_by: Regex | None = None
     """Pattern: images whose ids agree in its first group, or in all it matches, such as frames of one video, come into one fold, and are drawn together for
     the interval of the verdict."""
     top: PositiveInt = 1
@@ -206,6 +206,12 @@ class FinalConfig(Section):
             raise ValueError(
                 "`draws` and `folds` exclude each other: draws are for many masks, folds for few. Remove one."
             )
+        if self.folds and self.top > 1:
+            raise ValueError(
+                "`top` would choose by the images of the folds, which are the test. Remove one of `top` and `folds`."
+            )
+        if self.folds and self.retrain == "none":
+            raise ValueError("`folds` compare trainings after the search, but `retrain: none` makes none. Remove one.")
         if self.folds and self.curve:
             raise ValueError("`curve` needs a test split, but with `folds` there is none. Remove one.")
         return self

@@ -143,8 +143,8 @@ class DataConfig(Section):
     def _what_is_trained_on_is_checked(
         cls, fingerprint: dict[str, str] | None, info: ValidationInfo
     ) -> dict[str, str] | None:
-        # With folds, what there is of other splits is used.
-        used = ("train",) if info.data.get("folds") else ("train", "val", *info.data.get("further_labeled", ()))
+        # With folds, what there is of other splits is used; those of a sweep stand elsewhere, so val is asked for only where it is named.
+        used = ("train",) if info.data.get("folds") else ("train", *info.data.get("further_labeled", ()))
         missing = [split for split in used if fingerprint is not None and split not in fingerprint]
         if missing:
             raise ValueError(f"must have the fingerprint of {missing[0]}, or be null for no check.")

@@ -29,7 +29,8 @@ def learning_curve(evaluated: Sequence[EvaluatedRun], config: SweepConfig) -> li
                 fraction = getattr(one.run, what)
                 if one.run.arm == arm and (one.run.is_whole or fraction < 1):
                     runs.setdefault(fraction, {})[one.run.repeat] = one
-            if len(runs) > 1:
+            counts = {_count(of_repeats[min(of_repeats)], what) for of_repeats in runs.values()}
+            if len(runs) == len(counts) > 1:
                 found.append({"arm": arm, "what": what, **_curve(runs, what)})
     return found
 

@@ -8,7 +8,7 @@ differs in the result is then the change itself. Arms are paired: the n-th train
 import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -68,10 +68,9 @@ def plan_final_runs(
     need beside them. `number`: of the trial that `best` is. `tuned`: what the baselines' own searches have found."""
     if config.final.retrain == "none":
         return []
-    arms: dict[str, Mapping[str, Any]] = {BEST_ARM: {}}
-    arms |= {name: {**config.changes(name), **tuned.get(name, {})} for name in config.baselines}
+    arms: dict[str, Mapping[str, Any]] = {BEST_ARM: {}} | {name: config.changes(name) for name in config.baselines}
     # With several candidates its runs are there already.
-    plan = _Plan(root, config, best, candidate(number) if config.final.top > 1 else BEST_ARM)
+    plan = _Plan(root, config, best, candidate(number) if config.final.top > 1 else BEST_ARM, tuned)
     runs = [plan.run(arm, changes, repeat) for arm, changes in arms.items() for repeat in config.final.repeats]
     for fraction in sorted({*config.final.curve} - {1.0}):
         for repeat in config.final.repeats:
@@ -111,11 +110,15 @@ class _Plan:
     best: TrainConfig
     best_name: str = BEST_ARM
     """Name of the best configuration in its folders' names."""
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def run(
         self, arm: str, changes: Mapping[str, Any], repeat: int, *, labels: float = 1.0, images: float = 1.0
     ) -> FinalRun:
-        final, data = self.config.final, self.best.data
+        final = self.config.final
+        # `final.set` holds for all arms, also for what a baseline's search has found.
+        changes = {**self.tuned.get(arm, {}), **final.set, **changes}
+        data = apply(self.best, changes, f"baseline {arm}").data
         part = f"-labels{labels:g}" if labels < 1 else f"-images{images:g}" if images < 1 else ""
         # The seed comes last: a baseline changes the method, never which trainings are compared.
         own: dict[str, Any] = {"seed": repeat}
@@ -133,11 +136,15 @@ class _Plan:
 
     def on_all_labels(self) -> FinalRun:
         return FinalRun(
-            BEST_ARM, 0, self._job(f"{self.best_name}-{ALL}", {"seed": 1, **self.config.fold(None)}), True, HELD_OUT
+            BEST_ARM,
+            0,
+            self._job(f"{self.best_name}-{ALL}", {**self.config.final.set, "seed": 1, **self.config.fold(None)}),
+            True,
+            HELD_OUT,
         )
 
     def _job(self, name: str, changes: Mapping[str, Any]) -> TrainingJob:
-        changed = apply(self.best, {**self.config.final.set, **changes}, f"final run {name}")
+        changed = apply(self.best, changes, f"final run {name}")
         metric = own_metric(self.config.objective.metric, changed)
         return TrainingJob(name, self.root / FINAL_FOLDER / name, changed, metric)
 

@@ -38,7 +38,7 @@ from cps_ray.results import (
     trial_folder,
     verdict_lines,
 )
-from cps_ray.search.baselines import baseline_folder, baseline_sweep, open_study, searched
+from cps_ray.search.baselines import baseline_folder, baseline_sweep, is_of, open_study, searched
 from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import export_final, write_best
@@ -139,8 +139,7 @@ class Sweep:
             write_tables(self._root, self._study, self._config)  # they may be deleted, or damaged
             summary = read_json(self._root / SUMMARY_FILE) or {}
             if self._is_finished(summary):
-                more = "--patience N" if self._study.is_stalled else "--trials N"
-                self._say(f"Nothing to do: the sweep is finished. More trials: {more}.")
+                self._say(f"Nothing to do: the sweep is finished.{self._how_to_extend()}")
                 self._say_verdict(summary)
                 return 0
             try:
@@ -171,16 +170,35 @@ class Sweep:
         best = self._study.best()
         if summary.get("status") != "finished" or self._trials_left() or best is None:
             return False
-        if not all(study.why_no_more for _, study in self._baseline_searches()):
+        asked = self._config.final.model_dump(mode="json")
+        # A summary of an earlier version does not say what was asked for.
+        if (summary.get("final") or {}).get("asked", asked) != asked or (self._elects and not self._study.is_elected):
+            return False
+        searches = [*self._baseline_sweeps()]
+        if not all(self._is_searched(name, sweep) for name, sweep in searches):
             return False
         runs = self._planned(best_config(self._study, self._config))
-        evaluated = (summary.get("final") or {}).get("runs", [])
+        compared = {arm: row["test/miou"]["n"] for arm, row in ((summary.get("final") or {}).get("arms") or {}).items()}
         return (
             summary["best"]["trial"] == best.number
-            and {*evaluated} == {run.job.name for run in runs if run.repeat}
+            and {*compared} == {run.arm for run in runs}
             and all(is_done(run.job) and not is_stale(run.job) for run in runs)
             and all((self._root / name).exists() for name in (BEST_FILE, MODEL_FOLDER))
         )
+
+    def _how_to_extend(self) -> str:
+        """Returns what to say of how the search could go on."""
+        limit = self._config.budget.time
+        if self._study.is_stalled and self._study.num_left:
+            return " More trials: --patience N."
+        if limit is not None and self._study.seconds_before > limit and self._study.num_left:
+            return " More trials: --time T."
+        return "" if self._study.num_left else " More trials: --trials N."
+
+    @property
+    def _elects(self) -> bool:
+        """Whether the best of the best trials is named by training them again."""
+        return self._config.final.top > 1 and self._config.final.retrain == "best"
 
     def _trials_left(self) -> bool:
         """Whether there are trials to begin or to continue, and time for them."""
@@ -267,8 +285,8 @@ class Sweep:
         if phase.limit:
             raise FailureLimitError(f"stopped: {phase.limit}")
 
-    def _baseline_searches(self) -> Iterator[tuple[str, SweepStudy]]:
-        """Yields each baseline that is searched, with its study. There must be a complete trial."""
+    def _baseline_sweeps(self) -> Iterator[tuple[str, SweepConfig]]:
+        """Yields each baseline that is searched, with its search. There must be a complete trial."""
         best = self._study.best()
         assert best is not None
         if self._config.final.retrain == "none":
@@ -276,6 +294,16 @@ class Sweep:
         for name in searched(self._config):
             config = best_config(self._study, self._config)
             sweep = baseline_sweep(self._config, name, config, best.params, len(self._study.trials))
+            if sweep.search_space:  # else all of it depends on what the best one has not
+                yield name, sweep
+
+    def _is_searched(self, name: str, sweep: SweepConfig) -> bool:
+        study = SweepStudy(sweep, self._root, home=baseline_folder(self._root, name))
+        return is_of(study, self._root, sweep) and bool(study.why_no_more)
+
+    def _baseline_searches(self) -> Iterator[tuple[str, SweepStudy]]:
+        """Yields each baseline that is searched, with its study, begun anew if it was another one's."""
+        for name, sweep in self._baseline_sweeps():
             yield name, open_study(self._root, sweep, name)
 
     def _planned(self, best: TrainConfig) -> list[FinalRun]:
@@ -315,13 +343,21 @@ class Sweep:
 
     def _run_candidates(self) -> None:
         """Trains the best trials again, and names the best of them by the mean of what they reach on val: single trials rank noise."""
-        final = self._config.final
-        if final.top == 1 or final.retrain == "none" or self._study.is_elected:
+        if not self._elects or self._study.is_elected:
             return
-        trials = {trial.number: trial_config(trial, self._config) for trial in self._study.top(final.top)}
+        trials = {trial.number: trial_config(trial, self._config) for trial in self._study.top(self._config.final.top)}
         runs = plan_candidates(self._root, self._config, trials)
-        self._train(runs)
-        reached = {number: [validation(run) for run in runs if run.arm == candidate(number)] for number in trials}
+        collapsed = self._train(runs, may_collapse=True)
+        reached = {
+            number: [validation(run) for run in runs if run.arm == candidate(number)]
+            for number in trials
+            if not any(run.job.name in collapsed for run in runs if run.arm == candidate(number))
+        }
+        if not reached:
+            raise FinalRunError(
+                f"{self._root}: each of the {len(trials)} best trials collapsed when it was trained again. See final/*/error.txt, and search "
+                "where trainings are stable: begin another sweep."
+            )
         self._study.elect({number: fmean(values) for number, values in reached.items()})
 
     def _run_finals(self, runs: list[FinalRun]) -> list[EvaluatedRun]:
@@ -332,8 +368,8 @@ class Sweep:
         self._events("phase", text="evaluating the final models")
         return evaluate_final_runs(runs)
 
-    def _train(self, runs: list[FinalRun]) -> None:
-        """Trains final runs that are not done. Raises FinalRunError if one fails."""
+    def _train(self, runs: list[FinalRun], *, may_collapse: bool = False) -> dict[str, str]:
+        """Trains final runs that are not done; returns which have collapsed, and why, if they may. Raises FinalRunError if one fails."""
         drop_stale(runs)  # before the rest is looked at: a stale run would count as done
         waiting = [run for run in runs if not is_done(run.job)]
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
@@ -348,12 +384,18 @@ class Sweep:
                 f"{self._root}: {len(phase.failed)} of {len(runs)} final runs failed ({name}: {failure}). "
                 f"Try them again: {resume}"
             )
-        if phase.collapsed:
+        if phase.collapsed and not may_collapse:
             name, failure = next(iter(phase.collapsed.items()))
+            final, file = self._config.final, display_path(self._root / SWEEP_FILE)
+            way_out = f"To compare the other seeds, take theirs out of final.seeds in {file}, then: {resume}"
+            if final.draws:
+                way_out = f"To compare others, write `seeds` in place of `draws` into final in {file}, then: {resume}"
+            if final.folds:
+                way_out = "Begin another sweep, where trainings are stable: a lower rate or weight."
             raise FinalRunError(
-                f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. "
-                f"To compare the other seeds, take theirs out of final.seeds in {display_path(self._root / SWEEP_FILE)}, then: {resume}"
+                f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. {way_out}"
             )
+        return phase.collapsed
 
     def _export(self, best: TrainConfig, runs: list[FinalRun], evaluated: list[EvaluatedRun], shards: Shards) -> None:
         if evaluated:
@@ -370,9 +412,11 @@ class Sweep:
 
     def _compare(self, evaluated: list[EvaluatedRun], shards: Shards) -> dict[str, Any]:
         # A single trial has been chosen by nothing.
-        chosen = len(self._study.trials) > 1 or bool(searched(self._config))
-        final = compare(evaluated, self._config, shards.classes, tuned=searched(self._config), chosen=chosen)
-        return final | {"notes": notes(evaluated, self._config, shards)}
+        tuned = [name for name, _ in self._baseline_sweeps()]
+        chosen = len(self._study.trials) > 1 or bool(tuned)
+        final = compare(evaluated, self._config, shards.classes, tuned=tuned, chosen=chosen)
+        asked = self._config.final.model_dump(mode="json")
+        return final | {"notes": notes(evaluated, self._config, shards), "asked": asked}
 
     def _say_verdict(self, summary: dict[str, Any]) -> None:
         for line in verdict_lines(self._root, summary):

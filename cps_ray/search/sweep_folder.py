@@ -5,17 +5,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.config.train import HELD_OUT, DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import check_data, evaluated_images, evaluated_sizes, metrics_of
+from cps_ray.datasets.loader import check_data, evaluated_images, evaluated_sizes, metrics_of, train_data
 from cps_ray.datasets.open import HASHES_FILE, fingerprints, open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.evaluation import further_scores
 from cps_ray.engine.preflight import Preflight, check_sweep
-from cps_ray.errors import ConfigError
+from cps_ray.errors import ConfigError, DataError
 from cps_ray.files import read_json, write_text
 from cps_ray.results import (
     BEGUN_FILE,
@@ -30,6 +32,7 @@ from cps_ray.results import (
 from cps_ray.search.edits import write_begun
 from cps_ray.search.lock import locked
 from cps_ray.search.records import EVENTS_FILE
+from cps_ray.search.verdict import groups
 from cps_ray.text import did_you_mean
 
 SOURCE_FILE = "sweep.source.yaml"
@@ -123,6 +126,7 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     for name, baseline in zip(config.baselines, baselines, strict=False):
         if baseline.data != best.data:
             _check_same_images(name, baseline, best, where)
+    _check_repeats(config, best, where)
     check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, searched)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
     known, metric = metrics_of(shards, searched, "val", further), config.objective.metric
@@ -130,6 +134,24 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
     return shards
+
+
+def _check_repeats(config: SweepConfig, best: TrainConfig, where: Where) -> None:
+    """Raises ConfigError for draws that draw the same, and for groups of which there are none."""
+    shards = open_data(best.data, None)
+    if config.final.draws:
+        one, other = (
+            train_data(shards, apply(best, {"data.subset_seed": seed}, "final.draws")).subset.labeled for seed in (1, 2)
+        )
+        if np.array_equal(one, other):
+            raise ConfigError(
+                f"{where(('final', 'draws'))}: final.draws: must draw some of the {len(one)} labelled images, but train.data.labeled takes all of them."
+            )
+    if config.final.group_by is not None and not config.final.folds and config.final.retrain == "best":
+        try:
+            groups(config.final.group_by, evaluated_images(shards, best, "test").ids)
+        except DataError as err:
+            raise ConfigError(f"{where(('final', 'group_by'))}: final.{err}") from err
 
 
 def _check_same_images(name: str, baseline: TrainConfig, best: TrainConfig, where: Where) -> None:

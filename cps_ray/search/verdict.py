@@ -1,6 +1,5 @@
 """The verdict of a sweep in numbers: its best configuration against the baselines. In words: `results.verdict_lines`."""
 
-import re
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from typing import Any
 
 from cps_ray.config.sweep import BEST_ARM, SweepConfig
 from cps_ray.datasets.shards import Shards
+from cps_ray.datasets.stratified import group_images
 from cps_ray.model.intervals import difference
 from cps_ray.search.curve import learning_curve
 from cps_ray.search.final_phase import EvaluatedRun, over_folds
@@ -25,7 +25,7 @@ def compare(
     `gain`: best minus each baseline, in mIoU points; `difference`: the same with its interval, and per class, as `intervals.Difference`, with
     `tuned`: whether the baseline had a search of its own.
     `apart`: with folds, the gains on the first one, by which a search has chosen (`chosen`), and which hence does not count in the rest.
-    `vanished`: by seed of the best arm, the classes that its pseudo labels have lost. `curve`: see `learning_curve`. `runs`: their names.
+    `vanished`: by seed of the best arm, the classes that its pseudo labels have lost. `curve`: see `learning_curve`.
     """
     counted = [one for one in evaluated if one.run.is_whole]
     is_apart = chosen and config.final.folds is not None
@@ -52,7 +52,6 @@ def compare(
         "apart": {arm: 100 * _difference(first, arm, config, classes)["gain"] for arm in first if arm != BEST_ARM},
         "vanished": {str(one.run.repeat): one.vanished for one in arms.get(BEST_ARM, []) if one.vanished},
         "curve": learning_curve(evaluated, config) if config.final.curve else None,
-        "runs": [one.run.job.name for one in evaluated],
     }
 
 
@@ -102,14 +101,12 @@ def _difference(
 
 
 def groups(pattern: str | None, ids: Sequence[str]) -> list[str] | None:
-    """Returns the group of each image, as `final.group_by` says; an image that it does not match is a group of its own."""
+    """Returns the group of each image, as `final.group_by` says; an image that it does not match is a group of its own. Raises DataError if it matches
+    none."""
     if pattern is None:
         return None
-    matches = [re.search(pattern, image_id) for image_id in ids]
-    return [
-        f"={image_id}" if match is None else f"~{match[match.re.groups and 1]}"
-        for image_id, match in zip(ids, matches, strict=True)
-    ]
+    found = group_images({image_id: image_id for image_id in ids}, pattern, [])
+    return [found[image_id] for image_id in ids]
 
 
 def _spreads(members: list[EvaluatedRun]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def earlier_trials(config: SweepConfig) -> tuple[list[FrozenTrial], list[str]]:
             raise ConfigError(
                 f"{where}: must be the folder of a sweep (with {SWEEP_FILE} and {STUDY_FILE}), but is not."
             )
-        earlier = load_sweep(folder / SWEEP_FILE)
+        earlier = load_sweep(folder / SWEEP_FILE, begun=True)
         if earlier.objective != config.objective:
             raise ConfigError(
                 f"{where}: must have the objective {_objective(config)}, but has {_objective(earlier)}: its values do not compare. "

@@ -106,7 +106,7 @@ def test_what_a_searched_parameter_depends_on_is_the_best_ones(tiny: TrainConfig
     ):
         point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": encoder}
         found = baseline_sweep(config, "plain", config.train, point, 3).search_space
-        assert [*found] == names
+        assert {*found} == {*names}
         assert all(param.when is None for param in found.values())
     both = sweep(tiny, tmp_path, search=["model.encoder", "optim.weight_decay"])
     found = baseline_sweep(both, "plain", both.train, {"model.encoder": "tu-test_efficientnet"}, 3).search_space
@@ -125,3 +125,38 @@ def test_what_a_searched_parameter_depends_on_is_the_best_ones(tiny: TrainConfig
 def test_what_a_baseline_cannot_be(tiny: TrainConfig, tmp_path: Path, baseline: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         sweep(tiny, tmp_path, **baseline).baseline("plain")
+
+
+def test_with_folds_a_baseline_is_searched_on_the_first_one(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    config = config.model_copy(update={"final": config.final.model_copy(update={"folds": 3})})
+    study = SweepStudy(config, tmp_path)
+    run(study, [0.1])
+    own = baseline_sweep(config, "plain", best_config(study, config), study.best().params, 1)
+    _, trial = open_study(tmp_path, own, "plain").ask()
+    assert trial.data.folds.held_out == 0, "else it would be trained on what it is chosen by"
+
+
+def test_what_depends_on_a_parameter_that_the_best_has_not_is_left_out(tiny: TrainConfig, tmp_path: Path) -> None:
+    space = {
+        **SPACE,
+        "optim.clip_norm": {"type": "float", "low": 0.5, "high": 1.0, "when": {"optim.weight_decay": 0.0}},
+    }
+    config = SweepConfig.model_validate(sweep(tiny, tmp_path).model_dump() | {"search_space": space})
+    changes = {"plain": {"method": "supervised", "search": ["optim.clip_norm", "optim.weight_decay"]}}
+    config = config.model_copy(update={"baselines": changes})
+    point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": "tu-test_efficientnet"}
+    assert baseline_sweep(config, "plain", config.train, point, 3).search_space == {}
+
+
+def test_a_sweep_folder_that_was_moved_keeps_its_baselines_search(tiny: TrainConfig, tmp_path: Path) -> None:
+    def own(folder: Path) -> SweepConfig:
+        data = tiny.data.model_copy(update={"shards": folder / "shards"})
+        config = sweep(tiny.model_copy(update={"data": data}), folder, search=["optim.lr"])
+        return baseline_sweep(config, "plain", config.train, {"optim.lr": 0.01}, 3)
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    run(open_study(before, own(before), "plain"), [0.1])
+    before.rename(after)
+    assert len(open_study(after, own(after), "plain").trials) == 1

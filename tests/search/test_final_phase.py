@@ -118,3 +118,8 @@ def test_of_the_best_trials_the_one_that_is_best_over_seeds_is_elected(tiny: Tra
     again.report(number, tiny.schedule.steps, 0.39)
     again.tell(number, failure=None)
     assert (again.best().number, again.is_elected) == (1, False), "another trial has completed"
+
+
+def test_final_settings_hold_for_what_a_baseline_has_found_too(tiny: TrainConfig, tmp_path: Path) -> None:
+    runs = plan(sweep(tiny, tmp_path, set={"optim.lr": 0.25}))
+    assert {runs[f"{arm}-seed1"].job.config.optim.lr for arm in ("best", "plain")} == {0.25}
