@@ -569,9 +569,9 @@ def test_read_only_folder(faults: Faults, undisturbed: Outcome) -> None:
     "name", [pytest.param("metrics.jsonl", id="metrics.jsonl"), pytest.param("checkpoint_*/state.pt", id="checkpoint")]
 )
 def test_truncated(faults: Faults, undisturbed: Outcome, name: str) -> None:
+    command = faults.start()
     for number in range(RUNS):
         run = f"{number:04d}"
-        command = faults.start()
         command.until(at_step(run, 20))
         interrupt(command)
         assert command.end(60) == 130
