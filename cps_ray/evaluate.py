@@ -5,7 +5,7 @@
     python -m cps_ray.evaluate runs/camvid/best data/camvid/shards --against runs/old/best --group-by '^(seq\\d+)'
 
 Prints scores per class, and writes scores.json, images.csv, a picture of the confusion matrix and the worst images. With `--against` the
-difference of two models has an interval, by drawing images with replacement; frames of one video are then to be drawn together: `--group-by`.
+difference of two models has an interval, by leaving out images one by one; frames of one video are then to be left out together: `--group-by`.
 
 Exit codes: 0 done; 2 wrong input; 130 interrupted.
 """
@@ -13,6 +13,7 @@ Exit codes: 0 done; 2 wrong input; 130 interrupted.
 import argparse
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--group-by",
         type=_pattern,
         metavar="REGEX",
-        help="images whose ids agree in its first group, or in all it matches, are drawn together",
+        help="images whose ids agree in its first group, or in all it matches, are left out together",
     )
     parser.add_argument(
         "--worst", type=_count, default=8, metavar="N", help="number of worst images in the picture (default 8)"
@@ -115,10 +116,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScores | None") -> dict[str, Any]:
     """Returns what scores.json holds."""
+    import numpy as np
     import torch
 
     from cps_ray.engine.metrics import mean_iou
-    from cps_ray.model.evaluating import paired_difference
+    from cps_ray.model.intervals import difference
 
     result: dict[str, Any] = {
         "model": str(args.model),
@@ -133,11 +135,13 @@ def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScore
     if theirs is not None:
         if theirs.ids != scores.ids:
             raise DataError(f"{args.against}: both models must see the same images in the same order, but do not.")
+        counts = [np.stack(scores.counts)], [np.stack(theirs.counts)]
+        found = difference(*counts, scores.classes, _groups(args.group_by, scores.ids))
         result["against"] = {
             "model": str(args.against),
             "network": theirs.network,
             **theirs.metrics(),
-            "difference": paired_difference(scores.counts, theirs.counts, _groups(args.group_by, scores.ids)),
+            "difference": asdict(found),
         }
     return result
 
@@ -198,10 +202,12 @@ class _Images:
 
     def warnings(self, model: "Model") -> list[str]:
         """Returns what makes the scores of this model better than they are, or what else one must know of them."""
+        from cps_ray.model.data import trained_splits
+
         own = self._shards and self._shards.manifest.splits[self._args.split].fingerprint
         reasons = {
-            "train": "was trained on these very images",
             "val": "had its checkpoint, and in a sweep its settings, chosen by these very images",
+            **dict.fromkeys(trained_splits(model), "was trained on these very images"),
         }
         known = model.description.fingerprint or {}
         return self._notes + [
@@ -229,7 +235,7 @@ def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None
     from pyarrow import csv
 
     from cps_ray.files import write_whole
-    from cps_ray.model.evaluating import image_ious
+    from cps_ray.model.intervals import image_ious
 
     def columns(each: "ModelScores", suffix: str) -> dict[str, list[float | None]]:
         values = [float(image_ious(counts)) for counts in each.counts]
@@ -247,7 +253,7 @@ def _print_table(console: Any, result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from cps_ray.model.evaluating import difference_in_words
+    from cps_ray.model.intervals import Difference, in_words
 
     theirs = result.get("against")
     table = Table(box=None)
@@ -269,7 +275,7 @@ def _print_table(console: Any, result: dict[str, Any]) -> None:
     )
     if theirs:
         names = (f"{each['model']} ({each['network']})" for each in (result, theirs))
-        say(console, f"{' against '.join(names)}: {difference_in_words(theirs['difference'])}")
+        say(console, f"{' against '.join(names)}: {in_words(Difference(**theirs['difference']))}")
 
 
 def _percent(value: float | None) -> str:

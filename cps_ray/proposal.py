@@ -23,12 +23,10 @@ from cps_ray.datasets.prepare.findings import BadItemError, Finding
 from cps_ray.datasets.prepare.guess import pixels, texts
 from cps_ray.datasets.prepare.guess.layout import Layout, find_layout
 from cps_ray.datasets.prepare.items import Source, read_mask
-from cps_ray.datasets.prepare.layouts import classes_shown
 from cps_ray.datasets.prepare.masks import count_bytes
 from cps_ray.datasets.prepare.pairing import split_sources
 from cps_ray.datasets.prepare.photos import stretched_range
 from cps_ray.datasets.prepare.recipe import REST, Recipe, load_recipe, voc_color
-from cps_ray.datasets.prepare.splits import write_folds
 from cps_ray.datasets.raster import UnreadableError, upright_size
 from cps_ray.datasets.show.picture import Thumbnail, contact_sheet, make_thumbnail
 from cps_ray.errors import DataError
@@ -38,7 +36,6 @@ from cps_ray.text import display_path, first_few, printable, shell_path, spaced
 _LARGE = 8_000_000
 """Pixels of photos that are cut into tiles."""
 _TILE_PX, _OVERLAP_PX = 1024, 128
-_FEW_MASKS, _FOLDS = 100, 5
 _OVERLAYS = 12
 _STATE = ".init.json"
 """File in the output folder with the checksum of each file that was written: what differs was edited."""
@@ -71,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
             "overlays.png": proposal.overlays,
         },
     )
-    lines += proposal.fold_lines()
     say(
         console,
         *(f"assumed: {what} (sure: {sure})" for what, sure in proposal.assumed),
@@ -176,7 +172,7 @@ class _Proposal:
         self._try(sampled)
         held_out = sum(recipe.fractions.values())
         in_train = round(sum(bool(source.masks) for source in sources["train"]) * (1 - held_out))
-        amount = texts.Amount(in_train, len(unlabeled), size, _has_gpu())
+        amount = texts.Amount(in_train, len(unlabeled), size, recipe.group_by, _has_gpu())
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.out.resolve().name).strip("-._") or "mine"
         self.sweep_text = texts.sweep_text(self.command, name, "shards", self.prepare, amount)
         with tempfile.TemporaryDirectory() as folder:
@@ -304,22 +300,6 @@ class _Proposal:
         except UnreadableError:
             return None
         return make_thumbnail(source.id, picture.pixels, mask, self.recipe.palette())
-
-    def fold_lines(self) -> list[str]:
-        """Writes lists of folds where there are few masks and no lists yet; returns what to say."""
-        labeled = [source for source in self.sources["train"] if source.masks]
-        folder = self.out / "folds"
-        if len(labeled) >= _FEW_MASKS:
-            return []
-        if folder.exists():
-            return [f"{display_path(folder)} stays as it is"]
-        try:
-            write_folds(
-                folder, labeled, partial(classes_shown, self.reader), count=_FOLDS, group_by=self.recipe.group_by
-            )
-        except DataError as error:
-            return [f"no folds: {error}"]
-        return [f"wrote {display_path(folder)}: {_FOLDS} folds of the labelled images"]
 
 
 def _has_gpu() -> bool:

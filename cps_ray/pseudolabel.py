@@ -139,7 +139,8 @@ def _run(args: argparse.Namespace) -> int:
         f"{shell_path(args.out)}: {len(labeled)} true and {masks} pseudo-labelled training masks, {len(unlabeled) - masks} images without.",
         f"Look: cps-ray inspect {shell_path(args.out)}",
         f"Train: cps-ray train {shell_path(args.model / 'config.yaml')} --set method=supervised --set data.labeled=1.0 "
-        f"--set data.labeled_list=null --set data.unlabeled_list=null --set data.synthetic=null --set data.fingerprint=null "
+        f"--set data.labeled_list=null --set data.unlabeled_list=null --set data.unlabeled=null --set data.folds=null "
+        f"--set data.synthetic=null --set data.fingerprint=null "
         f"--set data.shards={shell_path(args.out)} --output NEW",
     )
     return 0

@@ -9,9 +9,9 @@ Files are only read, each time anew: a sweep may be looked at while it runs, by 
 
 import fcntl
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cps_ray.config.train import ENSEMBLE, TrainConfig
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, read_lines
 from cps_ray.model.description import MODEL_FOLDER
+from cps_ray.model.intervals import Difference, in_words
 from cps_ray.runs import CONFIG_FILE, METRICS_FILE, read_metrics
 from cps_ray.text import display_path, on_one_line, shell_path, show_params
 
@@ -36,6 +37,7 @@ SUMMARY_FILE = "summary.json"
 TRIALS_FILE = "trials.jsonl"
 TRIALS_FOLDER = "trials"
 FINAL_FOLDER = "final"
+BASELINES_FOLDER = "baselines"
 BEST_FILE = "best.yaml"
 
 COMPLETE, PRUNED, COLLAPSED, FAILED, RUNNING = STATES = ("complete", "pruned", "collapsed", "failed", "running")
@@ -233,7 +235,8 @@ def _bits(flags: list[bool]) -> pa.Buffer:
 
 
 def resume_command(root: Path) -> str:
-    """Returns the command that resumes a sweep, on the cluster that its last session was told to join."""
+    """Returns the command that resumes a sweep, on the cluster that its last session was told to join. `root`: its folder, or a baseline's in it."""
+    root = root.parent.parent if root.parent.name == BASELINES_FOLDER else root
     address = None
     with suppress(ValueError):  # damaged: `resume` itself says so
         address = (read_json(root / BEGUN_FILE) or {}).get("address")
@@ -262,9 +265,8 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
     if final:
         lines += _score_lines(final, summary["objective"])
         for seed, classes in final.get("vanished", {}).items():  # a sweep of an earlier version has not recorded them
-            lines.append(
-                f"Vanished from the pseudo labels (fraction there by that in the masks), seed {seed}: {classes}"
-            )
+            which = f"{final.get('repeat', 'seed')} {seed}"
+            lines.append(f"Vanished from the pseudo labels (fraction there by that in the masks), {which}: {classes}")
     lines.append(f"Results: {display_path(root)}: {BEST_FILE}, {MODEL_FOLDER}/, trials.csv, summary.json")
     lines.append(f"Predict photos: python -m cps_ray.predict {shell_path(root / MODEL_FOLDER)} PHOTOS OUT")
     # A network learns from its peers' labels: the licence of any one's weights may bind it.
@@ -276,18 +278,48 @@ def verdict_lines(root: Path, summary: dict[str, Any]) -> list[str]:
 def _score_lines(final: dict[str, Any], objective: str) -> Iterator[str]:
     """Yields a line per arm with the mIoU that is compared, then one with the objective's own test value, where that is another score."""
     headline = final.get("headline", {})  # summaries of earlier versions compare network a
+    repeat, found = final.get("repeat", "seed"), final.get("difference", {})  # and know neither folds nor intervals
+    title = "mIoU" if repeat == "fold" else "Test mIoU"
+    width = 2 + max(map(len, final["arms"]))
     for arm, row in final["arms"].items():
         name = headline.get(arm, HEADLINE)
         network = {"a": "", ENSEMBLE: ", all networks together"}.get(of := measured_network(name), f", network {of}")
-        gain = "" if arm == BEST_ARM else f"   best is {final['gain'][arm]:+.1f} points"
-        yield f"Test mIoU  {arm:<18}{_score(row[name])}{network}{gain}"
+        gain = "" if arm == BEST_ARM or arm in found else f"   best is {final['gain'][arm]:+.1f} points"
+        yield f"{title}  {arm:<{width}}{_score(row[name], repeat)}{network}{gain}"
     own = objective.replace("val/", "test/", 1)
     for arm, row in final["arms"].items():
         if own in row and own not in headline.values():
-            yield f"{own}  {arm:<18}{_score(row[own])}"
+            yield f"{own}  {arm:<{width}}{_score(row[own], repeat)}"
+    yield from _difference_lines(found)
+    for arm, gain in final.get("apart", {}).items():
+        yield f"On fold 1, by which the search has chosen and which does not count above, best is {gain:+.1f} points against {arm}."
+    yield from final.get("notes", ())
+    yield from _curve_lines(final.get("curve") or ())
 
 
-def _score(score: dict[str, Any]) -> str:
-    """Returns, for example, `61.3 +- 0.4 % over 3 seed(s)`."""
+def _difference_lines(found: dict[str, Any]) -> Iterator[str]:
+    names = {field.name for field in fields(Difference)}
+    for arm, each in found.items():
+        words = in_words(Difference(**{k: v for k, v in each.items() if k in names}), each["advice"])
+        yield f"Best against {arm}{'' if each['tuned'] else ' (baseline not tuned)'}: {words}"
+
+
+def _curve_lines(curve: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yields, for each arm, what more images would bring."""
+    of_arms: dict[str, list[str]] = {}
+    for each in curve:
+        more, what = each["more"], "labels" if each["what"] == "labels" else "unlabelled images"
+        text = f"{more['count']:,} more {what}: about {100 * more['gain']:+.1f} points".replace(",", " ")
+        if more["low"] is not None:
+            is_0 = more["low"] <= 0 <= more["high"]
+            interval = f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}"
+            text += f" ({interval}{': not distinguishable from 0' if is_0 else ''})"
+        of_arms.setdefault(each["arm"], []).append(text)
+    for arm, texts in of_arms.items():
+        yield f"What next, {arm}: {'; '.join(texts)}"
+
+
+def _score(score: dict[str, Any], repeat: str) -> str:
+    """Returns, for example, `61.3 +- 0.4 % over 3 seeds`."""
     deviation = "" if score["sd"] is None else f" +- {100 * score['sd']:.1f}"
-    return f"{100 * score['mean']:.1f}{deviation} % over {score['n']} seed(s)"
+    return f"{100 * score['mean']:.1f}{deviation} % over {score['n']} {repeat}{'' if score['n'] == 1 else 's'}"

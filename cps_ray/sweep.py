@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cps_ray.command import add_cluster_flags, checked, command_parser, entry, reported, run_command, say
+from cps_ray.config.checks import remarks
 from cps_ray.config.reader import read_sweep, sweep_file
 from cps_ray.config.schema import Where
-from cps_ray.config.space import preview
+from cps_ray.config.space import apply, preview
 from cps_ray.config.sweep import FINGERPRINT, SweepConfig
 from cps_ray.errors import ConfigError, DataError
 from cps_ray.text import did_you_mean, nearest, printable
@@ -43,7 +44,18 @@ _DRAWS = "5"
 _REDRAW_S = 2
 _COLUMNS = ("number", "state", "steps", "score_best", "seconds")
 _PARAMS = "params."
-_WITH_VALUE = ("--dry-run", "--set", "--name", "--output", "--address", "--trials", "--time", "--file", "--wait")
+_WITH_VALUE = (
+    "--dry-run",
+    "--set",
+    "--name",
+    "--output",
+    "--address",
+    "--trials",
+    "--time",
+    "--patience",
+    "--file",
+    "--wait",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--time", type=_seconds_or_text, help="a larger budget of wall time, over all sessions, such as 10h"
     )
+    resume.add_argument("--patience", type=int, help="another number of trials that may end without a better value")
     resume.add_argument(
         "--set",
         choices=[f"{FINGERPRINT}=null"],
@@ -179,16 +192,33 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
         cells = [changes.get(name, "-") for name in config.search_space]
         table.add_row(*(Text(_cell(value)) for value in cells))
     console.print(table)
-    steps, finals = config.train.schedule.steps, len(config.final.seeds) * (1 + len(config.baselines))
-    finals = 0 if config.final.retrain == "none" else finals
-    plan = f"{config.budget.trials} trials of up to {steps} steps, then {finals} final runs."
+    steps = config.train.schedule.steps
+    searches = [
+        f"{baseline.trials or config.budget.trials} for baseline {name}"
+        for name in (config.baselines if config.final.retrain == "best" else ())
+        if (baseline := config.baseline(name)).search
+    ]
+    trials = ", ".join([f"{config.budget.trials} trials", *searches])
+    plan = f"{trials} of up to {steps} steps, then {config.num_final_runs} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
     filled = (f"{text}." for text in preflight.filled)
+    say(console, *remarks(config), *_earlier(config))
     say(console, f"{plan} Every draw is a valid training.", *normalised, *filled, *data.split("\n"))
     return 0
 
 
+def _earlier(config: SweepConfig) -> list[str]:
+    """Returns what a warm start would take. ConfigError if it cannot."""
+    if not config.warm_start:
+        return []
+    from cps_ray.search.warm_start import earlier_trials
+
+    return earlier_trials(config)[1]
+
+
 def _cell(value: object) -> str:
+    if value is None:
+        return "null"
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
@@ -203,7 +233,7 @@ def _data(config: SweepConfig, hashes_in: Path) -> "tuple[Shards | None, str]":
         return None, f"Data: {data.shards} will be drawn on first use."
     try:
         shards = open_shards(data.shards, data.prepare)
-        check_data(shards, config.train)
+        check_data(shards, apply(config.train, config.fold(0), "trials"))
     except DataError as err:
         known = isinstance(config.train.evaluation.window_px, tuple)
         untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
@@ -218,7 +248,7 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
     synthetic, window = config.train.data.synthetic, config.train.evaluation.window_px
     if shards is not None:
-        return Preflight(len(shards.classes), evaluated_sizes(shards, config.train))
+        return Preflight(len(shards.classes), evaluated_sizes(shards, apply(config.train, config.fold(0), "trials")))
     if synthetic is not None:
         return Preflight(image_sizes=[(synthetic.height_px, synthetic.width_px)])
     return Preflight(image_sizes=[window] if isinstance(window, tuple) else [])
@@ -232,9 +262,11 @@ def _resume(args: argparse.Namespace) -> int:
     open_sweep(args.folder)  # ConfigError where there is no sweep
     root = args.folder.absolute()
     with locked(root):
-        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time})
+        changes = _given(**{"budget.trials": args.trials, "budget.time": args.time, "budget.patience": args.patience})
         begun = read_begun(root)
-        read, where = read_sweep(args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes)
+        read, where = read_sweep(
+            args.file or args.folder / SWEEP_FILE, [args.set] if args.set else [], changes, begun=True
+        )
         config = edited(begun, read, where, other_data=bool(args.set))
         # Imported only now, because torch and Ray take seconds, and a folder in use and a wrong setting need neither.
         from rich.console import Console

@@ -182,19 +182,21 @@ def _print_plan(config: TrainConfig, where: Where, folder: Path, hashes_in: Path
 def _images(config: TrainConfig, hashes_in: Path) -> tuple[str, "LabeledSubset | None", int, list[tuple[int, int]]]:
     """Returns the numbers of images in words, the labelled subset (None: the data are still to be drawn), the number of classes, and
     the sizes of evaluated images. `hashes_in`: as `open_data` takes it."""
-    from cps_ray.datasets.loader import check_data, evaluated_sizes, train_data
+    from cps_ray.datasets.loader import check_data, evaluated_images, evaluated_sizes, train_data
     from cps_ray.datasets.open import open_data
     from cps_ray.datasets.synthetic import CLASSES
 
-    synthetic = config.data.synthetic
+    synthetic, folds = config.data.synthetic, config.data.folds
     if synthetic is not None and not config.data.shards.exists():
-        images = f"{synthetic.train} to train on and {synthetic.val} to validate, drawn on first use"
+        validated = f"and {synthetic.val} to validate" if folds is None else f"in {folds.count} folds"
+        images = f"{synthetic.train} to train on {validated}, drawn on first use"
         return images, None, len(CLASSES), [(synthetic.height_px, synthetic.width_px)]
     shards = open_data(config.data, hashes_in=hashes_in, setting=_FINGERPRINT)
     check_data(shards, config, evaluated=("val",))
     subset = train_data(shards, config).subset
-    num_val = int(shards.index("val").labeled.sum())
-    images = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {num_val} to validate"
+    num_val = len(evaluated_images(shards, config, "val"))
+    fold = f" (fold {folds.held_out} of 0 to {folds.count - 1})" if folds and folds.held_out is not None else ""
+    images = f"{len(subset.labeled)} labelled, {len(subset.unlabeled)} unlabelled, {num_val} to validate{fold}"
     return images, subset, len(shards.classes), evaluated_sizes(shards, config)
 
 

@@ -119,9 +119,10 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     cwd = sweep_file.parent
-    # The third one learns nothing, and the first two are ahead of it at every rung.
-    points = ", ".join(f"{{cps.weight: 1.0, optim.lr: {rate}}}" for rate in ("3.0e-3", "5.0e-3", "1.0e-6"))
-    code, out = run("sweep", "tiny.yaml", "--set", f"enqueue=[{points}]", cwd=cwd)
+    # The third one learns nothing, and the first two, of which one is the file's own, are ahead of it at every rung.
+    points = ", ".join(f"{{cps.weight: 1.0, optim.lr: {rate}}}" for rate in ("5.0e-3", "1.0e-6"))
+    baseline = "baselines.supervised-only={method: supervised, search: [optim.lr], trials: 2}"
+    code, out = run("sweep", "tiny.yaml", "--set", f"enqueue=[{points}]", "--set", baseline, cwd=cwd)
     assert code == 0, out
     assert "Ray dashboard: http://127.0.0.1:" in out
     root = cwd / "runs" / "tiny"
@@ -159,10 +160,22 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     (top,) = [row for row in trials if row["number"] == summary["best"]["trial"]]
     assert best.optim.lr == top["params.optim.lr"]
     assert top["score"] == max(row["score"] for row in trials if row["score"] is not None)
-    # The baseline is the best configuration, supervised.
+    # The baseline is the best configuration, supervised, with what its own search has found, which began with the best one's.
     baseline = load_train(root / "final" / "supervised-only-seed1" / "config.yaml")
     assert baseline.method == "supervised"
-    assert (baseline.optim, baseline.schedule, baseline.model) == (best.optim, best.schedule, best.model)
+    assert (baseline.schedule, baseline.model) == (best.schedule, best.model)
+    lines = (root / "baselines/supervised-only/trials.jsonl").read_text().splitlines()
+    tried = {row["number"]: row for row in map(json.loads, lines)}
+    assert [*tried] == [0, 1]
+    assert tried[0]["params.optim.lr"] == best.optim.lr
+    found = max((row for row in tried.values() if row["score"] is not None), key=lambda row: row["score"])
+    assert baseline.optim.lr == found["params.optim.lr"]
+    difference = summary["final"]["difference"]["supervised-only"]
+    assert (difference["tuned"], difference["trainings"], difference["images"]) == (True, 2, 6)
+    arms = [summary["final"]["arms"][arm]["test/miou"]["mean"] for arm in ("best", "supervised-only")]
+    assert difference["gain"] == pytest.approx(arms[0] - arms[1])
+    assert "Best against supervised-only: " in out
+    assert "config sha256" in (root / "trials/0000/log.txt").read_text()
 
     model = load_model(root / "best", device="cpu")
     assert len(model.classes) == 7
@@ -177,6 +190,8 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
     seeds = (root / "best" / "seeds.csv").read_text().splitlines()
     assert len(seeds) == 5
 
+    code, told = run("sweep", "resume", "runs/tiny", cwd=cwd)
+    assert (code, told.splitlines()[0]) == (0, "Nothing to do: the sweep is finished. More trials: --trials N.")
     assert run("sweep", "status", "runs/tiny", cwd=cwd)[0] == 0
     assert run("sweep", "best", "runs/tiny", cwd=cwd)[1] == (root / "best.yaml").read_text()
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import changed, write_untrained
 
 from cps_ray import evaluate, predict
-from cps_ray.config.train import SyntheticConfig
+from cps_ray.config.train import SyntheticConfig, TrainConfig
+from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.datasets.synthetic import write_synthetic
 
@@ -36,6 +38,16 @@ def test_known_images_are_said_to_be_known(
     )
     assert words in capsys.readouterr().out
     assert not (tmp_path / "o/worst.png").exists()
+
+
+def test_further_labelled_splits_are_known_too(
+    tiny: TrainConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = fingerprints(open_shards(shards))
+    model = write_untrained(changed(tiny, data__fingerprint=known, data__further_labeled=["test"]), tmp_path / "best")
+    assert evaluate.main([str(model), str(shards), "--output", str(tmp_path / "o"), "--worst", "0"]) == 0
+    assert "was trained on these very images" in capsys.readouterr().out
+    assert "The masks of test were used to train, too." in (model / "README.md").read_text()
 
 
 def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> None:

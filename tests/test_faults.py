@@ -356,8 +356,8 @@ def test_stopped(
         stop(command)
         found = command.end(120)
         seconds = time.monotonic() - began
-        # Ray's own agents look for their raylet now and then: it is not they that hold anything.
-        faults.note(command.saw(began), seconds, found, command.left(60))
+        # Ray's own agents miss their raylet after a minute: it is not they that hold anything.
+        faults.note(command.saw(began), seconds, found, command.left(120))
         assert found == code, command.text
         assert seconds < most_s, command.text
         if stop is not kill:
@@ -569,9 +569,9 @@ def test_read_only_folder(faults: Faults, undisturbed: Outcome) -> None:
     "name", [pytest.param("metrics.jsonl", id="metrics.jsonl"), pytest.param("checkpoint_*/state.pt", id="checkpoint")]
 )
 def test_truncated(faults: Faults, undisturbed: Outcome, name: str) -> None:
+    command = faults.start()
     for number in range(RUNS):
         run = f"{number:04d}"
-        command = faults.start()
         command.until(at_step(run, 20))
         interrupt(command)
         assert command.end(60) == 130
@@ -696,14 +696,14 @@ def test_head_lost_in_the_final_phase(faults: Faults, undisturbed: Outcome, clus
         words = ("resume", "runs/tiny") if number else ("tiny.yaml",)
         command = faults.start(*words, "--address", nodes.address)
         command.until(at_step(("best-seed1", "supervised-only-seed1")[number], 20))
-        began = time.monotonic()
+        address, began = nodes.address, time.monotonic()
         nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
         code = command.end(300)
         faults.note(command.saw(began), time.monotonic() - began, code, left_of_sweep(60))
         nodes.shutdown()
         assert code == 1, command.text
         assert "has not answered for" in command.text
-        assert f"Resume: python -m cps_ray.sweep resume runs/tiny --address {nodes.address}" in command.text
+        assert f"Resume: python -m cps_ray.sweep resume runs/tiny --address {address}" in command.text
     command = faults.start("resume", "runs/tiny", "--address", cluster().address)
     assert command.end() == 0, command.text
     faults.check(undisturbed)

@@ -289,8 +289,6 @@ def test_what_init_writes_runs_as_it_is(
         np.testing.assert_array_equal(found[key], expected, err_msg=key)
     train = load_sweep(out / "sweep.yaml").train
     check_data(open_shards(train.data.shards), train)
-    folds = [{*(out / f"folds/{number}/held_out.txt").read_text().split("\n")} - {""} for number in range(1, 6)]
-    assert len(set().union(*folds)) == sum(map(len, folds)) >= 5
 
 
 def test_a_second_run_leaves_what_was_edited(
@@ -400,7 +398,8 @@ def test_the_plain_folder_becomes_a_sweep_in_four_commands(tmp_path: Path, monke
         "train.schedule.steps=4",
         "train.schedule.eval_every=2",
         "early_stopping.grace=2",
-        "final.seeds=[1]",
+        "final.folds=2",
+        "baselines.supervised-only.trials=1",
     ]
     small += ["train.resources={workers: 1, cpus_per_worker: 0.5}"]
     assert sweep.main(["crops-cps/sweep.yaml", *(word for text in small for word in ("--set", text))]) == 0

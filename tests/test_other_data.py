@@ -216,3 +216,19 @@ def test_no_shipped_sweep_has_a_fingerprint() -> None:
     for path in (Path(__file__).parents[1] / "sweeps").glob("*.yaml"):
         assert load_sweep(path).train.data.fingerprint is None, path
         assert "fingerprint" not in json.dumps(path.read_text())
+
+
+def test_a_baseline_is_tested_on_the_images_of_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, images in (("own", 7), ("full", 9)):
+        prepare(name, images)
+    with pytest.raises(SystemExit, match="a cluster is started"):
+        sweep.main(["s.yaml", "--name", "same"])
+    assert sweep.main(["s.yaml", "--set", "final.folds=2"]) == 2
+    assert "must have the classes and held-out images" in capsys.readouterr().err
+    keys = {"train": [f"a{number}" for number in range(9)], "val": ["b"], "test": ["a9"]}
+    shutil.rmtree("full")
+    write_shards(Path("full"), trees.plan({n: [trees.pair(Path("raw"), key) for key in k] for n, k in keys.items()}))
+    assert sweep.main(["s.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "baselines.full: must have the classes and test images of the best configuration" in said
+    assert said.startswith("error: s.yaml:")

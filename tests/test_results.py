@@ -145,7 +145,7 @@ def test_a_finished_sweep_says_its_verdict(searching: Searching, capsys: pytest.
     outcome = {"arms": {"best": {"test/miou": score}}, "headline": {"best": "test/miou"}, "gain": {}}
     summary = write_summary(searching.root, searching.study, searching.config, "finished", final=outcome)
     assert read.verdict == "\n".join(verdict_lines(searching.root, summary))
-    assert "Test mIoU  best              50.0 % over 1 seed(s)" in status(capsys, searching.root)
+    assert "Test mIoU  best  50.0 % over 1 seed" in status(capsys, searching.root)
     assert read.history.to_pylist()[-1] == {"run": "best-seed1", "step": 6, "val/miou": None, "val/b/miou": 0.5}
     (searching.root / "best.yaml").unlink()
     assert read.best is None

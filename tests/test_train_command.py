@@ -73,6 +73,14 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
     assert "once it runs" in rows["speed"]
 
 
+def test_the_plan_says_which_fold_is_held_out(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["reference/voc", "--set", f"data.shards={shards}", "--dry-run", *small(data__unlabeled="0.5")]
+    assert train.main([*words, "--set", "data.folds={count: 3, held_out: 1}"]) == 0
+    assert plan(capsys)["images"] == "4 labelled, 9 unlabelled, 2 to validate (fold 1 of 0 to 2)"
+    assert train.main([*words, "--set", "data.folds={count: 7, held_out: 1}"]) == 2
+    assert "7 folds need 7 groups of labelled images, but there are 6" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_a_weights_file_fills(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "tu-test_efficientnet"
     smp.create_model("unet", name, encoder_weights=None).save_pretrained("mine")

@@ -23,8 +23,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_step(benchmarks)
     _add_placement(benchmarks)
     _add_methods(benchmarks)
+    _add_verdict(benchmarks)
     _add_start(benchmarks)
     _add_driver(benchmarks)
+    _add_search(benchmarks)
     return parser
 
 
@@ -141,6 +143,30 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
     add("--json", type=Path, metavar="FILE", help=record)
 
 
+def _add_verdict(benchmarks: "Benchmarks") -> None:
+    verdict = benchmarks.add_parser(
+        "verdict",
+        help="the interval of a verdict: how often it holds the truth, and how often an arm is told from itself",
+        description="Trains many pairs of CPS and supervised trainings on the embedded data, as sweeps/quickstart.yaml does, and evaluates them on "
+        "2 000 images. Then draws three pairs and 60 images again and again: docs/verdict.md.",
+    )
+    add = verdict.add_argument
+    add(
+        "pool",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the trainings; those that it already holds are not repeated",
+    )
+    varied = "seed: all trainings have the same labelled images; draw: each has others, too (default seed)"
+    add("--vary", choices=("seed", "draw"), default="seed", help=varied)
+    add("--trainings", type=_pool_size, default=24, help="trainings of each arm (default 24)")
+    add("--steps", type=_positive, default=400, help="steps of each training (default 400)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all trainings")
+    add("--draws", type=_positive, default=1000, help="how often a few are drawn (default 1000)")
+    add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
+
+
 def _add_driver(benchmarks: "Benchmarks") -> None:
     driver = benchmarks.add_parser(
         "driver",
@@ -156,12 +182,39 @@ def _add_driver(benchmarks: "Benchmarks") -> None:
     add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
+def _add_search(benchmarks: "Benchmarks") -> None:
+    search = benchmarks.add_parser(
+        "search",
+        help="how much of a grid of trainings a search needs to find one as good as the best: ours, a plain Optuna loop, random search",
+        description="--record trains a grid over a sweep's search space by the engine alone. With the record, searches are replayed in "
+        "seconds: a drawn trial is the recorded training nearest to it. Steps until a finished trial is within 1 %% of the grid's best.",
+    )
+    add = search.add_argument
+    add("file", nargs="?", type=Path, help="a record to replay searches on")
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="train the grid into this file; trainings that it holds are not repeated",
+    )
+    add("--sweep", type=Path, default=Path("quickstart"), help="sweep whose space is recorded (default quickstart)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of that sweep")
+    add("--points", type=_positive, default=5, help="values of each range (default 5)")
+    add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--seeds", type=_positive, default=20, help="searches of each kind (default 20)")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
+
+
 def _positive(text: str) -> int:
     return checked(int, text, lambda count: count >= 1, "a whole number of at least 1")
 
 
 def _num_images(text: str) -> int:
     return checked(int, text, lambda count: count == 0 or count >= _SMALLEST_SET, f"0 or at least {_SMALLEST_SET}")
+
+
+def _pool_size(text: str) -> int:
+    return checked(int, text, lambda count: count >= 2, "a whole number of at least 2")
 
 
 def _run(args: argparse.Namespace) -> int:

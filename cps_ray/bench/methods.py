@@ -8,10 +8,11 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +39,7 @@ from cps_ray.files import write_json
 from cps_ray.text import nearest
 
 Changes = dict[str, Any]
+T = TypeVar("T")
 
 _CUTMIX = {"method": "cps", "cps.mix": "cutmix", "cps.images": "unlabeled"}
 VARIANTS: dict[str, Changes] = {
@@ -88,11 +90,17 @@ def _changed(config: TrainConfig, changes: Changes, where: str) -> TrainConfig:
     return apply(config, {**changes, "schedule.eval_every": steps}, where)
 
 
-def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, ranks_type: type[Ranks] = Ranks) -> Figures:
+def train_and_evaluate(
+    raw: dict[str, Any],
+    split: str,
+    threads: int,
+    ranks_type: type[Ranks] = Ranks,
+    on_images: Callable[[str, Sequence[str], torch.Tensor], None] | None = None,
+) -> Figures:
     """Trains to the last step. Returns the seconds of all steps, the last losses, and the scores of the last networks on `split`.
 
-    `ranks_type`: what networks learn from in place of each other's pseudo labels. A training that diverges returns the reason, under
-    `failed`.
+    `ranks_type`: what networks learn from in place of each other's pseudo labels. `on_images`: as in `evaluate`. A training that diverges
+    returns the reason, under `failed`.
     """
     config = parse_train(raw, "bench")
     device = torch.device("cuda" if config.resources.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu")
@@ -117,7 +125,8 @@ def train_and_evaluate(raw: dict[str, Any], split: str, threads: int, ranks_type
         return {"failed": str(err)}
     seconds = time.perf_counter() - begin
     classes = shards.classes
-    counts = evaluate(config, state.evaluated, eval_batches(shards, split, threads=threads), len(classes), ranks)
+    images = eval_batches(shards, split, threads=threads)
+    counts = evaluate(config, state.evaluated, images, len(classes), ranks, on_images)
     scores = summarise(counts, classes, split)
     unlabeled = hidden_batches(data, config.evaluation.hidden_images)
     hidden = evaluate_hidden(config, state.evaluated, unlabeled, classes, ranks)
@@ -176,7 +185,7 @@ def _training(args: argparse.Namespace) -> tuple[TrainConfig, list[int]]:
         if "this is a sweep" not in str(err) and not mistyped:
             raise
         config = load_sweep(args.file).train
-    config = _changed(config, _changes(args.set, "--set"), "--set")
+    config = _changed(config, read_changes(args.set, "--set"), "--set")
     if args.draws is not None and not is_drawn(config.data):
         raise ConfigError(
             "--draws: `data.labeled` must be a count, or a fraction below 1, of which other images can be drawn, but it is "
@@ -186,7 +195,7 @@ def _training(args: argparse.Namespace) -> tuple[TrainConfig, list[int]]:
     return apply(config, {"seed": 0, "data.subset_seed": 0}, "bench"), draws
 
 
-def _changes(texts: list[str], where: str) -> Changes:
+def read_changes(texts: list[str], where: str) -> Changes:
     """Reads settings written as KEY=VALUE; paths are relative to the working directory. ConfigError, beginning with `where`."""
     changes: Changes = {}
     for text in texts:
@@ -217,7 +226,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, Changes]:
         if name in known or name in chosen:
             raise ConfigError(f"--variant {name}: there is a variant of this name already; take another name.")
         try:
-            chosen[name] = _changes(shlex.split(words), f"--variant {name}:")
+            chosen[name] = read_changes(shlex.split(words), f"--variant {name}:")
         except ValueError as err:  # a quote that does not end
             raise ConfigError(f"--variant {text!r}: cannot be divided into words: {err}.") from err
     if args.control not in {name.strip() for name in chosen}:
@@ -279,18 +288,27 @@ def _take_up(path: Path, record: dict[str, Any]) -> None:
 
 def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> Iterator[tuple[str, Figures]]:
     """Trains what `runs` lacks and yields (key, figures) as runs end: pair by pair, so that all variants advance alike."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    calls: dict[str, Callable[[], Figures]] = {}
+    for pair in comparison.pairs:
+        for name in comparison.trainings:
+            key = comparison.key(name, pair)
+            if key not in runs:
+                raw, ranks_type = comparison.config(name, pair).dump(), _OTHER_LABELS.get(name, Ranks)
+                calls[key] = partial(train_and_evaluate, raw, comparison.split, threads_of(jobs), ranks_type)
+    yield from in_processes(jobs, calls)
+
+
+def threads_of(jobs: int) -> int:
+    """Returns how many threads each of `jobs` trainings at once has."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def in_processes(jobs: int, calls: Mapping[str, Callable[[], T]]) -> Iterator[tuple[str, T]]:
+    """Makes `jobs` of the calls at once, in their order, and yields (key, what it returned) as they end."""
     spawn = multiprocessing.get_context("spawn")
-    futures: dict[str, Future[Figures]] = {}
-    # A process per training, so that none begins with the memory or the thread settings of another.
-    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=_end_with_parent) as pool:
-        for pair in comparison.pairs:
-            for name in comparison.trainings:
-                key = comparison.key(name, pair)
-                if key not in runs and key not in futures:
-                    raw, ranks_type = comparison.config(name, pair).dump(), _OTHER_LABELS.get(name, Ranks)
-                    futures[key] = pool.submit(train_and_evaluate, raw, comparison.split, threads, ranks_type)
-        keys = {future: key for key, future in futures.items()}
+    # A process per call, so that no training begins with the memory or the thread settings of another.
+    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
+        keys = {pool.submit(call): key for key, call in calls.items()}
         try:
             for future in as_completed(keys):
                 yield keys[future], future.result()
@@ -298,7 +316,7 @@ def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> 
             pool.shutdown(wait=False, cancel_futures=True)  # else an error would wait for all trainings
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone: a killed benchmark leaves no training behind."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from cps_ray.config import yaml_reader
 from cps_ray.config.checks import describe, faults
 from cps_ray.config.schema import M, Where, absolute, as_yaml, dotted, first_sentences, locate, parse, put, types_at
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import BaselineConfig, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Document, Loc
 from cps_ray.errors import ConfigError
@@ -95,24 +95,25 @@ def read_train(
     return _load(TrainConfig, replace(preset, path=Path(name)), Path(), overrides, flags or {})
 
 
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+def load_sweep(path: Path, overrides: Sequence[str] = (), *, begun: bool = False) -> SweepConfig:
     """Reads a sweep file or, where there is none, the shipped sweep of that name, as if it lay in `sweeps/` of the working directory.
 
     Tries its search space, points, baselines and final changes on its training. Raises ConfigError: `FILE:LINE: setting: what
     must hold`, or `--set ...` in place of FILE:LINE.
     """
-    return read_sweep(path, overrides)[0]
+    return read_sweep(path, overrides, begun=begun)[0]
 
 
 def read_sweep(
-    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    path: Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, *, begun: bool = False
 ) -> tuple[SweepConfig, Where]:
-    """Returns what `load_sweep` does, and a function from a setting to where it was written, for checks that come later."""
+    """Returns what `load_sweep` does, and a function from a setting to where it was written, for checks that come later. `begun`: the sweep has,
+    perhaps by an earlier version."""
     file = sweep_file(path)
     base = path.parent if file == path else Path(_SWEEPS)
     sweep, where = _load(SweepConfig, replace(yaml_reader.load(file), path=path), base, overrides, flags or {})
     sweep = _with_absolute_changes(sweep, base)
-    sweep_faults = faults(sweep)
+    sweep_faults = faults(sweep, begun=begun)
     if sweep_faults:
         raise ConfigError(first_sentences(f"{where(loc)}: {describe((loc, text))}" for loc, text in sweep_faults))
     return sweep, where
@@ -243,7 +244,10 @@ def _with_absolute_changes(sweep: SweepConfig, base: Path) -> SweepConfig:
 
     def absolute_paths(changes: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: absolute(TrainConfig, locate(TrainConfig, {}, name), value, base) for name, value in changes.items()
+            name: value
+            if name in BaselineConfig.model_fields
+            else absolute(TrainConfig, locate(TrainConfig, {}, name), value, base)
+            for name, value in changes.items()
         }
 
     baselines = {name: absolute_paths(changes) for name, changes in sweep.baselines.items()}

@@ -1,6 +1,7 @@
-"""The base of every config section, and paths that are relative to the file they are written in."""
+"""The base of every config section, regular expressions, and paths that are relative to the file they are written in."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,17 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
+
+
+def _check_regex(regex: str) -> str:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, but got {regex!r}: {error}.") from None
+    return regex
+
+
+Regex = Annotated[str, AfterValidator(_check_regex)]
 
 
 def _base(context: Any) -> Path | None:

@@ -7,10 +7,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from cps_ray.config.section import RelativePath, Section
+from cps_ray.config.schema import parse
+from cps_ray.config.section import Regex, RelativePath, Section
 from cps_ray.config.train import ENSEMBLE, NETWORK_NAMES, NonNegativeInt, PositiveInt, Seed, TrainConfig
 
 Scalar = bool | int | float | str
+Value = Scalar | list[Scalar] | None
+"""What a setting may be set to by a search."""
+When = dict[str, Scalar | list[Value] | None]
+"""Other parameters, each with a value or a list of values. A value that is itself a list stands in a list."""
 
 BEST_ARM = "best"
 """Name of the best configuration among the baselines' names."""
@@ -42,9 +47,9 @@ class FloatParam(Section):
     high: float
     log: bool = False
     step: Annotated[float, Field(gt=0.0)] | None = None
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    when: When | None = None
     """Other parameters, each with the value, or list of values, for which this one is drawn. Otherwise the setting keeps the value
-    that it has in `train`."""
+    that it has in `train`. A value that is itself a list stands in a list: `[[64, 96]]`."""
 
 
 class IntParam(Section):
@@ -55,15 +60,15 @@ class IntParam(Section):
     high: Annotated[int, Field(strict=True)]
     log: bool = False
     step: PositiveInt | None = None
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    when: When | None = None
 
 
 class ChoiceParam(Section):
-    """Parameter whose values are listed."""
+    """Parameter whose values are listed: numbers, texts, true, false, null, or lists of them."""
 
     type: Literal["choice"]
-    values: Annotated[list[Scalar], Field(min_length=1)]
-    when: dict[str, Scalar | list[Scalar]] | None = None
+    values: Annotated[list[Value], Field(min_length=1)]
+    when: When | None = None
 
 
 Param = Annotated[FloatParam | IntParam | ChoiceParam, Field(discriminator="type")]
@@ -116,26 +121,32 @@ class BudgetConfig(Section):
     trials: PositiveInt
     time: Duration | None = None
     """Wall time of the search phase, all sessions together. Trials that it cuts short count as pruned."""
+    patience: PositiveInt | None = None
+    """Trials that may end, one after the other, without a better value than the best so far; then no further one begins. Pruned and
+    failed ones count. null: no limit."""
 
 
 class SamplerConfig(Section):
     """How Optuna proposes the next trial."""
 
-    type: Literal["tpe", "random", "qmc", "gp"] = "tpe"
+    type: Literal["tpe", "random", "grid", "qmc", "gp", "cmaes"] = "tpe"
+    """`grid`: every combination of choices, whole numbers and ranges with a step, once each, in an order drawn by `seed`. `cmaes`:
+    models numbers alone and draws choices at random; it needs the extra `cmaes`."""
     seed: Seed = 0
     startup_trials: NonNegativeInt = 10
-    """Number of random trials before the model takes over (tpe and gp)."""
+    """Number of random trials before the model takes over (tpe, gp and cmaes)."""
 
 
 class EarlyStoppingConfig(Section):
     """Which trials are stopped early, by comparing `objective.metric` at equal steps."""
 
-    type: Literal["asha", "median", "none"] = "asha"
+    type: Literal["asha", "hyperband", "median", "none"] = "asha"
+    """`hyperband`: trials are divided among several `asha`, whose first rungs lie at grace, grace * reduction, ... steps."""
     grace: PositiveInt = 1
-    """Steps before a trial may be stopped; asha's first rung. Choose at least the longest ramp: before its end a trial does not show
-    what it can reach."""
+    """Steps before a trial may be stopped; asha's first rung. Must not lie inside the ramp of the method's weight: before its end a
+    trial does not show what it can reach."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3
-    """asha: rungs lie at grace * reduction^k steps, and the best 1/reduction of the trials continue."""
+    """asha and hyperband: rungs lie at grace * reduction^k steps, and the best 1/reduction of the trials continue."""
 
 
 class FailuresConfig(Section):
@@ -172,8 +183,48 @@ class FinalConfig(Section):
 
     retrain: Literal["best", "none"] = "best"
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1, 2, 3)
+    draws: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Instead of `seeds`: so many draws of the labelled images, with `data.subset_seed` and `seed` 1, 2, ... With few labels, which ones they are
+    makes more difference than the seed."""
+    folds: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Instead of `seeds`, for few masks: cross-validation over all labelled images, those of val and test included. Each fold is held out once, and is
+    the test of the trainings on the others, one an arm; the model that is delivered is trained on all of them."""
+    group_by: Regex | None = None
+    """Pattern: images whose ids agree in its first group, or in all it matches, such as frames of one video, come into one fold, and are drawn together for
+    the interval of the verdict."""
+    top: PositiveInt = 1
+    """How many of the best trials are trained again over the seeds; the best of them by the mean over seeds is compared and delivered."""
+    curve: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
+    """Fractions of the labelled, and of the unlabelled, images with which the best configuration and the first baseline are trained again: what
+    more labels, and more images, would bring."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted names and values of settings that are changed for the final runs, such as a longer schedule."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_repeats(self) -> Self:
+        if self.draws and self.folds:
+            raise ValueError(
+                "`draws` and `folds` exclude each other: draws are for many masks, folds for few. Remove one."
+            )
+        if self.folds and self.top > 1:
+            raise ValueError(
+                "`top` would choose by the images of the folds, which are the test. Remove one of `top` and `folds`."
+            )
+        if self.folds and self.retrain == "none":
+            raise ValueError("`folds` compare trainings after the search, but `retrain: none` makes none. Remove one.")
+        if self.folds and self.curve:
+            raise ValueError("`curve` needs a test split, but with `folds` there is none. Remove one.")
+        return self
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Number of each training of an arm: its seed, draw or fold, each from 1."""
+        return tuple(range(1, (self.draws or self.folds or 0) + 1)) or self.seeds
+
+    @property
+    def repeat_name(self) -> str:
+        """What an arm's trainings differ in."""
+        return "draw" if self.draws else "fold" if self.folds else "seed"
 
     @field_validator("seeds")
     @classmethod
@@ -182,6 +233,27 @@ class FinalConfig(Section):
         if repeated:
             raise ValueError(f"lists {repeated[0]} twice: a run with the same seed is the same run. Remove one.")
         return seeds
+
+
+class BaselineConfig(Section):
+    """What a baseline says beside its changes."""
+
+    search: tuple[str, ...] = ()
+    """Parameters of the search space that are searched for the baseline, too, as they were for the best configuration: in a study of its own,
+    which begins with the values of the best one. Without any, the baseline takes those values, and the verdict says `not tuned`."""
+    trials: PositiveInt | None = None
+    """Number of trials of that search. null: as many as the sweep has begun."""
+    train_on: Literal["labeled", "labeled+val"] = "labeled"
+    """`labeled+val`: the masks of the val split are trained on, too. Nothing can then be chosen by them: the values of the best configuration
+    are taken, and the last step."""
+
+    @model_validator(mode="after")
+    def _val_does_not_choose(self) -> Self:
+        if self.search and self.train_on == "labeled+val":
+            raise ValueError("`search` needs val to choose by, but `train_on: labeled+val` trains on it. Remove one.")
+        if self.trials is not None and not self.search:
+            raise ValueError("`trials` is the number of trials of a `search`, but there is none.")
+        return self
 
 
 class SweepConfig(Section):
@@ -201,11 +273,14 @@ class SweepConfig(Section):
     failures: FailuresConfig = FailuresConfig()
     search_space: Annotated[dict[str, Param], Field(min_length=1)]
     """Dotted name of a setting of `train` -> its range or its values."""
-    enqueue: list[dict[str, Scalar]] = Field(default_factory=list)
-    """Points that are tried first: dotted name -> value."""
+    enqueue: list[dict[str, Value]] = Field(default_factory=list)
+    """Points that are tried right after trial 0, which has the values of `train` wherever they lie in the search space: dotted name ->
+    value."""
+    warm_start: list[RelativePath] = Field(default_factory=list)
+    """Folders of earlier sweeps: the sampler learns from their trials, as far as these lie in this search space."""
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name -> changes to the best configuration. Everything else, such as network, rate and steps, stays the same, so that only the
-    changes make a difference."""
+    changes make a difference; and what `BaselineConfig` says: what is searched for the baseline, too."""
     final: FinalConfig = FinalConfig()
 
     @model_validator(mode="after")
@@ -217,3 +292,31 @@ class SweepConfig(Section):
                 f"but got grace={self.early_stopping.grace}, eval_every={every}."
             )
         return self
+
+    @property
+    def num_final_runs(self) -> int:
+        """Number of trainings after the search."""
+        final, arms = self.final, 1 + len(self.baselines)
+        if final.retrain == "none":
+            return 0
+        fewer = len({*final.curve} - {1.0}) * (min(2, arms) + self.train.semi_supervised)
+        return len(final.repeats) * (arms + final.top - 1 + fewer) + bool(final.folds)
+
+    def fold(self, held_out: int | None) -> dict[str, Any]:
+        """Returns the changes that make a training one of a cross-validation, with fold `held_out` or none held out; {} without `final.folds`."""
+        if self.final.folds is None:
+            return {}
+        folds = {"count": self.final.folds, "held_out": held_out, "group_by": self.final.group_by}
+        return {"data.folds": folds, "data.further_labeled": ["val", "test"]}
+
+    def baseline(self, name: str) -> BaselineConfig:
+        """Returns what a baseline says beside its changes. Raises ConfigError if that is not what it must be."""
+        return parse(
+            BaselineConfig, {k: v for k, v in self.baselines[name].items() if k in BaselineConfig.model_fields}
+        )
+
+    def changes(self, name: str) -> dict[str, Any]:
+        """Returns the changes that a baseline makes to the best configuration: dotted name -> value."""
+        changes = {k: v for k, v in self.baselines[name].items() if k not in BaselineConfig.model_fields}
+        on_val = self.baselines[name].get("train_on") == "labeled+val"
+        return changes | ({"data.further_labeled": ["val"]} if on_val else {})

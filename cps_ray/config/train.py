@@ -1,5 +1,6 @@
 """The schema of one training: of the file for `python -m cps_ray.train`, of `train:` in a sweep, and of `best.yaml`."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from cps_ray.config.plugins import ImportPath, is_import_path, load_plugin, load_sink
 from cps_ray.config.schema import parse
-from cps_ray.config.section import RelativePath, Section
+from cps_ray.config.section import Regex, RelativePath, Section
 from cps_ray.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -24,6 +25,8 @@ NETWORK_NAMES = "abcdefgh"
 """Names of the networks, one letter each: network 0 is `a`."""
 ENSEMBLE = "ensemble"
 """The mean of all networks' probabilities is reported under this name."""
+HELD_OUT = "held_out"
+"""Name under which the held-out fold is evaluated like a split."""
 Precision = Literal["none", "bf16", "fp16"]
 
 
@@ -77,6 +80,27 @@ class SyntheticConfig(Section):
     seed: NonNegativeInt = 0
 
 
+class FoldsConfig(Section):
+    """The labelled images dealt into folds for cross-validation: classes in all of them, images that belong together in one."""
+
+    count: Annotated[int, Field(ge=2, strict=True)]
+    """Number of folds."""
+    held_out: NonNegativeInt | None = None
+    """Fold, from 0, that is not trained on and is evaluated in place of val. None: all are trained on; val is evaluated or, if it has no
+    masks, the labelled images themselves."""
+    seed: NonNegativeInt = 0
+    """Another seed deals other folds. Beside it, ids and classes alone decide, so that all methods have the same folds."""
+    group_by: Regex | None = None
+    """Regular expression that finds, in an id, what images that belong together share, as in a recipe: its first group counts or, without one,
+    all that it matches. None: every image is on its own. Equal images and tiles of one image belong together in any case."""
+
+    @model_validator(mode="after")
+    def _held_out_is_a_fold(self) -> Self:
+        if self.held_out is not None and self.held_out >= self.count:
+            raise ValueError(f"`held_out` must be below `count`, {self.count}, but got {self.held_out}.")
+        return self
+
+
 class DataConfig(Section):
     """Which shards to train on, which of their images are labelled, and what a batch is."""
 
@@ -91,10 +115,17 @@ class DataConfig(Section):
     the name of a labelled subset that `python -m cps_ray.subsets` has put beside the shards, such as 1_16."""
     labeled_list: RelativePath | None = None
     """Text file with the ids of the labelled images, instead of `labeled`."""
+    further_labeled: tuple[SubsetName, ...] = ()
+    """Other splits, such as val, whose images with masks are labelled images, too: all of them, whatever `labeled` says of train."""
+    folds: FoldsConfig | None = None
+    """Cross-validation over the labelled images. None: all of them are trained on, and val is evaluated."""
+    unlabeled: PositiveInt | Annotated[float, Field(gt=0.0, le=1.0, strict=True)] | None = None
+    """Unlabelled images that are used: a count, or a fraction in (0, 1], drawn by `subset_seed`; a shorter draw is part of a longer one.
+    None: all."""
     unlabeled_list: RelativePath | None = None
     """Text file with the ids of the unlabelled images. None: every image that is not labelled."""
     subset_seed: NonNegativeInt = 0
-    """Seed of the draw of labelled images. `seed` of the training does not change which images are labelled."""
+    """Seed of the draws of labelled and unlabelled images. `seed` of the training does not change which images are labelled."""
     crop_px: tuple[PositiveInt, PositiveInt]
     """(height, width) of a training crop."""
     labeled_batch: PositiveInt
@@ -109,11 +140,22 @@ class DataConfig(Section):
 
     @field_validator("fingerprint")
     @classmethod
-    def _what_is_trained_on_is_checked(cls, fingerprint: dict[str, str] | None) -> dict[str, str] | None:
-        missing = [split for split in ("train", "val") if fingerprint is not None and split not in fingerprint]
+    def _what_is_trained_on_is_checked(
+        cls, fingerprint: dict[str, str] | None, info: ValidationInfo
+    ) -> dict[str, str] | None:
+        # With folds, what there is of other splits is used; those of a sweep stand elsewhere, so val is asked for only where it is named.
+        used = ("train",) if info.data.get("folds") else ("train", *info.data.get("further_labeled", ()))
+        missing = [split for split in used if fingerprint is not None and split not in fingerprint]
         if missing:
             raise ValueError(f"must have the fingerprint of {missing[0]}, or be null for no check.")
         return fingerprint
+
+    @field_validator("further_labeled")
+    @classmethod
+    def _further_splits_are_others(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
+        if "train" in splits or len({*splits}) < len(splits):
+            raise ValueError(f"must name splits beside train, each once, but got {', '.join(splits)}.")
+        return splits
 
     @field_validator("slices")
     @classmethod
@@ -778,6 +820,12 @@ class TrainConfig(Section):
     def dump(self, base: str | None = None) -> dict[str, Any]:
         """Returns a plain dict of every setting; paths are relative to the folder `base`, or absolute without it."""
         return self.model_dump(mode="json", context={"base": base})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every setting but `sinks`, which say where metrics go: equal for trainings that are the same."""
+        settings = {name: value for name, value in self.dump().items() if name != "sinks"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 METHOD_SETTINGS = (

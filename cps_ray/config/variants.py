@@ -9,7 +9,7 @@ from typing import Any
 
 from cps_ray.config.schema import as_yaml
 from cps_ray.config.space import apply, combinations
-from cps_ray.config.sweep import ChoiceParam, Param, Scalar, SweepConfig
+from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig, Value
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import Loc
 
@@ -22,7 +22,7 @@ class Variant:
     """Dotted name -> value."""
     written: dict[str, Loc]
     """Name of each change -> where the sweep file has it, the later of two."""
-    point: dict[str, Scalar]
+    point: dict[str, Value]
     """Those of the changes that the search has chosen."""
     is_baseline: bool
 
@@ -65,7 +65,7 @@ def variants(sweep: SweepConfig, chosen: Callable[[str], bool]) -> Iterator[list
             yield [trial]
             continue
         final = _changed(trial, sweep.final.set, ("final", "set"))
-        baselines = [_changed(final, changes, ("baselines", name)) for name, changes in sweep.baselines.items()]
+        baselines = [_changed(final, sweep.changes(name), ("baselines", name)) for name in sweep.baselines]
         yield [trial, final, *baselines]
 
 
@@ -74,7 +74,7 @@ def _changed(variant: Variant, changes: Mapping[str, Any], at: Loc) -> Variant:
     return Variant({**variant.changes, **changes}, written, variant.point, is_baseline=at[0] == "baselines")
 
 
-def _key(param: Param, value: Scalar) -> Loc:
+def _key(param: Param, value: Value) -> Loc:
     if isinstance(param, ChoiceParam):
         # In Python 1 == True, but as settings they differ.
         same = (i for i, option in enumerate(param.values) if option == value and type(option) is type(value))

@@ -6,9 +6,9 @@ a batch holds is a function of (config, step, batch shard), so a training may st
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import HELD_OUT, TrainConfig
 from cps_ray.datasets.augment import IMAGENET_MEAN, TrainView
 from cps_ray.datasets.images import decode_image, decode_mask
 from cps_ray.datasets.order import LABELED, UNLABELED, ShardPositions, image_at, positions
-from cps_ray.datasets.shards import Encoded, ImageLocations, Index, Shards
-from cps_ray.datasets.subsets import LabeledSubset, labeled_subset
+from cps_ray.datasets.shards import Encoded, ImageLocations, Index, Shards, joined
+from cps_ray.datasets.subsets import LabeledSubset, drawn_unlabeled, hold_out, labeled_subset
 from cps_ray.engine.batch import IGNORE, Batch, EvalBatch
 from cps_ray.errors import DataError
 
@@ -42,7 +42,7 @@ EVAL_BATCH_PX = 2**21
 
 @dataclass(frozen=True, slots=True)
 class TrainData:
-    """The index of the training split, and which of its images are labelled."""
+    """The index of the training split and of further labelled images, and which of them are labelled."""
 
     index: Index
     subset: LabeledSubset
@@ -68,18 +68,52 @@ class TrainData:
 
 
 def train_data(shards: Shards, config: TrainConfig) -> TrainData:
-    """Divides the training split as the config says.
+    """Divides the training split, and what else is labelled, as the config says.
 
     DataError if that is impossible, or if a semi-supervised method would have no unlabelled image.
     """
-    index = shards.index("train")
-    data = TrainData(index, labeled_subset(config.data, index))
-    if config.semi_supervised and not data.subset.unlabeled.size:
+    data, train = config.data, shards.index("train")
+    subset, index = labeled_subset(data, train), train
+    # For folds, what there is: nothing is given away for val and test.
+    further = [name for name in data.further_labeled if data.folds is None or _has_masks(shards, name)]
+    if further:
+        index = joined([train, *(_with_masks(shards, split, "for data.further_labeled") for split in further)])
+        labeled = np.concatenate([subset.labeled, np.arange(len(train), len(index))])
+        subset = replace(subset, labeled=labeled)
+    if data.folds is not None:
+        subset = hold_out(subset, index, data.folds, tiled=shards.manifest.tiles is not None)
+    if config.semi_supervised and not subset.unlabeled.size:
+        groups = " or belong with those of the fold that is held out" if subset.held_out.size else ""
         raise DataError(
-            f"{shards.folder}: method {config.method} needs unlabelled images, but all {len(index)} training images are labelled. "
+            f"{shards.folder}: method {config.method} needs unlabelled images, but all {len(train)} training images are labelled{groups}. "
             "Lower data.labeled, or prepare images without masks."
         )
-    return data
+    return TrainData(index, replace(subset, unlabeled=drawn_unlabeled(data, subset.unlabeled, len(train))))
+
+
+def evaluated_images(shards: Shards, config: TrainConfig, split: str) -> Index:
+    """Returns the images with masks of a split. With `data.folds`, val and HELD_OUT are the fold that is held out, and val is the labelled
+    images where none is held out and val has no masks. DataError if there are none."""
+    folds = config.data.folds
+    if folds is not None and split in ("val", HELD_OUT):
+        data = train_data(shards, config)
+        if folds.held_out is not None:
+            return data.index.take(data.subset.held_out)
+        val = shards.manifest.splits.get("val")
+        if split == "val" and not (val and val.masks):
+            return data.index.take(data.subset.labeled)
+    return _with_masks(shards, split, "to be evaluated on")
+
+
+def _has_masks(shards: Shards, split: str) -> bool:
+    return split in shards.manifest.splits and shards.manifest.splits[split].masks > 0
+
+
+def _with_masks(shards: Shards, split: str, why: str) -> Index:
+    index = shards.index(split)
+    if not index.labeled.any():
+        raise DataError(f"{shards.folder}: split {split!r} must have masks {why}, but has none.")
+    return index.take(np.flatnonzero(index.labeled))
 
 
 def unlabeled_positions(
@@ -309,7 +343,8 @@ class _Producer:
 
 
 def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = ("val", "test")) -> None:
-    """Checks that there are images to train on, masks in the splits that are `evaluated`, and one weight per class. DataError if not."""
+    """Checks that there are images to train on, masks in the splits that are `evaluated`, and one weight per class. With `data.folds` no
+    other split needs masks. DataError if not."""
     train_data(shards, config)
     classes = shards.classes
     for section, weights in config.class_weights.items():
@@ -318,17 +353,18 @@ def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = (
                 f"{section}.class_weights: must have one weight for each of the {len(classes)} classes of {shards.folder} "
                 f"({', '.join(classes[:3])}, ...), but has {len(weights)}."
             )
-    for split in evaluated:
-        if not shards.index(split).labeled.any():
-            raise DataError(f"{shards.folder}: split {split!r} must have masks to be evaluated on, but has none.")
+    for split in evaluated if config.data.folds is None else ():
+        evaluated_images(shards, config, split)
 
 
 def evaluated_sizes(shards: Shards, config: TrainConfig) -> list[tuple[int, int]]:
-    """Returns the different (height, width) in px of images that the training evaluates: those with masks of val and test, and with
-    `evaluation.hidden_images` of train."""
+    """Returns the different (height, width) in px of images that the training evaluates: those with masks of val and test, with
+    `data.folds` of what takes the place of val, and with `evaluation.hidden_images` of train."""
     hidden = config.semi_supervised and config.evaluation.hidden_images > 0
     splits = ("val", "test", "train") if hidden else ("val", "test")
     indexes = [shards.index(split) for split in splits if split in shards.manifest.splits]
+    if config.data.folds is not None:
+        indexes.append(evaluated_images(shards, config, "val"))
     sizes = {
         (int(height), int(width))
         for index in indexes
@@ -337,23 +373,20 @@ def evaluated_sizes(shards: Shards, config: TrainConfig) -> list[tuple[int, int]
     return sorted(sizes)
 
 
-def metrics_of(shards: Shards, split: str, slices: Mapping[str, str], extra: Sequence[str] = ()) -> list[str]:
+def metrics_of(shards: Shards, config: TrainConfig, split: str, extra: Sequence[str] = ()) -> list[str]:
     """Returns the names of everything that an evaluation of this split measures: mIoU and the IoU of each class that is there,
-    for the whole split and per slice, and the scores `extra` of the whole split.
-
-    `slices`: name of each slice and the pattern of its ids. A slice without masks has no metrics.
-    """
-    index = shards.index(split)
-    rows_of = {"": index.labeled}  # by the prefix of their metrics; the whole split has none
-    for name, pattern in slices.items():
-        rows_of[f"{name}/"] = index.labeled & np.array([fnmatchcase(image_id, pattern) for image_id in index.ids])
+    for the whole split and per slice, and the scores `extra` of the whole split. A slice without masks has no metrics."""
+    index = evaluated_images(shards, config, split)
+    rows_of = {"": np.ones(len(index), bool)}  # by the prefix of their metrics; the whole split has none
+    for name, pattern in config.data.slices.items():
+        rows_of[f"{name}/"] = np.array([fnmatchcase(image_id, pattern) for image_id in index.ids])
     names = []
     for prefix, rows in rows_of.items():
         if rows.any():
             names.append(f"{split}/{prefix}miou")
             present = np.flatnonzero(index.presence[rows].sum(axis=0))
             names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in present]
-    return names + ([f"{split}/{name}" for name in extra] if index.labeled.any() else [])
+    return names + [f"{split}/{name}" for name in extra]
 
 
 def eval_batches(
@@ -371,15 +404,34 @@ def eval_batches(
     Each image comes exactly once over all batch shards: no batch is filled up with repeated images.
     """
     index = shards.index(split)
-    yield from _eval_batches(index, np.flatnonzero(index.labeled), batch_shard, num_batch_shards, size_px, threads)
+    mine = {"batch_shard": batch_shard, "num_batch_shards": num_batch_shards}
+    yield from image_batches(index, np.flatnonzero(index.labeled), masks=True, **mine, size_px=size_px, threads=threads)
 
 
 def image_batches(
-    index: Index, rows: NDArray[np.int64], *, masks: bool = False, size_px: int = EVAL_BATCH_PX, threads: int = 2
+    index: Index,
+    rows: NDArray[np.int64],
+    *,
+    masks: bool = False,
+    batch_shard: int = 0,
+    num_batch_shards: int = 1,
+    size_px: int = EVAL_BATCH_PX,
+    threads: int = 2,
 ) -> Iterator[EvalBatch]:
-    """Yields the images in these rows in batches of one size, as `eval_batches` does. All pixels are IGNORE where there is no mask, or
-    where `masks` are not read."""
-    yield from _eval_batches(index, rows, 0, 1, size_px, threads, masks=masks)
+    """Yields a batch shard's images of these rows in batches of one size, as `eval_batches` does. All pixels are IGNORE where there is no
+    mask, or where `masks` are not read."""
+    # By size, so that images of one size come together although they lie far apart. The largest first: if memory does not
+    # suffice, that shows at once. Every n-th of them, so that all batch shards have about as many pixels.
+    height, width = index.height[rows].astype(np.int64), index.width[rows].astype(np.int64)
+    mine = rows[np.lexsort((width, -height * width))][batch_shard::num_batch_shards]
+    chunks = []
+    for (tall, wide), same_size in groupby(
+        mine.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row]))
+    ):
+        members, count = list(same_size), max(1, size_px // (tall * wide))
+        chunks += [members[first : first + count] for first in range(0, len(members), count)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        yield from _decode_ahead(pool, index, chunks, threads, masks)
 
 
 def hidden_batches(
@@ -393,31 +445,8 @@ def hidden_batches(
     index = data.index
     rows = data.subset.unlabeled[index.labeled[data.subset.unlabeled]]
     spread = rows[np.linspace(0, len(rows) - 1, min(len(rows), hidden_images)).round().astype(int)]
-    yield from _eval_batches(index, spread, batch_shard, num_batch_shards, EVAL_BATCH_PX, threads)
-
-
-def _eval_batches(
-    index: Index,
-    rows: NDArray[np.int64],
-    batch_shard: int,
-    num_batch_shards: int,
-    size_px: int,
-    threads: int,
-    *,
-    masks: bool = True,
-) -> Iterator[EvalBatch]:
-    # By size, so that images of one size come together although they lie far apart. The largest first: if memory does not
-    # suffice, that shows at once. Every n-th of them, so that all batch shards have about as many pixels.
-    height, width = index.height[rows].astype(np.int64), index.width[rows].astype(np.int64)
-    mine = rows[np.lexsort((width, -height * width))][batch_shard::num_batch_shards]
-    chunks = []
-    for (tall, wide), same_size in groupby(
-        mine.tolist(), key=lambda row: (int(index.height[row]), int(index.width[row]))
-    ):
-        members, count = list(same_size), max(1, size_px // (tall * wide))
-        chunks += [members[first : first + count] for first in range(0, len(members), count)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        yield from _decode_ahead(pool, index, chunks, threads, masks)
+    mine = {"batch_shard": batch_shard, "num_batch_shards": num_batch_shards}
+    yield from image_batches(index, spread, masks=True, **mine, threads=threads)
 
 
 def _decode_ahead(

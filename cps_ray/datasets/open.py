@@ -27,13 +27,14 @@ def open_data(
     """Opens the shards of a config; synthetic ones are drawn on first use.
 
     Several processes may do so at once: one of them puts its folder in place, and the others use that one. DataError if the
-    shards are missing, were drawn with other settings, or have other `splits` (None: all) than `data.fingerprint` says. Where the
+    shards are missing, were drawn with other settings, or have other `splits` (None: all) or further labelled ones than `data.fingerprint`
+    says. Where the
     folder `hashes_in` has the HASHES_FILE of that fingerprint, the message counts the images that differ; it names `setting`, the
     setting by which the command can be told not to compare.
     """
     shards = _open(data)
     for split, before in (data.fingerprint or {}).items():
-        if (splits is None or split in splits) and fingerprints(shards).get(split) != before:
+        if (splits is None or split in (*splits, *data.further_labeled)) and fingerprints(shards).get(split) != before:
             way_out = f" Go on with them all the same: --set {setting}=null" if setting else ""
             difference = _difference(shards, split, before, hashes_in)
             raise DataError(f"{shards.folder}: other data than in `data.fingerprint`: {difference}.{way_out}")

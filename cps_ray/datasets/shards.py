@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -269,6 +270,32 @@ class Index:
     def presence(self) -> NDArray[np.bool_]:
         """Whether each image's mask shows each class: (N, C); all False without a mask."""
         return self.pixels > 0
+
+    def take(self, rows: NDArray[np.int64]) -> "Index":
+        """Returns the index of these rows, in their order."""
+        _, *columns = (field.name for field in fields(self))
+        return Index(self.locations.take(rows), *(getattr(self, name)[rows] for name in columns))
+
+
+def joined(indexes: Sequence[Index]) -> Index:
+    """Returns the images of several splits of one data set, one split after the other. DataError if two have an id in common."""
+    every = [index.locations for index in indexes]
+    ids = [image_id for each in every for image_id in each.ids]
+    if len({*ids}) < len(ids):
+        repeated = next(key for key, count in Counter(ids).items() if count > 1)
+        raise DataError(f"ids must be unique over all splits, but {repeated!r} is not; prepare the data set again.")
+    first_file = np.cumsum([0, *(len(each.files) for each in every)])
+    locations = ImageLocations(
+        files=tuple(file for each in every for file in each.files),
+        ids=tuple(ids),
+        file=np.concatenate([each.file + np.int32(first) for each, first in zip(every, first_file, strict=False)]),
+        **{
+            name: np.concatenate([getattr(each, name) for each in every])
+            for name in ("image", "image_sha256", "mask", "mask_sha256")
+        },
+    )
+    _, *columns = (field.name for field in fields(Index))
+    return Index(locations, *(np.concatenate([getattr(each, name) for each in indexes]) for name in columns))
 
 
 @dataclass(frozen=True, slots=True)

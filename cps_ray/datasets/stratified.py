@@ -1,9 +1,14 @@
-"""Draws of images in which every class is seen as early as can be, and then about as often as in all images."""
+"""Draws of images in which every class is seen as early as can be, and then about as often as in all images; folds; and groups of images
+that stay together."""
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cps_ray.errors import DataError
 
 _CANDIDATES = 16
 """Random images of which `next_pick` takes the best."""
@@ -41,3 +46,55 @@ def next_pick(
     # chi-squared statistic, up to a factor that is the same for all candidates of one size.
     gap = shown + counts[candidates] - (size + sizes[candidates])[:, None] * fraction
     return int(np.argmin((weight * gap**2).sum(axis=1)))
+
+
+def even_folds(counts: NDArray[np.float64], sizes: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
+    """Returns the fold of every group, int64 (N,): rare classes first, each where it is rarest so far and there is most room. `counts`
+    and `sizes` as `next_pick` has them."""
+    rng = np.random.default_rng((seed, count))
+    total = counts.sum(axis=0)
+    shows = counts > 0
+    # Images of the rarest class that a group shows; a group that shows none comes last.
+    rarity = np.where(shows, total, np.inf).min(axis=1)
+    order = sorted(rng.permutation(len(sizes)).tolist(), key=lambda group: (rarity[group], -sizes[group]))
+    shown, held, room = np.zeros((count, len(total))), np.zeros(count), np.ceil(sizes.sum() / count)
+    folds = np.zeros(len(sizes), np.int64)
+    for group in order:
+        rarest = np.where(shows[group], total, np.inf).argmin()
+        full = held + sizes[group] > max(room, held.min() + sizes[group])
+        at = int(np.lexsort((held, shown[:, rarest] * shows[group, rarest], full))[0])
+        folds[group] = at
+        shown[at] += counts[group]
+        held[at] += sizes[group]
+    return folds
+
+
+def group_images(names: Mapping[str, str], group_by: str | None, alike: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Returns the group of each image, under the id of one of its images: of those that `group_by` or `alike`, lists of ids, put together.
+
+    `names`: id -> what `group_by` is searched in. Raises DataError if it matches none.
+    """
+    parent = {key: key for key in names}
+
+    def root(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    def join(keys: Sequence[str]) -> None:
+        for key in keys[1:]:
+            parent[root(key)] = root(keys[0])
+
+    if group_by is not None:
+        named: dict[str, list[str]] = defaultdict(list)
+        for key, name in names.items():
+            match = re.search(group_by, name)
+            if match:
+                named[(match[1] if match.re.groups and match[1] is not None else match[0])].append(key)
+        if not named:
+            example = next(iter(names.values()))
+            raise DataError(f"group_by {group_by!r} must match ids, but matches none; they look like {example!r}.")
+        alike = [*named.values(), *alike]
+    for keys in alike:
+        join(keys)
+    return {key: root(key) for key in parent}

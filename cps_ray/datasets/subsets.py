@@ -1,16 +1,18 @@
-"""The labelled subset: which training images are used with their mask, and which without."""
+"""The labelled subset: which training images are used with their mask, which without, and which fold of them is held out."""
 
+import re
 import shlex
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cps_ray.config.train import DataConfig
+from cps_ray.config.train import DataConfig, FoldsConfig
 from cps_ray.datasets.lists import listed_ids
 from cps_ray.datasets.shards import Index
-from cps_ray.datasets.stratified import next_pick
+from cps_ray.datasets.stratified import even_folds, group_images, next_pick
 from cps_ray.errors import DataError
 
 SUBSETS_FOLDER = "subsets"
@@ -22,10 +24,12 @@ UNLABELED_LIST = "unlabeled.txt"
 
 @dataclass(frozen=True, slots=True)
 class LabeledSubset:
-    """Rows of the training index, int64, ascending: those of labelled images, and those of images used without a mask."""
+    """Rows of the training index, int64, ascending: those of labelled images, those of images used without a mask, and those of the
+    labelled images that are held out for evaluation."""
 
     labeled: NDArray[np.int64]
     unlabeled: NDArray[np.int64]
+    held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def labeled_subset(data: DataConfig, index: Index) -> LabeledSubset:
@@ -52,6 +56,49 @@ def labeled_subset(data: DataConfig, index: Index) -> LabeledSubset:
     else:
         unlabeled = np.setdiff1d(np.arange(len(index)), labeled)
     return LabeledSubset(np.sort(labeled), np.sort(unlabeled))
+
+
+def hold_out(subset: LabeledSubset, index: Index, folds: FoldsConfig, *, tiled: bool) -> LabeledSubset:
+    """Deals the labelled images into folds and takes one out, with the unlabelled images of its groups. `tiled`: ids end in the place of
+    a tile, and those of one image belong together. DataError if there are fewer groups than folds."""
+    alike: dict[bytes | str, list[str]] = defaultdict(list)
+    for image_id, checksum in zip(index.ids, index.pixels_sha256, strict=True):
+        alike[checksum.tobytes()].append(image_id)
+        if tiled:
+            alike[re.sub(r"_y\d+_x\d+$", "", image_id)].append(image_id)
+    group_of = group_images({image_id: image_id for image_id in index.ids}, folds.group_by, alike.values())
+    groups: dict[str, list[int]] = defaultdict(list)
+    # By id, so that neither the order of the shards nor that of splits changes the deal.
+    for row in sorted(subset.labeled.tolist(), key=lambda row: index.ids[row]):
+        groups[group_of[index.ids[row]]].append(row)
+    if len(groups) < folds.count:
+        raise DataError(
+            f"data.folds: {folds.count} folds need {folds.count} groups of labelled images, but there are {len(groups)}; "
+            "label more images or lower data.folds.count."
+        )
+    counts = np.array([index.presence[rows].sum(axis=0) for rows in groups.values()], np.float64)
+    sizes = np.array([len(rows) for rows in groups.values()], np.float64)
+    dealt = zip(groups, even_folds(counts, sizes, folds.count, folds.seed), strict=True)
+    out = {group for group, fold in dealt if fold == folds.held_out}
+    is_out = np.array([group_of[image_id] in out for image_id in index.ids])
+    labeled, unlabeled = subset.labeled, subset.unlabeled
+    return LabeledSubset(labeled[~is_out[labeled]], unlabeled[~is_out[unlabeled]], labeled[is_out[labeled]])
+
+
+def drawn_unlabeled(data: DataConfig, unlabeled: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+    """Returns those of the unlabelled rows that `data.unlabeled` asks for, ascending; `images`: how many the index has. DataError if there
+    are too few."""
+    wanted, there = data.unlabeled, len(unlabeled)
+    if wanted is None:
+        return unlabeled
+    count = min(there, max(1, round(wanted * there))) if isinstance(wanted, float) else wanted
+    if count > there:
+        raise DataError(
+            f"{data.shards}: data.unlabeled must be at most {there}, the unlabelled images, but is {count}."
+        )
+    # Of all rows, so that trainings with other labelled images draw the same ones as far as they can.
+    order = np.random.default_rng((data.subset_seed, 0xD4A7)).permutation(images)
+    return np.sort(order[np.isin(order, unlabeled)][:count])
 
 
 def subset_folder(shards: Path, name: str) -> Path:

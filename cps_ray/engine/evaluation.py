@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,14 @@ def evaluate(
     batches: Iterable[EvalBatch],
     num_classes: int,
     ranks: Ranks,
+    on_images: Callable[[str, Sequence[str], Tensor], None] | None = None,
 ) -> Counts:
     """Counts every pixel of every image once, for each network as `predict` sees it. A collective: every rank passes its own images.
 
     `networks`: by name, left in evaluation mode. Where each worker has one network, only this rank's own; the ranks of a
     batch shard then pass the same images, and the one with network a counts for them what all networks predict together.
-    Slices (`data.slices`) are counted for network a.
+    Slices (`data.slices`) are counted for network a. `on_images` gets the name of a network or ENSEMBLE, the ids of a batch and their confusion
+    matrices (N, C, C), strip by strip: an image may come several times, and its matrices add up.
     """
     slices, inference = config.data.slices, config.inference
     # A rank that has one network still tallies the names of all: the ranks' tallies are summed in one exchange.
@@ -106,6 +108,8 @@ def evaluate(
                 matrices_NCC = confusion(found.labels, target_NRW, num_classes)
                 tally.add(_network(name), matrices_NCC.sum(0))
                 tally.add(_calibration(name), calibration_sums(found, target_NRW))
+                if on_images is not None:
+                    on_images(name, batch.ids, matrices_NCC)
             if name == "a":
                 _count_slices(tally, slices, batch.ids, matrices_NCC)
             if name in ("a", "b"):

@@ -26,6 +26,11 @@ def confusion(prediction_NHW: Tensor, target_NHW: Tensor, num_classes: int) -> T
     return counts.view(images, _LABELS, num_classes)[:, :num_classes]
 
 
+def class_counts(confusion_CC: Tensor) -> Tensor:
+    """Returns the pixels of each class that are found, that are true, and that are predicted: (..., 3, C) of (..., C, C)."""
+    return torch.stack([confusion_CC.diagonal(dim1=-2, dim2=-1), confusion_CC.sum(-1), confusion_CC.sum(-2)], dim=-2)
+
+
 def _hits_and_unions(confusion_CC: Tensor) -> tuple[Tensor, Tensor]:
     matrix = confusion_CC.double()
     hit = matrix.diagonal()

@@ -47,7 +47,7 @@ def model_card(
         *_smp(description),
         "## Scores",
         "",
-        *_scores(description, metrics, arms),
+        *_scores(description, config, metrics, manifest, arms),
         "",
         "## Data",
         "",
@@ -110,22 +110,31 @@ def _smp(description: ModelDescription) -> list[str]:
     ]
 
 
-def _scores(description: ModelDescription, metrics: Mapping[str, Any], arms: Arms | None) -> Iterator[str]:
+def _scores(
+    description: ModelDescription,
+    config: TrainConfig,
+    metrics: Mapping[str, Any],
+    manifest: Manifest,
+    arms: Arms | None,
+) -> Iterator[str]:
     split = "test" if "test/miou" in metrics else "val"
     images = (
-        "the test split, which nothing was chosen by"
+        f"all labelled images, each predicted by one of {config.data.folds.count} trainings that had not seen it; this model was trained on all of them"
+        if split == "test" and config.data.folds
+        else "the test split, which nothing was chosen by"
         if split == "test"
-        else "the val split, by which its checkpoint was chosen"
+        else f"{_validation(config, manifest)}, by which its checkpoint was chosen"
     )
     inner = "" if description.network == "a" else f"{description.network}/"
     yield f"Measured on {images}. This model: mIoU {_percent(metrics.get(f'{split}/{inner}miou'))} %."
     over = (arms or {}).get(BEST_ARM, {})
     seeds = max((row["n"] for row in over.values()), default=0)
     others = [arm for arm in arms or {} if arm != BEST_ARM]
+    differ = "folds" if config.data.folds else "seeds"
     if seeds:
-        yield f"The columns are means over {seeds} training(s) with other seeds{', and standard deviations' if seeds > 1 else ''}."
+        yield f"The columns are means over {seeds} training(s) with other {differ}{', and standard deviations' if seeds > 1 else ''}."
     yield ""
-    yield " | ".join(["| class", "this model", *(["all seeds"] if seeds else []), *others]) + " |"
+    yield " | ".join(["| class", "this model", *([f"all {differ}"] if seeds else []), *others]) + " |"
     yield "|---" * (2 + bool(seeds) + len(others)) + "|"
     matrix = metrics.get("confusion", {}).get(description.network)
     exact = dict(zip(description.classes, iou(torch.tensor(matrix)).tolist(), strict=True)) if matrix else {}
@@ -143,6 +152,16 @@ def _scores(description: ModelDescription, metrics: Mapping[str, Any], arms: Arm
     if ece is not None:
         yield ""
         yield f"Expected calibration error: {_percent(ece)} % (how far probabilities are from how often they are right)."
+
+
+def _validation(config: TrainConfig, manifest: Manifest) -> str:
+    """Returns what stands for val in the evaluations of a training, in words."""
+    folds, val = config.data.folds, manifest.splits.get("val")
+    if folds is not None and folds.held_out is not None:
+        return f"fold {folds.held_out} of 0 to {folds.count - 1} of the labelled images, on which it was not trained"
+    if folds is not None and not (val and val.masks):
+        return "the labelled images, on which it was trained"
+    return f"the val split{', on which it was trained, too' if 'val' in config.data.further_labeled else ''}"
 
 
 def _cell(text: str) -> str:
@@ -170,6 +189,9 @@ def _data(config: TrainConfig, manifest: Manifest) -> Iterator[str]:
     if labeled is not None:
         yield ""
         yield f"Of train, the masks of `labeled: {labeled}` were used, drawn with `subset_seed: {config.data.subset_seed}`."
+    if config.data.further_labeled:
+        yield ""
+        yield f"The masks of {', '.join(config.data.further_labeled)} were used to train, too."
 
 
 def _recipe(config: TrainConfig) -> Iterator[str]:

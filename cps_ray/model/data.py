@@ -1,7 +1,7 @@
 """Prepared data that a model is applied to: whether they fit it, and which of their training images it was trained on with masks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,13 @@ def is_trained_on(model: Model, shards: Shards) -> bool:
     """Returns whether the training split is the model's own, by its fingerprint."""
     train = shards.manifest.splits.get("train")
     return train is not None and (model.description.fingerprint or {}).get("train") == train.fingerprint
+
+
+def trained_splits(model: Model) -> tuple[str, ...]:
+    """Returns the splits that the model was trained on, as far as its config can be read."""
+    with suppress(ConfigError):
+        return "train", *load_train(model.folder / "config.yaml").data.further_labeled
+    return ("train",)
 
 
 def labeled_rows_of(

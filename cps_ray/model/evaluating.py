@@ -19,6 +19,7 @@ from cps_ray.engine.evaluation import calibration_sums
 from cps_ray.engine.metrics import (
     calibration_error,
     class_accuracy,
+    class_counts,
     confusion,
     iou,
     mean_iou,
@@ -27,11 +28,9 @@ from cps_ray.engine.metrics import (
 )
 from cps_ray.errors import DataError
 from cps_ray.model.examples import Example
+from cps_ray.model.intervals import Counts, image_ious
 from cps_ray.model.model import Model
 from cps_ray.text import first_few
-
-# I images, C classes, G groups of images.
-Counts = NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -78,15 +77,6 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def image_ious(counts_I3C: NDArray[Any]) -> NDArray[np.float64]:
-    """Returns the mean IoU, as `metrics.mean_iou` does, of (..., 3, C) found, true and predicted pixels; nan where nothing was counted."""
-    hit, true, predicted = np.moveaxis(counts_I3C.astype(np.float64), -2, 0)
-    union = true + predicted - hit
-    total = np.divide(hit, union, out=np.zeros_like(hit), where=union > 0).sum(-1)
-    number = (union > 0).sum(-1)
-    return np.asarray(np.divide(total, number, out=np.full(np.shape(number), np.nan), where=number > 0))
-
-
 @torch.inference_mode()
 def evaluate_model(model: Model, batches: Iterable[EvalBatch], num_worst: int = 0) -> ModelScores:
     """Predicts every image and counts its pixels; keeps the `num_worst` images with the lowest mean IoU. Raises DataError for masks of more classes."""
@@ -110,8 +100,8 @@ def evaluate_model(model: Model, batches: Iterable[EvalBatch], num_worst: int = 
             labels.append(found.labels.cpu().numpy())
             first_row += rows
         scores.matrix += matrices.sum(0)
-        for number, (image_id, matrix) in enumerate(zip(batch.ids, matrices, strict=True)):
-            counts = np.stack([matrix.diagonal(), matrix.sum(1), matrix.sum(0)])
+        counts_N3C = class_counts(torch.from_numpy(matrices)).numpy()
+        for number, (image_id, counts) in enumerate(zip(batch.ids, counts_N3C, strict=True)):
             scores.ids.append(image_id)
             scores.counts.append(counts)
             value = float(image_ious(counts))
@@ -188,59 +178,3 @@ def pair_files(images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[tu
         names = f"{len(alone)} have none: {first_few(sorted(alone))}" if alone else "there are no masks"
         raise DataError(f"every mask must have an image of the same name, but {names}.")
     return [(name, images[name], masks[name]) for name in sorted(masks)]
-
-
-def paired_difference(
-    ours: Sequence[Counts],
-    theirs: Sequence[Counts],
-    groups: Sequence[str] | None = None,
-    *,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Returns how much better `ours` predicts the same images than `theirs`, in mIoU, with a 95 % interval.
-
-    Counts per image (3, C), in the same order. A paired bootstrap over images (Efron and Tibshirani 1993, ch. 8): both models are scored on
-    the same images, drawn with replacement, and the interval is that of the 2.5th to the 97.5th percentile of the differences. `groups`: of
-    each image; a group is drawn as a whole. No interval (None) with fewer than two groups.
-    """
-    both = np.stack([np.stack(ours), np.stack(theirs)], axis=1)  # (I, 2, 3, C)
-    per_image = image_ious(both)
-    gain_of = per_image[:, 0] - per_image[:, 1]
-    if groups is not None:
-        _, number = np.unique(np.asarray(groups), return_inverse=True)
-        summed = np.zeros((number.max() + 1, *both.shape[1:]), np.int64)
-        np.add.at(summed, number, both)
-        both = summed
-    flat = both.reshape(len(both), -1).astype(np.float64)
-    total = image_ious(both.sum(0))
-    found: dict[str, Any] = {
-        "gain": float(total[0] - total[1]),
-        "low": None,
-        "high": None,
-        "better": int((gain_of > 0).sum()),
-        "worse": int((gain_of < 0).sum()),
-        "images": len(gain_of),
-        "groups": len(both),
-    }
-    if len(both) > 1:
-        rng, differences = np.random.default_rng(seed), []
-        for first in range(0, draws, 500):
-            times = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), size=min(500, draws - first))
-            drawn = image_ious((times @ flat).reshape(len(times), *both.shape[1:]))
-            differences.append(drawn[:, 0] - drawn[:, 1])
-        found["low"], found["high"] = (float(each) for each in np.percentile(np.concatenate(differences), [2.5, 97.5]))
-    return found
-
-
-def difference_in_words(found: Mapping[str, Any]) -> str:
-    """Returns a line such as `better by 1.2 points of mIoU (95 % interval 0.4 to 2.0; better on 61 of 80 images)`."""
-    points = 100 * found["gain"]
-    images = f"better on {found['better']}, worse on {found['worse']} of {found['images']} images"
-    if found["low"] is None:
-        return f"{points:+.1f} points of mIoU; {images}; one image, or one group, gives no interval"
-    low, high = 100 * found["low"], 100 * found["high"]
-    interval = f"(95 % interval {low:+.1f} to {high:+.1f}; {images})"
-    if low > 0 or high < 0:
-        return f"{'better' if low > 0 else 'worse'} by {abs(points):.1f} points of mIoU {interval}"
-    return f"not distinguishable: {points:+.1f} points of mIoU {interval}"

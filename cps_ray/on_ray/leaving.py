@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 PATIENCE_S = 7.0
@@ -49,8 +50,10 @@ def _watch_head(address: str, ended: threading.Event, say: Callable[[str], None]
             answered = time.monotonic()
         except OSError:
             if answered is not None and time.monotonic() - answered > HEAD_PATIENCE_S:
-                text = f"the head of the Ray cluster, {address}, has not answered for {HEAD_PATIENCE_S:g} s"
-                _leave(1, lambda: say(text))
+                _leave(
+                    1,
+                    partial(say, f"the head of the Ray cluster, {address}, has not answered for {HEAD_PATIENCE_S:g} s"),
+                )
 
 
 def _leave(code: int, say: Callable[[], None]) -> None:

@@ -38,7 +38,11 @@ def measure_starts(config: TrainConfig, work: Path, *, rounds: int, again: int) 
                         dump_yaml(apply(config, {"seed": seed}, "bench").dump(str(folder)))
                     )
                     begin = time.perf_counter()
-                    ray.get(pool.begin.remote(Training(str(folder), DEFAULT_METRIC, GroupShape.of(config.resources))))
+                    ray.get(
+                        pool.begin.remote(
+                            Training(str(folder), DEFAULT_METRIC, config.sha256, GroupShape.of(config.resources))
+                        )
+                    )
                     news = ray.get(pool.wait.remote(str(folder), 0, _PATIENCE_S))
                     found["warm" if seed else "cold"].append(time.perf_counter() - begin)
                     while news["outcome"] is None:

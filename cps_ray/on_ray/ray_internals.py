@@ -34,6 +34,18 @@ class ControllerWatch(ControllerCallback):  # type: ignore[misc]
             self._on_failure(error, isinstance(cause, WorkerGroupStartupTimeoutError))
 
 
+def shorten_messages() -> None:
+    """Lets Ray print the first line alone of what it has to say to the driver: of a node that was lost, it would print the node's log."""
+    from ray._private import worker
+
+    def first_lines(data: dict[str, Any], ignore_prefix: bool) -> None:
+        print_all({**data, "lines": [text.split("\n", 1)[0] for text in data["lines"]]}, ignore_prefix)
+
+    print_all = getattr(worker.print_to_stdstream, "all_of_it", worker.print_to_stdstream)
+    first_lines.all_of_it = print_all  # type: ignore[attr-defined]
+    worker.print_to_stdstream = first_lines
+
+
 def paced(round_s: float) -> type:
     """Returns a callback for Ray Data's executions: the scheduling loop then waits so many seconds in each round.
 

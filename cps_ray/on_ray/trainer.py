@@ -45,10 +45,19 @@ def make_trainer(
     It keeps the checkpoint with the highest `metric` and the latest. A crash or a lost node restarts the workers up to `retries` times.
     `sweep` is the tag of the training's metrics.
     """
+    from cps_ray.on_ray.ray_internals import shorten_messages
+
+    shorten_messages()
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     # Plain values only: a worker parses the config again, so both sides need not agree on classes.
-    settings = {"train": config.dump(), "run_dir": str(run_dir), "sweep": sweep, "metric": metric}
+    settings = {
+        "train": config.dump(),
+        "sha256": config.sha256,
+        "run_dir": str(run_dir),
+        "sweep": sweep,
+        "metric": metric,
+    }
     # Without a limit for the controller, a run that can never start retries for ever.
     return _trainer(train_loop, settings, GroupShape.of(config.resources), run_dir, retries, 3)
 
@@ -59,6 +68,9 @@ def worker_groups(storage: Path) -> Iterator[Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from cps_ray.on_ray.ray_internals import shorten_messages
+
+    shorten_messages()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # As actor of this process it ends with it, whatever happens, and its groups with it.
     pool = (

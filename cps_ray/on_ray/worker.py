@@ -9,20 +9,28 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from cps_ray.config.plugins import Sink, load_sink
 from cps_ray.config.reader import load_train, parse_train
 from cps_ray.config.train import NETWORK_NAMES, TrainConfig
-from cps_ray.datasets.loader import TrainData, eval_batches, hidden_batches, train_batches, train_data
+from cps_ray.datasets.loader import (
+    TrainData,
+    evaluated_images,
+    hidden_batches,
+    image_batches,
+    train_batches,
+    train_data,
+)
 from cps_ray.datasets.open import open_data
-from cps_ray.datasets.shards import Shards
+from cps_ray.datasets.shards import Index
 from cps_ray.engine.cpu.threads import held_bytes, release_memory, tune_cpu
 from cps_ray.engine.evaluation import evaluate, evaluate_hidden, summarise
 from cps_ray.engine.loop import fit
@@ -30,7 +38,7 @@ from cps_ray.engine.normalisation import normalisation, padding_color
 from cps_ray.engine.ranks import Ranks, join
 from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics, collapse, vanishing
-from cps_ray.errors import DataError, DivergedError
+from cps_ray.errors import ConfigError, DataError, DivergedError
 from cps_ray.files import write_text
 from cps_ray.on_ray.failures import COLLAPSED, kind_of, reason
 from cps_ray.on_ray.gauges import TrainGauges
@@ -58,15 +66,15 @@ Judge = Callable[[int], bool]
 """Takes the step of an evaluation that is on record, checkpoint and all; False ends the training. Rank 0 alone asks it."""
 
 
-def work(train: dict[str, Any], run_dir: str, sweep: str, metric: str) -> dict[str, str]:
+def work(train: dict[str, Any], sha256: str, run_dir: str, sweep: str, metric: str) -> dict[str, str]:
     """Trains as `trainer.train_loop` says, in each worker.
 
-    `train`: as `TrainConfig.dump` gives it, paths absolute. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
+    `train`: as `TrainConfig.dump` gives it, paths absolute. `sha256`: the driver's hash of it. `run_dir`: where rank 0 writes its records, on storage that the driver sees.
     `sweep`: the tag of the training's metrics. `metric`: that by which the best checkpoint is kept.
     """
     with _run_log(Path(run_dir)) as log:
         try:
-            _train(parse_train(train, "train"), Path(run_dir), sweep, metric, log, lambda step: True)
+            _train(parse_train(train, "train"), sha256, Path(run_dir), sweep, metric, log, lambda step: True)
         except DivergedError as err:
             # Returned, not raised: Ray Train would take it for a crash and try again.
             log.error("%s", err)
@@ -119,7 +127,7 @@ def _serve(pool: Any, group: str, workers: str, training: Training, rank: int) -
                 judge = lambda step: ray.get(pool.report.remote(group, folder, step, workers))  # noqa: E731
                 if rank == 0:
                     (Path(folder) / ERROR_FILE).unlink(missing_ok=True)  # of an earlier try
-                _train(config, Path(folder), training.sweep, training.metric, log, judge)
+                _train(config, training.sha256, Path(folder), training.sweep, training.metric, log, judge)
             except Exception as err:
                 diverged = isinstance(err, DivergedError)
                 text = f"{err}\n" if diverged else traceback.format_exc()
@@ -159,16 +167,19 @@ def clean_up() -> None:
     release_memory()
 
 
-def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logging.Logger, judge: Judge) -> None:
+def _train(
+    config: TrainConfig, sha256: str, folder: Path, sweep: str, metric: str, log: logging.Logger, judge: Judge
+) -> None:
     from ray import train
     from ray.train.torch import get_device
 
     context = train.get_context()
     ranks = join(config, context.get_world_rank(), context.get_world_size(), get_device())
+    check_same(config, sha256, ranks, log)
     if ranks.device.type == "cpu":
         tune_cpu(max(1, round(config.resources.cpus_per_worker)))
     shards = open_data(config.data)
-    data = train_data(shards, config)
+    data, evaluated = train_data(shards, config), evaluated_images(shards, config, "val")
     state = build_state(config, len(shards.classes), ranks)
     # All ranks the same: the first one's latest, which the others may not see yet on shared storage.
     checkpoint = _shared(ranks, latest_checkpoint(folder))
@@ -194,9 +205,24 @@ def _train(config: TrainConfig, folder: Path, sweep: str, metric: str, log: logg
             fill=padding_color(config.model),
         )
         with closing(batches):
-            fit(config, state, batches, lambda state: validate(config, shards, data, state), report, shards.classes)
+            validated = partial(validate, config, shards.classes, data, evaluated)
+            fit(config, state, batches, validated, report, shards.classes)
     finally:
         report.close()
+
+
+def check_same(config: TrainConfig, sha256: str, ranks: Ranks, log: logging.Logger) -> None:
+    """Puts on record that every rank has the training that the driver wrote; ConfigError on all ranks if one has not. A collective."""
+    differs = torch.zeros(ranks.world, dtype=torch.int64, device=ranks.device)
+    differs[ranks.rank] = config.sha256 != sha256
+    wrong = ranks.sum(differs).nonzero().flatten().tolist()
+    if wrong:
+        raise ConfigError(
+            f"every rank must train what the driver wrote (sha256 {sha256}), but rank(s) {', '.join(map(str, wrong))} of {ranks.world} "
+            f"read another {CONFIG_FILE} (rank {ranks.rank}: {config.sha256}). Is the folder the same on all nodes, and nobody else writes there?"
+        )
+    if ranks.rank == 0:
+        log.info("config sha256 %s, on all %d rank(s) as the driver wrote it", sha256, ranks.world)
 
 
 def _shared(ranks: Ranks, value: T) -> T:
@@ -206,17 +232,20 @@ def _shared(ranks: Ranks, value: T) -> T:
     return value if ranks.world == 1 else collective.broadcast_from_rank_zero(value if ranks.rank == 0 else None)
 
 
-def validate(config: TrainConfig, shards: Shards, data: TrainData, state: TrainState) -> Metrics:
-    """Evaluates every image of `val`, each once over all ranks; and, if there are hidden masks, what
+def validate(
+    config: TrainConfig, classes: Sequence[str], data: TrainData, evaluated: Index, state: TrainState
+) -> Metrics:
+    """Evaluates every image of `evaluated`, val or what takes its place, each once over all ranks; and, if there are hidden masks, what
     `evaluate_hidden` says of some of them."""
-    ranks, classes = state.ranks, shards.classes
+    ranks = state.ranks
     # Ranks of one batch shard pass the same images: their networks are evaluated together.
     mine: dict[str, int] = {
         "batch_shard": ranks.batch_shard,
         "num_batch_shards": ranks.num_batch_shards,
         "threads": decode_threads(),
     }
-    counts = evaluate(config, state.evaluated, eval_batches(shards, "val", **mine), len(classes), ranks)
+    batches = image_batches(evaluated, np.arange(len(evaluated)), masks=True, **mine)
+    counts = evaluate(config, state.evaluated, batches, len(classes), ranks)
     hidden = hidden_batches(data, config.evaluation.hidden_images, **mine)
     pseudo = evaluate_hidden(config, state.evaluated, hidden, classes, ranks)
     return summarise(counts, classes, "val") | pseudo

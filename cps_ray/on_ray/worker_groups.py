@@ -57,6 +57,8 @@ class Training:
     folder: str
     metric: str
     """Metric by which its best checkpoint is kept."""
+    sha256: str
+    """Hash of its config, `TrainConfig.sha256`: its workers train no other."""
     shape: GroupShape
     sweep: str = ""
     retries: int = 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from cps_ray.config.reader import read_sweep
 from cps_ray.config.schema import Where, as_yaml, dotted, first_sentences, parse
-from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.sweep import FinalConfig, SweepConfig
 from cps_ray.config.yaml_reader import Loc
 from cps_ray.errors import ConfigError
 from cps_ray.files import read_json, write_json
@@ -35,7 +35,11 @@ def read_begun(root: Path) -> SweepConfig:
         raise ConfigError(
             f"{path}: cannot be read, so nobody knows whether {SWEEP_FILE} is still what the sweep began with. Delete it if it is."
         ) from err
-    return parse(SweepConfig, raw, base=root, where=lambda loc: str(path)) if raw else read_sweep(root / SWEEP_FILE)[0]
+    return (
+        parse(SweepConfig, raw, base=root, where=lambda loc: str(path))
+        if raw
+        else read_sweep(root / SWEEP_FILE, begun=True)[0]
+    )
 
 
 def edited(begun: SweepConfig, config: SweepConfig, where: Where, *, other_data: bool) -> SweepConfig:
@@ -49,9 +53,21 @@ def edited(begun: SweepConfig, config: SweepConfig, where: Where, *, other_data:
         f"{where(loc)}: {dotted(loc)}: {text} Put it back, or begin another sweep from this file with --name."
         for loc, text in _changes(begun.model_dump(mode="json"), same_data.model_dump(mode="json"))
     ]
+    faults += [
+        f"{where(('final', name))}: final.{name}: {text} Put it back, or begin another sweep from this file with --name."
+        for name, text in _changed_folds(begun.final, config.final)
+    ]
     if faults:
         raise ConfigError(first_sentences(faults))
     return (config if other_data else same_data).model_copy(update={"output": begun.output})
+
+
+def _changed_folds(old: FinalConfig, new: FinalConfig) -> Iterator[tuple[str, str]]:
+    """Yields what of `final` must not differ and does: with folds, trials are trained on other images."""
+    for name in ("folds", "group_by") if old.folds or new.folds else ():
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            yield name, f"must stay {as_yaml(before)}, since trials depend on the folds, but is {as_yaml(now)}."
 
 
 def _with_fingerprints_of(begun: SweepConfig, config: SweepConfig) -> SweepConfig:

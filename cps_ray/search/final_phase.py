@@ -1,20 +1,28 @@
-"""The final phase of a sweep: the best configuration and the baselines over seeds, evaluated once on the test split.
+"""The final phase of a sweep: the best configuration and the baselines over seeds, draws of the labels, or folds, evaluated once on images that
+nothing was chosen by.
 
-A baseline is the best configuration with the baseline's changes: same network, learning rate and steps. What differs in
-the result is then the change itself, not the search.
+A baseline is the best configuration with the baseline's changes, and with what a search of its own has found: same network and steps. What
+differs in the result is then the change itself. Arms are paired: the n-th training of each has the same seed, labels and fold.
 """
 
 import shutil
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
+import torch
 
 from cps_ray.config.reader import load_train
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import HELD_OUT, TrainConfig
+from cps_ray.datasets.loader import train_data
+from cps_ray.datasets.open import open_data
+from cps_ray.engine.metrics import mean_iou
 from cps_ray.engine.telemetry import Metrics, vanishing
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoints
 from cps_ray.results import FINAL_FOLDER
@@ -26,29 +34,124 @@ from cps_ray.search.tune_session import TrainingJob
 _EXAMPLES = 5
 
 
+ALL = "all"
+"""Name of the training on all labels, which is delivered where folds are compared."""
+
+
 @dataclass(frozen=True, slots=True)
 class FinalRun:
     """One training of an arm."""
 
     arm: str
-    seed: int
+    repeat: int
+    """Its seed, draw or fold; 0 for the one on all labels."""
     job: TrainingJob
+    is_last_step: bool = False
+    """Whether its last step counts, not the best by val: where nothing was left to choose by."""
+    split: str = "test"
+    """Images that it is evaluated on; "held_out": its fold."""
+    labels: float = 1.0
+    """Fraction of the labelled images that it has."""
+    images: float = 1.0
+    """Fraction of the unlabelled images that it has."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all images that an arm may have."""
+        return self.labels == self.images == 1.0
 
 
-def plan_final_runs(root: Path, config: SweepConfig, best: TrainConfig) -> list[FinalRun]:
-    """Returns the best configuration over the seeds, then each baseline over the same seeds."""
+def plan_final_runs(
+    root: Path, config: SweepConfig, best: TrainConfig, number: int, tuned: Mapping[str, Mapping[str, Any]]
+) -> list[FinalRun]:
+    """Returns the best configuration over the seeds, draws or folds, then each baseline over the same, then what the curve and the delivered model
+    need beside them. `number`: of the trial that `best` is. `tuned`: what the baselines' own searches have found."""
     if config.final.retrain == "none":
         return []
-    arms: Mapping[str, Mapping[str, Any]] = {BEST_ARM: {}, **config.baselines}
-    runs = []
-    for arm, changes in arms.items():
-        for seed in config.final.seeds:
-            name = f"{arm}-seed{seed}"
-            # The seed comes last: a baseline changes the method, never which seeds are compared.
-            changed = apply(best, {**config.final.set, **changes, "seed": seed}, f"final run {name}")
-            metric = own_metric(config.objective.metric, changed)
-            runs.append(FinalRun(arm, seed, TrainingJob(name, root / FINAL_FOLDER / name, changed, metric)))
-    return runs
+    arms: dict[str, Mapping[str, Any]] = {BEST_ARM: {}} | {name: config.changes(name) for name in config.baselines}
+    # With several candidates its runs are there already.
+    plan = _Plan(root, config, best, candidate(number) if config.final.top > 1 else BEST_ARM, tuned)
+    runs = [plan.run(arm, changes, repeat) for arm, changes in arms.items() for repeat in config.final.repeats]
+    for fraction in sorted({*config.final.curve} - {1.0}):
+        for repeat in config.final.repeats:
+            # The best one, and the first baseline: each arm more is paid for at every point.
+            runs += [plan.run(arm, changes, repeat, labels=fraction) for arm, changes in [*arms.items()][:2]]
+            runs += [plan.run(BEST_ARM, {}, repeat, images=fraction)] if best.semi_supervised else []
+    return runs + ([plan.on_all_labels()] if config.final.folds else [])
+
+
+def plan_candidates(root: Path, config: SweepConfig, trials: Mapping[int, TrainConfig]) -> list[FinalRun]:
+    """Returns the best trials over the seeds, draws or folds, for `final.top`. `trials`: their trainings by number."""
+    return [
+        _Plan(root, config, training).run(candidate(number), {}, repeat)
+        for number, training in trials.items()
+        for repeat in config.final.repeats
+    ]
+
+
+def best_arm_config(config: SweepConfig, best: TrainConfig, run: FinalRun) -> TrainConfig:
+    """Returns what a run of the best arm must be a training of, by best.yaml (`best`)."""
+    plan = _Plan(Path(), config, best)
+    planned = plan.run(BEST_ARM, {}, run.repeat) if run.repeat else plan.on_all_labels()
+    return planned.job.config
+
+
+def candidate(number: int) -> str:
+    """Returns the name of a trial among those that are trained again."""
+    return f"trial-{number:04d}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Final runs from the best configuration."""
+
+    root: Path
+    config: SweepConfig
+    best: TrainConfig
+    best_name: str = BEST_ARM
+    """Name of the best configuration in its folders' names."""
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def run(
+        self, arm: str, changes: Mapping[str, Any], repeat: int, *, labels: float = 1.0, images: float = 1.0
+    ) -> FinalRun:
+        final = self.config.final
+        # `final.set` holds for all arms, also for what a baseline's search has found.
+        changes = {**self.tuned.get(arm, {}), **final.set, **changes}
+        data = apply(self.best, changes, f"baseline {arm}").data
+        part = f"-labels{labels:g}" if labels < 1 else f"-images{images:g}" if images < 1 else ""
+        # The seed comes last: a baseline changes the method, never which trainings are compared.
+        own: dict[str, Any] = {"seed": repeat}
+        if final.draws:
+            own["data.subset_seed"] = repeat
+        own |= self.config.fold(repeat - 1)
+        if labels < 1:
+            own["data.labeled"] = fewer(data.labeled, labels)
+        if images < 1:
+            own["data.unlabeled"] = fewer(1.0 if data.unlabeled is None else data.unlabeled, images)
+        is_last_step = bool(final.folds) or "val" in changes.get("data.further_labeled", ())
+        split = HELD_OUT if final.folds else "test"
+        name = f"{self.best_name if arm == BEST_ARM else arm}{part}-{final.repeat_name}{repeat}"
+        return FinalRun(arm, repeat, self._job(name, {**changes, **own}), is_last_step, split, labels, images)
+
+    def on_all_labels(self) -> FinalRun:
+        return FinalRun(
+            BEST_ARM,
+            0,
+            self._job(f"{self.best_name}-{ALL}", {**self.config.final.set, "seed": 1, **self.config.fold(None)}),
+            True,
+            HELD_OUT,
+        )
+
+    def _job(self, name: str, changes: Mapping[str, Any]) -> TrainingJob:
+        changed = apply(self.best, changes, f"final run {name}")
+        metric = own_metric(self.config.objective.metric, changed)
+        return TrainingJob(name, self.root / FINAL_FOLDER / name, changed, metric)
+
+
+def fewer(wanted: Any, fraction: float) -> Any:
+    """Returns a part of a number, or of a fraction, of images."""
+    return wanted * fraction if isinstance(wanted, float) else max(1, round(wanted * fraction))
 
 
 def drop_stale(runs: list[FinalRun]) -> None:
@@ -116,30 +219,73 @@ class FinalPhase:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedRun:
-    """A final run, its best checkpoint by validation, and the scores of that on the test split."""
+    """A final run, the checkpoint of it that counts, and the scores of that on the images that it is evaluated on."""
 
     run: FinalRun
     checkpoint: Path
     step: int
     validation: float
     scores: CheckpointScores
+    num_labeled: int
+    num_unlabeled: int
+    """Number of images that it could draw from; 0 for methods without any."""
     vanished: str | None = None
     """Classes that the pseudo labels have lost at that checkpoint, as `vanishing` names them."""
 
     def row(self) -> dict[str, Any]:
-        """Returns a line of seeds.csv."""
+        """Returns a line of seeds.csv, without what it differs in from the arm's other runs."""
         scores = {name: value for name, value in self.scores.metrics.items() if name.endswith(("miou", "/ece"))}
-        validation = {self.run.job.metric: self.validation}
-        return {"arm": self.run.arm, "seed": self.run.seed, "step": self.step, **validation, **scores}
+        return {"step": self.step, self.run.job.metric: self.validation, **scores}
+
+
+def counting_checkpoint(run: FinalRun) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the checkpoint of a run that counts, with its meta data; None if there is none."""
+    if run.is_last_step:
+        return next(reversed(checkpoints(run.job.folder)), None)
+    return best_checkpoint(run.job.folder, run.job.metric)
+
+
+def validation(run: FinalRun) -> float:
+    """Returns what the checkpoint of a run that counts has reached on val. The run has ended well."""
+    found = counting_checkpoint(run)
+    assert found is not None
+    return float(found[1]["metrics"][run.job.metric])
 
 
 def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
-    """Evaluates each run's best checkpoint, chosen on the validation split, on the test split."""
-    chosen = [(run, best_checkpoint(run.job.folder, run.job.metric)) for run in runs]
+    """Evaluates the checkpoint of each run that counts, on the test split or on the fold that it has not seen."""
+    chosen = [(run, counting_checkpoint(run)) for run in runs if run.repeat]
     there = [(run, found) for run, found in chosen if found is not None]  # for the type checker: each has ended well
     asked = [(run.job.config, found[0], measured_network(run.job.metric)) for run, found in there]
-    scores = evaluate_checkpoints(asked, "test", _EXAMPLES)
+    scores = evaluate_checkpoints(asked, there[0][0].split, _EXAMPLES)
     return [
-        EvaluatedRun(run, folder, meta["step"], meta["metrics"][run.job.metric], each, vanishing(meta["metrics"]))
+        EvaluatedRun(
+            run,
+            folder,
+            meta["step"],
+            meta["metrics"][run.job.metric],
+            each,
+            *_num_images(run.job.config),
+            vanishing(meta["metrics"]),
+        )
         for (run, (folder, meta)), each in zip(there, scores, strict=True)
     ]
+
+
+def _num_images(config: TrainConfig) -> tuple[int, int]:
+    """Returns how many labelled and unlabelled images a training has."""
+    subset = train_data(open_data(config.data), config).subset
+    return len(subset.labeled), len(subset.unlabeled) if config.semi_supervised else 0
+
+
+def over_folds(evaluated: Sequence[EvaluatedRun]) -> CheckpointScores:
+    """Returns the scores of all held-out images together, each predicted by the training that has not seen it; what is not counted in pixels is a mean
+    over the folds."""
+    each = [one.scores for one in evaluated]
+    names = set.intersection(*(set(scores.metrics) for scores in each))
+    metrics = {name: fmean(scores.metrics[name] for scores in each) for name in sorted(names)}
+    confusion = {name: np.sum([scores.confusion[name] for scores in each], axis=0) for name in each[0].confusion}
+    for network, matrix in confusion.items():
+        part = "" if network == "a" else f"{network}/"
+        metrics[f"test/{part}miou"] = mean_iou(torch.from_numpy(matrix))
+    return CheckpointScores(metrics, each[0].examples, {name: matrix.tolist() for name, matrix in confusion.items()})

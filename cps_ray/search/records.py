@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from cps_ray.config.space import scalar
 from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig
 from cps_ray.files import read_json, write_json, write_text, write_whole
 from cps_ray.results import SUMMARY_FILE, TRIAL_COLUMNS, TRIALS_FILE, history_table, table_of
@@ -49,14 +50,18 @@ def trial_row(trial: SweepTrial, config: SweepConfig) -> dict[str, Any]:
     """Returns a trial as a row of the tables: TRIAL_COLUMNS, then its params."""
     return {
         **{name: getattr(trial, name) for name in TRIAL_COLUMNS},
-        **{f"params.{name}": _cell(trial.params.get(name), param) for name, param in config.search_space.items()},
+        **{f"params.{name}": _cell(trial.params, name, param) for name, param in config.search_space.items()},
     }
 
 
-def _cell(value: Any, param: Param) -> Any:
-    """Returns a value as its column holds it: of a mixed choice, such as [true, batchnorm], as text, since a column has one type."""
-    mixed = isinstance(param, ChoiceParam) and len({type(one) for one in param.values}) > 1
-    return str(value) if mixed and value is not None else value
+def _cell(params: Mapping[str, Any], name: str, param: Param) -> Any:
+    """Returns a value as its column holds it: None where the parameter was not drawn. Of a mixed choice, such as [true, batchnorm], and of
+    one with lists or null, as text, since a column has one type."""
+    if name not in params:
+        return None
+    kinds = {type(one) for one in param.values} if isinstance(param, ChoiceParam) else set()
+    value = "null" if params[name] is None else scalar(params[name])
+    return str(value) if len(kinds) > 1 else value
 
 
 def append_trial(root: Path, trial: SweepTrial, config: SweepConfig) -> None:

@@ -16,7 +16,7 @@ from cps_ray.runs import drop_checkpoints
 from cps_ray.search.disk import on_disk
 from cps_ray.search.export import write_best
 from cps_ray.search.records import Events, append_trial, write_summary, write_tables
-from cps_ray.search.study import SweepStudy
+from cps_ray.search.study import SweepStudy, SweepTrial, drawn
 from cps_ray.search.tune_session import TrainingJob
 from cps_ray.text import shell_path, show_params
 
@@ -32,7 +32,9 @@ class SearchPhase:
     config: SweepConfig
     root: Path
     events: Events
-    gauges: SweepGauges
+    gauges: SweepGauges | None
+    prefix: str = ""
+    """What stands before the numbers of its trials, in the names of its runs."""
     limit: str | None = None
     """Why the failure limits stopped the sweep."""
     started: float = field(default_factory=time.monotonic)
@@ -64,7 +66,8 @@ class SearchPhase:
         if found is None:
             return None
         number, config = found
-        job = TrainingJob(f"{number:04d}", trial_folder(self.root, number), config, self.config.objective.metric)
+        name = f"{self.prefix}{number:04d}"
+        job = TrainingJob(name, trial_folder(self.root, number), config, self.config.objective.metric)
         trial = self.study.trial(number)
         append_trial(self.root, trial, self.config)  # who looks on has the drawn values from there
         self.events("started", run=job.name, params=trial.params, steps=config.schedule.steps)
@@ -73,19 +76,19 @@ class SearchPhase:
 
     def report(self, job: TrainingJob, metrics: Metrics) -> bool:
         """Reports an evaluation to the study; False if the trial is to be stopped early."""
-        number, value = int(job.name), metrics[self.config.objective.metric]
+        number, value = self._number(job), metrics[self.config.objective.metric]
         self.events("report", run=job.name, step=metrics["step"], steps=job.config.schedule.steps, value=value)
         self.study.report(number, metrics["step"], value)
         return not self.study.should_prune(number)
 
     def halve(self, job: TrainingJob) -> None:
         """Takes note that a training is begun again with more micro-batches a step."""
-        self.study.halve(int(job.name), job.config.compute.accumulate)
+        self.study.halve(self._number(job), job.config.compute.accumulate)
 
     def tell(self, job: TrainingJob, failure: str | None, *, collapsed: bool) -> None:
         """Ends a trial in the study, and brings best.yaml, trials.jsonl and summary up to date; tables when it is their time."""
-        number = int(job.name)
-        before = self.study.best()  # only `tell` changes it
+        number = self._number(job)
+        before, was_stalled = self.study.best(), self.study.is_stalled  # only `tell` changes them
         state = self.study.tell(number, failure=failure, collapsed=collapsed)
         trial, best = self.study.trial(number), self.study.best()
         append_trial(self.root, trial, self.config)
@@ -102,6 +105,9 @@ class SearchPhase:
             self._write_best()
             if before is not None:
                 self._ended.append(before.number)
+        if self.study.is_stalled and not was_stalled:
+            patience = self.config.budget.patience
+            self.events("notice", text=f"{patience} trials have ended without a better value: no further one begins")
         self._drop_checkpoints(self._ended)
         self._write_tables_if_due()
         write_summary(self.root, self.study, self.config, RUNNING)
@@ -146,16 +152,24 @@ class SearchPhase:
             self.limit = f"{total} trials failed or collapsed (failures.max_failed). {where}"
 
     def _publish(self) -> None:
-        best = self.study.best()
-        self.gauges.set(self.study.counts(), None if best is None else best.score)
+        if self.gauges is not None:
+            best = self.study.best()
+            self.gauges.set(self.study.counts(), None if best is None else best.score)
+
+    def _number(self, job: TrainingJob) -> int:
+        return int(job.name.removeprefix(self.prefix))
 
 
 def best_config(study: SweepStudy, config: SweepConfig) -> TrainConfig:
     """Returns the best trial's training. There must be a complete trial."""
     best = study.best()
     assert best is not None
-    halved = {} if best.accumulate is None else {"compute.accumulate": best.accumulate}
-    return apply(config.train, {**best.params, **halved}, f"trial {best.number}")
+    return trial_config(best, config)
+
+
+def trial_config(trial: SweepTrial, config: SweepConfig) -> TrainConfig:
+    """Returns a trial's training, with folds on all of them."""
+    return apply(config.train, {**drawn(trial), **config.fold(None)}, f"trial {trial.number}")
 
 
 def best_header(root: Path, study: SweepStudy, config: SweepConfig) -> str:

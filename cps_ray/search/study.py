@@ -5,14 +5,18 @@ is PRUNED with its curve, one that crashed is FAIL, a finished one is COMPLETE w
 One that collapsed or diverged is COMPLETE with the worst value, and with its reason as the attribute `failure`: Optuna's
 samplers learn nothing from FAIL, and would try the same region again.
 
+Trials that a warm start takes from earlier sweeps stand before the sweep's own, for the sampler alone: trial n of the sweep is trial
+n + their number of the study.
+
 It is read once, when it is opened; what is asked for while a sweep runs is kept in memory, a few numbers per trial.
 """
 
 import math
+import random
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,20 +26,26 @@ from typing import Any, assert_never
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from cps_ray.config.checks import remarks
 from cps_ray.config.schema import Where
-from cps_ray.config.space import apply, draw
-from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, SamplerConfig, SweepConfig
+from cps_ray.config.space import apply, draw, from_scalars, grid, own_point, scalar, to_scalars
+from cps_ray.config.sweep import ChoiceParam, ObjectiveConfig, Param, Scalar, SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import ConfigError, at
 from cps_ray.results import COLLAPSED, COMPLETE, FAILED, PRUNED, RUNNING, STATES, STUDY_FILE, TRIALS_FOLDER
 from cps_ray.search.disk import BEGIN_ANEW, damaged, on_disk
 from cps_ray.search.stopping import stopping_rule
+from cps_ray.search.warm_start import WARM, earlier_trials
 
 WORST = 0.0
 """Value of a collapsed trial: every metric that a search maximises lies in 0..1."""
 _BEST = ObjectiveConfig(select="best")
+_ELECTION = "election"
+"""Attribute of the study: see `SweepStudy.elect`."""
 ACCUMULATE = "accumulate"
 """Attribute of a trial: see `SweepTrial`."""
+_PREPARED = "prepared"
+"""Attribute of a study that has all that it begins with."""
 
 
 @dataclass(slots=True)
@@ -94,32 +104,37 @@ class _Unfinished:
     is_to_stop: bool = False
 
 
+def _is_warm(trial: FrozenTrial) -> bool:
+    return WARM in trial.user_attrs
+
+
 def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return COLLAPSED if "failure" in trial.user_attrs else COMPLETE
     return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
 
 
-def _sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSampler:
-    """Returns what proposes trial `number`: one of its own, so that its point does not depend on who was interrupted before it."""
-    seed = config.seed + number
-    if config.type == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if config.type == "qmc":
-        # Not `seed`: the sequence goes on where the study's trials end, and another scrambling would be another sequence.
-        first = optuna.samplers.RandomSampler(seed=seed)  # until a trial has ended
-        return optuna.samplers.QMCSampler(seed=config.seed, scramble=True, independent_sampler=first)
-    if config.type == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
-    if config.type == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials)
-    assert_never(config.type)
+class _GridSampler(optuna.samplers.BaseSampler):  # type: ignore[misc]  # mypy does not see into Optuna
+    """Completes a trial to the first of the points that are left; where none fits what it has, to the first that does."""
+
+    def __init__(self, points: list[dict[str, Scalar | None]], begun: set[frozenset[Any]]) -> None:
+        self._points = sorted(points, key=lambda point: frozenset(point.items()) in begun)  # stable: in their order
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, _: Any) -> Any:
+        drawn = trial.params.items()
+        return next(point[param_name] for point in self._points if param_name in point and drawn <= point.items())
 
 
 def _kind(param: Param) -> str:
     """What trials of one study must have in common of a parameter: Optuna takes other bounds, but neither other choices nor another scale."""
     if isinstance(param, ChoiceParam):
-        return f"a choice of {list(param.values)}"
+        return f"a choice of {[scalar(value) for value in param.values]}"
     return f"{param.type}, log" if param.log else param.type
 
 
@@ -137,16 +152,26 @@ class SweepStudy:
     A trial's intermediate values are what `objective.select` makes of its curve so far: the best, or the last.
     """
 
-    def __init__(self, config: SweepConfig, folder: Path) -> None:
-        """Opens the study in `folder`, or begins it with the enqueued points. Raises ConfigError if it is damaged, or not this sweep's."""
+    def __init__(self, config: SweepConfig, folder: Path, home: Path | None = None) -> None:
+        """Opens the study in `folder`, or begins it with the enqueued points; `home`: the folder in which its trials' folder lies, if that is another one.
+        Raises ConfigError if it is damaged, or not this sweep's."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._config, self._objective = config, config.objective
         self._path = folder / STUDY_FILE
         self._trials: dict[int, SweepTrial] = {}
-        self._rule = stopping_rule(config.early_stopping)
+        self._rule = stopping_rule(config.early_stopping, config.train.schedule.steps)
         self._counts = dict.fromkeys(STATES, 0)
         self._best: SweepTrial | None = None
+        self._elected: SweepTrial | None = None
         self._failed_in_a_row = 0
+        self._since_best = 0
+        """Trials that have ended since the best one did."""
+        self._grid: list[dict[str, Scalar | None]] | None = None
+        if config.sampler.type == "grid":
+            self._grid = [to_scalars(config.search_space, point) for point in grid(config.search_space)]
+            random.Random(config.sampler.seed).shuffle(self._grid)
+        self.notices: list[str] = []
+        """What a person should know of how the study began."""
         self._kinds: dict[str, set[str]] = {}
         """Parameter -> what the trials before this session were drawn from."""
         self._live: dict[int, _Unfinished] = {}
@@ -154,21 +179,42 @@ class SweepStudy:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Opened by us: in a URL, SQLAlchemy would take %2F or ? in a folder's name for its own, each version in another way.
             connect = partial(sqlite3.connect, self._path, check_same_thread=False)
-            if (folder / TRIALS_FOLDER).exists():
+            if ((home or folder) / TRIALS_FOLDER).exists():
                 self._check_is_ours(connect)
             self._storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
-            self.study = optuna.create_study(
-                storage=self._storage, study_name=config.name, direction="maximize", load_if_exists=True
-            )
+            self.study = self._create()
+            trials = self._storage.get_all_trials(self.study._study_id, deepcopy=False)
+            if _PREPARED not in self.study.user_attrs and all(
+                trial.state == TrialState.WAITING or _is_warm(trial) for trial in trials
+            ):
+                if trials:  # killed in the middle of this
+                    optuna.delete_study(study_name=config.name, storage=self._storage)
+                    self.study = self._create()
+                self._prepare()
+                trials = self._storage.get_all_trials(self.study._study_id, deepcopy=False)
             self._seconds = float(self.study.user_attrs.get("seconds", 0.0))
-            study_id = self._storage.get_study_id_from_name(config.name)
-            trials = self._storage.get_all_trials(study_id, deepcopy=False)
-            self.study.sampler = _sampler(config.sampler, len(trials))
-            if not trials:
-                for point in config.enqueue:
-                    self.study.enqueue_trial(dict(point))
+        self._num_warm = sum(map(_is_warm, trials))
         # What an earlier session left unfinished: this one begins with it.
-        self._unfinished = iter(self._load(trials))
+        self._unfinished = iter(self._load(trials[self._num_warm :]))
+        self.study.sampler = self._sampler(len(self._trials))
+        self._take_election()
+
+    def _create(self) -> optuna.Study:
+        return optuna.create_study(
+            storage=self._storage, study_name=self._config.name, direction="maximize", load_if_exists=True
+        )
+
+    def _prepare(self) -> None:
+        """Begins a study: with trials of earlier sweeps, and with the points that are tried first."""
+        space = self._config.search_space
+        warm, lines = earlier_trials(self._config)
+        self.notices = [*lines, *remarks(self._config)]
+        self.study.set_metric_names([self._objective.metric])
+        self.study.add_trials(warm)
+        own = own_point(space, self._config.train)
+        for point in ([own] if own else []) + [point for point in self._config.enqueue if point != own]:
+            self.study.enqueue_trial(to_scalars(space, point))
+        self.study.set_user_attr(_PREPARED, True)
 
     def _check_is_ours(self, connect: Callable[[], sqlite3.Connection]) -> None:
         """Raises ConfigError for a damaged file, and for an empty one or another study, in which the sweep would silently begin anew."""
@@ -195,22 +241,21 @@ class SweepStudy:
         for trial in begun:
             for name, distribution in trial.distributions.items():
                 self._kinds.setdefault(name, set()).add(_kind_drawn(distribution))
-            curve, attrs = trial.intermediate_values, trial.user_attrs
-            one = SweepTrial(trial.number, trial.params, attrs.get("started"), accumulate=attrs.get(ACCUMULATE))
+            curve, attrs, number = trial.intermediate_values, trial.user_attrs, trial.number - self._num_warm
+            params = from_scalars(self._config.search_space, trial.params)
+            one = SweepTrial(number, params, attrs.get("started"), accumulate=attrs.get(ACCUMULATE))
             one.measure(curve, self._objective)
-            self._trials[trial.number] = one
+            self._trials[number] = one
             self._counts[RUNNING] += 1
             for step in sorted(curve):
                 if step < self._config.train.schedule.steps:
-                    self._rule.add(curve, step)
+                    self._rule.add(number, curve, step)
             if trial.state == TrialState.RUNNING:
-                unfinished.append(
-                    (trial.number, _Unfinished(trial._trial_id, curve, attrs.get("stopped_at"), {**curve}))
-                )
+                unfinished.append((number, _Unfinished(trial._trial_id, curve, attrs.get("stopped_at"), {**curve})))
         # By time, not by number: trials that run at once do not end in the order in which they began.
         ended = [trial for trial in begun if trial.state.is_finished()]
         for trial in sorted(ended, key=lambda trial: trial.user_attrs.get("ended", 0.0)):
-            one = self._trials[trial.number]
+            one = self._trials[trial.number - self._num_warm]
             one.ended, one.failure, one.score_last = (
                 trial.user_attrs.get(name) for name in ("ended", "failure", "score_last")
             )
@@ -222,10 +267,16 @@ class SweepStudy:
         self._counts[RUNNING] -= 1
         self._counts[state] += 1
         self._failed_in_a_row = self._failed_in_a_row + 1 if state in (FAILED, COLLAPSED) else 0
-        self._rule.end(curve, complete=state == COMPLETE, collapsed=state == COLLAPSED)
+        self._rule.end(trial.number, curve, complete=state == COMPLETE, collapsed=state == COLLAPSED)
+        before = None if self._best is None else self._best.score
+        self._since_best = 0 if before is None else self._since_best + 1
+        if state == COMPLETE and before is not None and (trial.score or 0.0) > before:
+            self._since_best = 0
         # The earlier one at a tie.
         if state == COMPLETE and (self._best is None or _rank(trial) > _rank(self._best)):
             self._best = trial
+        if state == COMPLETE:
+            self._elected = None
 
     def check_space(self, where: Where) -> None:
         """Raises ConfigError, with where the sweep says so, if the study's trials were drawn from a space that this one cannot go on from."""
@@ -241,6 +292,21 @@ class SweepStudy:
     def live(self) -> list[int]:
         """Numbers of the trials begun or continued here that have not ended yet."""
         return list(self._live)
+
+    def fact(self, name: str) -> Any:
+        """Returns what `note` has kept under this name; None if nothing."""
+        with on_disk(self._path):
+            return self.study.user_attrs.get(name)
+
+    def note(self, name: str, fact: Any) -> None:
+        """Keeps a fact with the study, as JSON has it."""
+        with on_disk(self._path):
+            self.study.set_user_attr(name, fact)
+
+    def delete(self) -> None:
+        """Takes the study and its trials out of its file."""
+        with on_disk(self._path):
+            optuna.delete_study(study_name=self._config.name, storage=self._storage)
 
     @property
     def seconds_before(self) -> float:
@@ -271,12 +337,103 @@ class SweepStudy:
         """Number of trials by state: complete, pruned, collapsed, failed, running."""
         return dict(self._counts)
 
+    @property
+    def config(self) -> SweepConfig:
+        """The sweep."""
+        return self._config
+
+    @property
+    def num_left(self) -> int:
+        """Number of trials of the budget that are to be begun or continued: running ones were left by a session that was killed."""
+        return self._config.budget.trials - sum(self._counts.values()) + self._counts[RUNNING]
+
     def best(self) -> SweepTrial | None:
-        """The complete trial with the best value, the earlier one at a tie; None if none is complete."""
-        return self._best
+        """The complete trial with the best value, the earlier one at a tie, or the one of the best that `elect` has named; None if none is
+        complete."""
+        return self._elected or self._best
+
+    def top(self, count: int) -> list[SweepTrial]:
+        """Returns the complete trials with the best values, the best one first."""
+        return sorted((each for each in self._trials.values() if each.state == COMPLETE), key=_rank, reverse=True)[
+            :count
+        ]
+
+    @property
+    def is_elected(self) -> bool:
+        """Whether `elect` has named the best one, and no trial has completed since."""
+        return self._elected is not None
+
+    def elect(self, means: Mapping[int, float]) -> None:
+        """Names the best of the best trials, by the means of what each reaches when it is trained again: number -> value. Holds until another trial
+        completes, or the sweep asks for other ones to be trained again."""
+        self.note(
+            _ELECTION, {"final": self._election, "means": {str(number): value for number, value in means.items()}}
+        )
+        self._take_election()
+
+    @property
+    def _election(self) -> dict[str, Any]:
+        final = self._config.final.model_dump(mode="json", include={"top", "seeds", "draws", "folds", "set"})
+        return {**final, "of": [trial.number for trial in self.top(self._config.final.top)]}
+
+    def _take_election(self) -> None:
+        found = self.fact(_ELECTION)
+        self._elected = None
+        if found and found["final"] == self._election:
+            self._elected = self._trials[int(max(found["means"], key=lambda number: found["means"][number]))]
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether as many trials as `budget.patience` says have ended without a better value than the best one's."""
+        patience = self._config.budget.patience
+        return patience is not None and self._since_best >= patience
+
+    @property
+    def why_no_more(self) -> str:
+        """Why no further trial begins, in words; "" if one may, or goes on."""
+        if self._counts[RUNNING]:
+            return ""
+        return self._why_none_begins()
+
+    def _why_none_begins(self) -> str:
+        if len(self._trials) >= self._config.budget.trials:
+            return f"all {self._config.budget.trials} trials of the budget have begun"
+        if self.is_stalled:
+            return f"budget.patience: {self._since_best} trials have ended without a better value"
+        if self._grid is not None and self._begun().issuperset(frozenset(point.items()) for point in self._grid):
+            return f"all {len(self._grid)} points of the grid have begun"
+        return ""
+
+    def _begun(self, but: int | None = None) -> set[frozenset[Any]]:
+        """Points that were begun, as Optuna has them."""
+        space = self._config.search_space
+        return {
+            frozenset(to_scalars(space, trial.params).items()) for trial in self._trials.values() if trial.number != but
+        }
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Returns what proposes trial `number`: one of its own, so that its point does not depend on who was interrupted before it."""
+        config = self._config.sampler
+        seed, first = config.seed + number, config.startup_trials
+        if config.type == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if config.type == "grid":
+            assert self._grid is not None
+            return _GridSampler(self._grid, self._begun(but=number))
+        if config.type == "qmc":
+            # Not `seed`: the sequence goes on where the study's trials end, and another scrambling would be another sequence.
+            at_random = optuna.samplers.RandomSampler(seed=seed)  # until a trial has ended
+            return optuna.samplers.QMCSampler(seed=config.seed, scramble=True, independent_sampler=at_random)
+        if config.type == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
+        if config.type == "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=first, warn_independent_sampling=False)
+        if config.type == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first)
+        assert_never(config.type)
 
     def ask(self) -> tuple[int, TrainConfig] | None:
-        """Returns number and config of the next trial; None when the budget of trials is used up.
+        """Returns number and config of the next trial; None when the budget, the grid or the patience is used up.
 
         Trials that an earlier session left unfinished come first, with the numbers and points they had.
         """
@@ -284,11 +441,12 @@ class SweepStudy:
             unfinished = next(self._unfinished, None)
             if unfinished is not None:
                 number, live = unfinished
-                self.study.sampler = _sampler(self._config.sampler, number)
+                self.study.sampler = self._sampler(number)
                 # Optuna keeps what a trial has drawn: `draw` below gives the same point again.
                 trial = Trial(self.study, live.trial_id)
-            elif (number := len(self._trials)) < self._config.budget.trials:
-                self.study.sampler = _sampler(self._config.sampler, number)
+            elif not self._why_none_begins():
+                number = len(self._trials)
+                self.study.sampler = self._sampler(number)
                 trial = self.study.ask()
                 live = _Unfinished(trial._trial_id)
                 self._trials[number] = SweepTrial(number, {}, time.time())
@@ -299,10 +457,12 @@ class SweepStudy:
                 changes = draw(self._config.search_space, trial)
                 more = self._trials[number].accumulate  # of an earlier session
                 halved = {} if more is None else {"compute.accumulate": more}
-                config = apply(self._config.train, {**changes, **halved}, f"trial {number}")
+                # With folds, the first one's images are those that the search is evaluated on.
+                all_changes = {**changes, **halved, **self._config.fold(0)}
+                config = apply(self._config.train, all_changes, f"trial {number}")
             except Exception:
                 if unfinished is None:  # it never ran, and nothing is left to continue
-                    self.study.tell(number, state=TrialState.FAIL)
+                    self.study.tell(number + self._num_warm, state=TrialState.FAIL)
                     self._end(self._trials[number], FAILED, {})
                 raise
             if unfinished is None:
@@ -325,7 +485,7 @@ class SweepStudy:
         live.curve[step] = counted
         with on_disk(self._path):
             # At its last step it ends by itself, and complete.
-            if step < self._config.train.schedule.steps and self._rule.add(live.curve, step):
+            if step < self._config.train.schedule.steps and self._rule.add(number, live.curve, step):
                 # Before the report: whenever the driver dies, a step that the study has was decided on.
                 self._storage.set_trial_user_attr(live.trial_id, "stopped_at", step)
                 live.stopped_at, live.is_to_stop = step, True
@@ -362,9 +522,11 @@ class SweepStudy:
                 if fact is not None:
                     self._storage.set_trial_user_attr(live.trial_id, name, fact)
             if state in (COMPLETE, COLLAPSED):
-                self.study.tell(number, trial.value if state == COMPLETE else WORST)
+                self.study.tell(number + self._num_warm, trial.value if state == COMPLETE else WORST)
             else:  # Optuna takes the last intermediate value as a pruned trial's own
-                self.study.tell(number, state=TrialState.PRUNED if state == PRUNED else TrialState.FAIL)
+                self.study.tell(
+                    number + self._num_warm, state=TrialState.PRUNED if state == PRUNED else TrialState.FAIL
+                )
         del self._live[number]
         self._end(trial, state, live.curve)
         return state
@@ -376,3 +538,8 @@ class SweepStudy:
 
 def _rank(trial: SweepTrial) -> tuple[float, int]:
     return trial.score or 0.0, -trial.number
+
+
+def drawn(trial: SweepTrial) -> dict[str, Any]:
+    """Returns the changes that make a trial's training: what was drawn, and more micro-batches if its memory was too small."""
+    return trial.params | ({} if trial.accumulate is None else {"compute.accumulate": trial.accumulate})

@@ -3,27 +3,25 @@
 import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
+from cps_ray.config.sweep import SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
 from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, ResourceError, at
-from cps_ray.files import read_json, replaced_folder
-from cps_ray.model.card import Arms
+from cps_ray.files import read_json
 from cps_ray.model.description import MODEL_FOLDER
-from cps_ray.model.examples import write_examples
 from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
-from cps_ray.on_ray.export import export_best, write_checkpoint_model
+from cps_ray.on_ray.export import export_best
 from cps_ray.on_ray.gauges import SweepGauges
 from cps_ray.on_ray.leaving import head_watched, leave_in_time
 from cps_ray.on_ray.trainer import close_groups, prepare_groups, worker_groups
@@ -40,26 +38,30 @@ from cps_ray.results import (
     trial_folder,
     verdict_lines,
 )
+from cps_ray.search.baselines import baseline_folder, baseline_sweep, is_of, open_study, searched
 from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
-from cps_ray.search.export import write_best, write_seeds
+from cps_ray.search.export import export_final, write_best
 from cps_ray.search.final_phase import (
     EvaluatedRun,
     FinalPhase,
     FinalRun,
+    candidate,
     drop_stale,
     evaluate_final_runs,
     is_done,
     is_stale,
+    plan_candidates,
     plan_final_runs,
+    validation,
 )
 from cps_ray.search.lock import locked
 from cps_ray.search.records import Events, write_summary, write_tables
-from cps_ray.search.search_phase import SearchPhase, best_config, best_header
-from cps_ray.search.study import SweepStudy
+from cps_ray.search.search_phase import SearchPhase, best_config, best_header, trial_config
+from cps_ray.search.study import SweepStudy, drawn
 from cps_ray.search.sweep_folder import final_training_configs
 from cps_ray.search.tune_session import Phase, TuneSession
-from cps_ray.search.verdict import compare
+from cps_ray.search.verdict import compare, notes
 from cps_ray.text import display_path, printable
 
 _ROOM_S = 5.0
@@ -131,11 +133,13 @@ class Sweep:
         """
         with at(display_path(self._root)), locked(self._root), self._signals.watched():
             self._study = SweepStudy(self._config, self._root)
+            for line in self._study.notices:
+                self._say(line)
             self._events = Events(self._root)
             write_tables(self._root, self._study, self._config)  # they may be deleted, or damaged
             summary = read_json(self._root / SUMMARY_FILE) or {}
             if self._is_finished(summary):
-                self._say("Nothing to do: the sweep is finished. More trials: --trials N.")
+                self._say(f"Nothing to do: the sweep is finished.{self._how_to_extend()}")
                 self._say_verdict(summary)
                 return 0
             try:
@@ -166,25 +170,44 @@ class Sweep:
         best = self._study.best()
         if summary.get("status") != "finished" or self._trials_left() or best is None:
             return False
-        runs = plan_final_runs(self._root, self._config, best_config(self._study, self._config))
-        arms = (summary.get("final") or {}).get("arms", {})
-        compared = {arm: row["test/miou"]["n"] for arm, row in arms.items()}
+        asked = self._config.final.model_dump(mode="json")
+        # A summary of an earlier version does not say what was asked for.
+        if (summary.get("final") or {}).get("asked", asked) != asked or (self._elects and not self._study.is_elected):
+            return False
+        searches = [*self._baseline_sweeps()]
+        if not all(self._is_searched(name, sweep) for name, sweep in searches):
+            return False
+        runs = self._planned(best_config(self._study, self._config))
+        compared = {arm: row["test/miou"]["n"] for arm, row in ((summary.get("final") or {}).get("arms") or {}).items()}
         return (
             summary["best"]["trial"] == best.number
-            and compared == Counter(run.arm for run in runs)
+            and {*compared} == {run.arm for run in runs}
             and all(is_done(run.job) and not is_stale(run.job) for run in runs)
             and all((self._root / name).exists() for name in (BEST_FILE, MODEL_FOLDER))
         )
+
+    def _how_to_extend(self) -> str:
+        """Returns what to say of how the search could go on."""
+        limit = self._config.budget.time
+        if self._study.is_stalled and self._study.num_left:
+            return " More trials: --patience N."
+        if limit is not None and self._study.seconds_before > limit and self._study.num_left:
+            return " More trials: --time T."
+        return "" if self._study.num_left else " More trials: --trials N."
+
+    @property
+    def _elects(self) -> bool:
+        """Whether the best of the best trials is named by training them again."""
+        return self._config.final.top > 1 and self._config.final.retrain == "best"
 
     def _trials_left(self) -> bool:
         """Whether there are trials to begin or to continue, and time for them."""
         limit = self._config.budget.time
         in_time = limit is None or self._study.seconds_before <= limit
-        return in_time and self._num_ended() < self._config.budget.trials
+        return in_time and not self._study.why_no_more
 
     def _num_ended(self) -> int:
-        counts = self._study.counts()
-        return sum(counts.values()) - counts[RUNNING]  # running ones are left by a session that was killed: resumed
+        return self._config.budget.trials - self._study.num_left
 
     def _how_many_fit(self) -> tuple[int, int]:
         """Number of trials, and of final runs, that may run at once. TooSmallError if one never could."""
@@ -202,12 +225,14 @@ class Sweep:
         with display, on_disk(self._root / SUMMARY_FILE), closing(SweepGauges(self._config.name)) as self._gauges:
             self._run_search()
             self._need_best()
+            self._run_candidates()
             best = best_config(self._study, self._config)
             # Again, though each new best trial writes it: a resume after the search may find it deleted, or of an older version.
             write_best(self._root, best, best_header(self._root, self._study, self._config))
-            runs = plan_final_runs(self._root, self._config, best)
+            self._run_baseline_searches()
+            runs = self._planned(best)
             evaluated = self._run_finals(runs)
-        self._export(best, evaluated, shards)
+        self._export(best, runs, evaluated, shards)
 
     def _need_best(self) -> None:
         """Raises NoTrialError if no trial has completed."""
@@ -218,12 +243,14 @@ class Sweep:
                 "See trials/*/error.txt and log.txt."
             )
 
-    def _session(self, phase: Phase, is_final: bool, tick: Callable[[TuneSession], None] = lambda _: None) -> None:
+    def _session(
+        self, phase: Phase, is_final: bool, tick: Callable[[TuneSession], None] = lambda _: None, name: str = ""
+    ) -> None:
         session = TuneSession(
             phase,
             self._scratch,
             self._pool,
-            sweep=self._config.name,
+            sweep=name or self._config.name,
             at_once=_Room(lambda: self._how_many_fit()[1 if is_final else 0]),
             failures=self._config.failures,
             resume=resume_command(self._root),
@@ -258,9 +285,91 @@ class Sweep:
         if phase.limit:
             raise FailureLimitError(f"stopped: {phase.limit}")
 
+    def _baseline_sweeps(self) -> Iterator[tuple[str, SweepConfig]]:
+        """Yields each baseline that is searched, with its search. There must be a complete trial."""
+        best = self._study.best()
+        assert best is not None
+        if self._config.final.retrain == "none":
+            return
+        for name in searched(self._config):
+            config = best_config(self._study, self._config)
+            sweep = baseline_sweep(self._config, name, config, best.params, len(self._study.trials))
+            if sweep.search_space:  # else all of it depends on what the best one has not
+                yield name, sweep
+
+    def _is_searched(self, name: str, sweep: SweepConfig) -> bool:
+        study = SweepStudy(sweep, self._root, home=baseline_folder(self._root, name))
+        return is_of(study, self._root, sweep) and bool(study.why_no_more)
+
+    def _baseline_searches(self) -> Iterator[tuple[str, SweepStudy]]:
+        """Yields each baseline that is searched, with its study, begun anew if it was another one's."""
+        for name, sweep in self._baseline_sweeps():
+            yield name, open_study(self._root, sweep, name)
+
+    def _planned(self, best: TrainConfig) -> list[FinalRun]:
+        trial = self._study.best()
+        assert trial is not None
+        return plan_final_runs(self._root, self._config, best, trial.number, self._tuned())
+
+    def _tuned(self) -> dict[str, dict[str, Any]]:
+        """Returns the values that the search of each baseline has found."""
+        return {name: drawn(best) for name, study in self._baseline_searches() if (best := study.best())}
+
+    def _run_baseline_searches(self) -> None:
+        for name, study in self._baseline_searches():
+            if not study.why_no_more:
+                self._run_baseline_search(name, study)
+            if study.best() is None:
+                folder = baseline_folder(self._root, name)
+                raise NoTrialError(f"{folder}: no trial of baseline {name} completed. See trials/*/error.txt there.")
+
+    def _run_baseline_search(self, name: str, study: SweepStudy) -> None:
+        folder, config = baseline_folder(self._root, name), study.config
+        folder.mkdir(parents=True, exist_ok=True)
+        done = config.budget.trials - study.num_left
+        done_before = f": {done} of {config.budget.trials} trials done" if done else f", {study.num_left} trials"
+        self._events("phase", text=f"search for baseline {name}{done_before}")
+        phase = SearchPhase(study, config, folder, self._events, None, prefix=f"{name}-")
+
+        def tick(session: TuneSession) -> None:
+            if phase.limit or phase.out_of_time:
+                session.stop()
+
+        self._session(phase, True, tick, config.name.replace("/", "-"))
+        phase.end_cut_trials()
+        write_tables(folder, study, config)
+        if phase.limit:
+            raise FailureLimitError(f"stopped in the search for baseline {name}: {phase.limit}")
+
+    def _run_candidates(self) -> None:
+        """Trains the best trials again, and names the best of them by the mean of what they reach on val: single trials rank noise."""
+        if not self._elects or self._study.is_elected:
+            return
+        trials = {trial.number: trial_config(trial, self._config) for trial in self._study.top(self._config.final.top)}
+        runs = plan_candidates(self._root, self._config, trials)
+        collapsed = self._train(runs, may_collapse=True)
+        reached = {
+            number: [validation(run) for run in runs if run.arm == candidate(number)]
+            for number in trials
+            if not any(run.job.name in collapsed for run in runs if run.arm == candidate(number))
+        }
+        if not reached:
+            raise FinalRunError(
+                f"{self._root}: each of the {len(trials)} best trials collapsed when it was trained again. See final/*/error.txt, and search "
+                "where trainings are stable: begin another sweep."
+            )
+        self._study.elect({number: fmean(values) for number, values in reached.items()})
+
     def _run_finals(self, runs: list[FinalRun]) -> list[EvaluatedRun]:
         if not runs:
             return []
+        self._train(runs)
+        close_groups(self._pool)  # evaluating takes what they hold
+        self._events("phase", text="evaluating the final models")
+        return evaluate_final_runs(runs)
+
+    def _train(self, runs: list[FinalRun], *, may_collapse: bool = False) -> dict[str, str]:
+        """Trains final runs that are not done; returns which have collapsed, and why, if they may. Raises FinalRunError if one fails."""
         drop_stale(runs)  # before the rest is looked at: a stale run would count as done
         waiting = [run for run in runs if not is_done(run.job)]
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
@@ -275,59 +384,43 @@ class Sweep:
                 f"{self._root}: {len(phase.failed)} of {len(runs)} final runs failed ({name}: {failure}). "
                 f"Try them again: {resume}"
             )
-        if phase.collapsed:
+        if phase.collapsed and not may_collapse:
             name, failure = next(iter(phase.collapsed.items()))
+            final, file = self._config.final, display_path(self._root / SWEEP_FILE)
+            way_out = f"To compare the other seeds, take theirs out of final.seeds in {file}, then: {resume}"
+            if final.draws:
+                way_out = f"To compare others, write `seeds` in place of `draws` into final in {file}, then: {resume}"
+            if final.folds:
+                way_out = "Begin another sweep, where trainings are stable: a lower rate or weight."
             raise FinalRunError(
-                f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. "
-                f"To compare the other seeds, take theirs out of final.seeds in {display_path(self._root / SWEEP_FILE)}, then: {resume}"
+                f"{self._root}: {len(phase.collapsed)} of {len(runs)} final runs collapsed ({name}: {failure}), and would again. {way_out}"
             )
-        close_groups(self._pool)  # evaluating takes what they hold
-        self._events("phase", text="evaluating the final models on the test split")
-        return evaluate_final_runs(runs)
+        return phase.collapsed
 
-    def _export(self, best: TrainConfig, evaluated: list[EvaluatedRun], shards: Shards) -> None:
-        if any(one.run.arm == BEST_ARM for one in evaluated):
-            final = compare(evaluated, self._metric)
-            exported = self._export_final(evaluated, final["arms"], shards)
+    def _export(self, best: TrainConfig, runs: list[FinalRun], evaluated: list[EvaluatedRun], shards: Shards) -> None:
+        if evaluated:
+            final = self._compare(evaluated, shards)
+            exported = export_final(self._root, self._config, runs, evaluated, final, shards)
         else:  # `final.retrain: none`: the search's own best model is what there is
-            self._export_best_trial(best, shards)
+            trial = self._study.best()
+            assert trial is not None
+            folder = trial_folder(self._root, trial.number)
+            export_best(self._root, best, folder, self._metric, measured_network(self._metric), shards)
             exported, final = best, None
         weights = [each.record() for each in weights_of_networks(exported)]
         self._say_verdict(self._save("finished", final=final, weights=weights))
 
+    def _compare(self, evaluated: list[EvaluatedRun], shards: Shards) -> dict[str, Any]:
+        # A single trial has been chosen by nothing.
+        tuned = [name for name, _ in self._baseline_sweeps()]
+        chosen = len(self._study.trials) > 1 or bool(tuned)
+        final = compare(evaluated, self._config, shards.classes, tuned=tuned, chosen=chosen)
+        asked = self._config.final.model_dump(mode="json")
+        return final | {"notes": notes(evaluated, self._config, shards), "asked": asked}
+
     def _say_verdict(self, summary: dict[str, Any]) -> None:
         for line in verdict_lines(self._root, summary):
             self._say(line)
-
-    def _export_final(self, evaluated: list[EvaluatedRun], arms: Arms, shards: Shards) -> TrainConfig:
-        """Writes best/; returns the training that it is from, which `final.set` may have changed."""
-        # Of the seeds the one that is best on val: choosing by test would make its test score too good.
-        top = max((one for one in evaluated if one.run.arm == BEST_ARM), key=lambda one: one.validation)
-        job = top.run.job
-        facts = {"step": top.step, "seed": top.run.seed}
-        columns = {one.run.arm: one.scores.examples for one in evaluated if one.run.seed == top.run.seed}
-        # Last, so that it stands beside what it is compared with. The space: no baseline can have this name.
-        columns[f"{BEST_ARM} {job.config.method}"] = columns.pop(BEST_ARM)
-        with replaced_folder(self._root / MODEL_FOLDER) as folder:
-            network = measured_network(job.metric)
-            write_checkpoint_model(
-                folder, job.config, top.checkpoint, shards, top.scores, facts, network=network, arms=arms
-            )
-            write_seeds(folder / "seeds.csv", [one.row() for one in evaluated])
-            write_examples(folder / "examples.png", columns, shards.manifest.palette)
-        return job.config
-
-    def _export_best_trial(self, best: TrainConfig, shards: Shards) -> None:
-        trial = self._study.best()
-        assert trial is not None
-        export_best(
-            self._root,
-            best,
-            trial_folder(self._root, trial.number),
-            self._metric,
-            measured_network(self._metric),
-            shards,
-        )
 
     def _save(self, status: str, **facts: Any) -> dict[str, Any]:
         write_tables(self._root, self._study, self._config)

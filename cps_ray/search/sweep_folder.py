@@ -5,17 +5,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from cps_ray.config.schema import Where
 from cps_ray.config.space import apply
 from cps_ray.config.sweep import FINGERPRINT, SweepConfig
-from cps_ray.config.train import DataConfig, TrainConfig
+from cps_ray.config.train import HELD_OUT, DataConfig, TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
-from cps_ray.datasets.loader import check_data, evaluated_sizes, metrics_of
+from cps_ray.datasets.loader import check_data, evaluated_images, evaluated_sizes, metrics_of, train_data
 from cps_ray.datasets.open import HASHES_FILE, fingerprints, open_data
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.evaluation import further_scores
 from cps_ray.engine.preflight import Preflight, check_sweep
-from cps_ray.errors import ConfigError
+from cps_ray.errors import ConfigError, DataError
 from cps_ray.files import read_json, write_text
 from cps_ray.results import (
     BEGUN_FILE,
@@ -30,6 +32,7 @@ from cps_ray.results import (
 from cps_ray.search.edits import write_begun
 from cps_ray.search.lock import locked
 from cps_ray.search.records import EVENTS_FILE
+from cps_ray.search.verdict import groups
 from cps_ray.text import did_you_mean
 
 SOURCE_FILE = "sweep.source.yaml"
@@ -95,7 +98,7 @@ def with_fingerprints(config: SweepConfig) -> SweepConfig:
     fingerprint = data.fingerprint or fingerprints(open_data(data))
     baselines = {}
     for name, changes in config.baselines.items():
-        other = apply(config.train, changes, f"baseline {name}").data
+        other = apply(config.train, config.changes(name), f"baseline {name}").data
         # What it has from `train` is of the data of `train`.
         if other.shards != data.shards and data.fingerprint in (None, other.fingerprint):
             unchecked = other.model_copy(update={"fingerprint": None})
@@ -114,22 +117,64 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
-    for changed in (config.train, *final_training_configs(config)):
+    searched = apply(config.train, config.fold(0), "trials")
+    best, *baselines = final_training_configs(config) or [searched]
+    for changed in (searched, best, *baselines):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
-    check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, config.train)), config, where)
+    for name, baseline in zip(config.baselines, baselines, strict=False):
+        if baseline.data != best.data:
+            _check_same_images(name, baseline, best, where)
+    _check_repeats(config, best, where)
+    check_sweep(Preflight(len(shards.classes), evaluated_sizes(shards, searched)), config, where)
     further = further_scores(config.train.evaluation, config.train.networks)
-    known, metric = metrics_of(shards, "val", config.train.data.slices, further), config.objective.metric
+    known, metric = metrics_of(shards, searched, "val", further), config.objective.metric
     if metric not in known:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
     return shards
 
 
+def _check_repeats(config: SweepConfig, best: TrainConfig, where: Where) -> None:
+    """Raises ConfigError for draws that draw the same, and for groups of which there are none."""
+    shards = open_data(best.data, None)
+    if config.final.draws:
+        one, other = (
+            train_data(shards, apply(best, {"data.subset_seed": seed}, "final.draws")).subset.labeled for seed in (1, 2)
+        )
+        if np.array_equal(one, other):
+            raise ConfigError(
+                f"{where(('final', 'draws'))}: final.draws: must draw some of the {len(one)} labelled images, but train.data.labeled takes all of them."
+            )
+    if config.final.group_by is not None and not config.final.folds and config.final.retrain == "best":
+        try:
+            groups(config.final.group_by, evaluated_images(shards, best, "test").ids)
+        except DataError as err:
+            raise ConfigError(f"{where(('final', 'group_by'))}: final.{err}") from err
+
+
+def _check_same_images(name: str, baseline: TrainConfig, best: TrainConfig, where: Where) -> None:
+    """Raises ConfigError if a baseline is evaluated on other images than the best: a gain is that of pairs."""
+    split = "test" if best.data.folds is None else HELD_OUT
+    theirs, ours = (
+        (shards.classes, sorted(evaluated_images(shards, each, split).ids))
+        for each in (baseline, best)
+        for shards in [open_data(each.data, None)]
+    )
+    if theirs != ours:
+        kind = (
+            "held-out images (with folds, all arms share their labelled ones)" if split == HELD_OUT else "test images"
+        )
+        raise ConfigError(
+            f"{where(('baselines', name))}: baselines.{name}: must have the classes and {kind} of the best configuration, since they are compared "
+            f"image by image, but {baseline.data.shards} has others."
+        )
+
+
 def final_training_configs(config: SweepConfig) -> list[TrainConfig]:
     """Returns the configs of the final runs, as far as they are known before the search."""
     if config.final.retrain == "none":
         return []
-    arms = ({}, *config.baselines.values())  # {}: the best one itself, here with the values of `train`
-    return [apply(config.train, {**config.final.set, **changes}, "final runs") for changes in arms]
+    arms = ({}, *map(config.changes, config.baselines))  # {}: the best one itself, here with the values of `train`
+    return [apply(config.train, {**config.final.set, **changes, **config.fold(0)}, "final runs") for changes in arms]

@@ -129,9 +129,11 @@ class TuneSession:
             os.environ.setdefault(variable, value)
         # Of Tune's own state, which nobody reads: on a full disk its traceback would come before our line.
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+        trainable = tune.with_parameters(TuneTrial, pool=self._pool)
+        trainable.__qualname__ = TuneTrial.__name__  # what the dashboard and process titles show
         try:
             tuner = tune.Tuner(
-                tune.with_parameters(TuneTrial, pool=self._pool),
+                trainable,
                 tune_config=tune.TuneConfig(
                     num_samples=-1,  # until the searcher has no more
                     search_alg=_PhaseSearcher(self),
@@ -197,6 +199,7 @@ class TuneSession:
         training = Training(
             str(job.folder),
             job.metric,
+            job.config.sha256,
             GroupShape.of(job.config.resources),
             self._sweep,
             limits.retries,

@@ -310,7 +310,7 @@ def test_a_sweep_on_a_preset(sweep_file: Callable[..., Path], tmp_path: Path) ->
     path = on_preset(sweep_file)
     text = path.read_text(encoding="utf-8").replace("schedule.steps: 400", "schedule.steps: 50000")
     path.write_text(text, encoding="utf-8")
-    sweep = load_sweep(path, ["train.cps.ramp=0.1"])
+    sweep = load_sweep(path, ["train.cps.ramp=0.1", "early_stopping={type: none}"])
     wanted = load_train(
         Path("reference/cityscapes-cutmix"), ["data.shards=data/tiny", "schedule.eval_every=25", "cps.ramp=0.1"]
     )

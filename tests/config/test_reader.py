@@ -49,7 +49,7 @@ SCHEMA_FAULTS = [
     ("{encoder: resnet18,", "{encoder: resnet18, b: {encoder: x, weigths: y},", "11: train.model.b.weigths: no such setting. Did you mean train.model.b.weights?"),
     ("steps: 200", "steps: 210", "14: `train.schedule.steps % train.schedule.eval_every == 0` must hold, but got steps=210, eval_every=50."),
     ("labeled_batch: 4", "labeled_batch: -4", "9: train.data.labeled_batch: must be greater than 0, but got -4."),
-    ("asha", "ash", "16: early_stopping.type: must be asha, median or none, but got 'ash'."),
+    ("asha", "ash", "16: early_stopping.type: must be asha, hyperband, median or none, but got 'ash'."),
     ("{trials: 4}", "{trials: 4, time: 3x}", "15: budget.time: a duration is a number with"),
     ("budget: {", "failures: {on_oom: retry}\nbudget: {", "15: failures.on_oom: must be fail or halve, but got 'retry'."),
     ("budget: {", "failures: {trial_timeout: 0}\nbudget: {", "15: failures.trial_timeout: must be greater than 0, but got 0."),
@@ -98,14 +98,14 @@ _SCHEDULE = {"steps": 10, "eval_every": 5}
         ("train.optim.lr=1e-4", lambda sweep: sweep.train.optim.lr == 1e-4),
         ("train.data.synthetic.train=20", lambda sweep: sweep.train.data.synthetic.train == 20),
         ("train.data.synthetic={}", lambda sweep: sweep.train.data.synthetic.train == 440),
-        ("train.cps={ramp: 0.5}", lambda sweep: sweep.train.cps.ramp == 0.5),
+        ("train.cps={ramp: 0.25}", lambda sweep: sweep.train.cps.ramp == 0.25),
         ("train.model.options={}", lambda sweep: sweep.train.model.options == {}),
         (
             "train.model.options.depth=4",
             lambda sweep: sweep.train.model.options == {"decoder_channels": 64, "depth": 4},
         ),
         ("search_space.optim.lr.high=0.05", lambda sweep: sweep.search_space["optim.lr"].high == 0.05),
-        ("search_space.cps.ramp={type: float, low: 0, high: 1}", lambda sweep: "cps.ramp" in sweep.search_space),
+        ("search_space.cps.ramp={type: float, low: 0, high: 0.25}", lambda sweep: "cps.ramp" in sweep.search_space),
         ("baselines.new.cps.weight=0", lambda sweep: sweep.baselines["new"] == {"cps.weight": 0}),
         ("final.set.optim.lr=0.1", lambda sweep: sweep.final.set == {"schedule.steps": 400, "optim.lr": 0.1}),
         ("output=here", lambda sweep: sweep.output == Path.cwd() / "here"),
@@ -175,6 +175,22 @@ SWEEP_FAULTS = [
     ("{schedule.steps: 400}", "{schedule.steps: 410}", "28: final.set: `schedule.steps % schedule.eval_every == 0` must hold"),
     ("{schedule.steps: 400}", "{data.labeled: 0.5}", "28: final.set.data.labeled: cannot be changed"),
     ("{schedule.steps: 400}", "{seed: 5}", "28: final.set.seed: cannot be changed: use `final.seeds`."),
+    ("lr: 1e-2", "lr: 1e-2\n  cps: {start: 0.1, ramp: 0.2}", "17: early_stopping.grace: must be at least 60, the step at which the weight of cps "
+     "has risen in every trial (cps.start + cps.ramp, of 200 steps), but got 50: before it"),
+    (LR, f"{LR}\n  cps.ramp: {{type: float, low: 0.0, high: 0.3}}", "16: early_stopping.grace: must be at least 60, "),
+    (LR, f"{LR}\n  cps.ramp: {{type: choice, values: [0.0, 1.0], when: {{cps.mix: cutmix}}}}", "must be at least 200, "),
+    ("asha, grace: 50", "hyperband", "must hold, but got grace=1, eval_every=50."),
+    ("values: [none, cutmix]", "values: [[1, 2], [1, 2]]", "20: search_space.cps.mix: values lists [1, 2] twice."),
+    (POINT, "{cps.mix: [none]}", "23: enqueue[0].cps.mix: ['none'] is not one of none, cutmix."),
+    ("budget: {trials: 4}", "budget: {trials: 4}\nsampler: {type: grid}", "search_space.cps.weight: needs a step, since sampler.type is grid."),
+    ("budget: {trials: 4}", "budget: {trials: 4}\nwarm_start: [a]\nsampler: {type: qmc}",
+     "16: warm_start: has no effect with sampler.type=qmc: only tpe and gp learn from it."),
+    ("{method: supervised}", "{method: supervised, search: [optim.lrr]}",
+     "25: baselines.supervised.search: optim.lrr is not in search_space. Did you mean optim.lr?"),
+    ("{method: supervised}", "{method: supervised, trials: 3}", "25: baselines.supervised: `trials` is the number of trials of a `search`"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  draws: 3\n  folds: 3", "`final.draws` and `final.folds` exclude each other"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  curve: [0.5]\n  folds: 3", "`final.curve` needs a test split"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  folds: 1", "final.folds: must be at least 2"),
     ("grace: 50", "grace: 400", "16: early_stopping.grace: must be at most train.schedule.steps=200, but got 400."),
 ]  # fmt: skip
 
@@ -188,12 +204,37 @@ def test_sweep_faults(sweep_file, old, new, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["draws: 3", "curve: [0.5]"])
+@pytest.mark.parametrize(("labeled", "text"), [("labeled: x", "the subset x"), ("labeled_list: x.txt", "a list")])
+def test_labels_that_are_listed_cannot_be_drawn_anew(sweep_file, name, labeled, text):
+    path = sweep_file(("labeled: 0.125", labeled), ("seeds: [1, 2]", f"seeds: [1, 2]\n  {name}"))
+    with pytest.raises(ConfigError, match=f"train.data.labeled must be a count or a fraction, but is {text}"):
+        load_sweep(path)
+
+
 def test_sweep_allows_what_is_right(sweep_file):
     load_sweep(sweep_file((WEIGHT, "{type: float, low: 0.0, high: 0.95, step: 0.05}")))
     load_sweep(sweep_file(("asha, grace: 50", "none, grace: 400")))
     load_sweep(
         sweep_file((LR, "  model.options.decoder_channels: {type: int, low: 16, high: 64, step: 16}"), (POINT, "{}"))
     )
+
+
+def test_only_the_ramp_of_the_method_that_is_trained_counts(sweep_file):
+    ramp = "lr: 1e-2\n  mean_teacher: {ramp: 1.0}"
+    load_sweep(sweep_file(("lr: 1e-2", ramp)))
+    load_sweep(sweep_file(("  data:", "  method: supervised\n  cps: {ramp: 1.0}\n  data:")))
+    # In trials that do not draw it the ramp is train's own, 0.
+    space = f"{LR}\n  cps.ramp: {{type: choice, values: [0.1, 0.25], when: {{cps.mix: cutmix}}}}"
+    load_sweep(sweep_file((LR, space)))
+
+
+def test_cmaes_is_refused_by_name_where_it_is_missing(sweep_file, monkeypatch):
+    file = sweep_file(("budget: {trials: 4}", "budget: {trials: 4}\nsampler: {type: cmaes}"))
+    load_sweep(file)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"x.yaml:16: sampler.type: cmaes needs .* pip install 'cps_ray\[cmaes\]'"):
+        load_sweep(file)
 
 
 def test_bounds_are_tried_with_what_makes_them_active(sweep_file):

@@ -9,10 +9,13 @@ import torch
 from support import changed
 from trees import pair, plan
 
-from cps_ray.config.train import TrainConfig
+from cps_ray.config.train import HELD_OUT, TrainConfig
 from cps_ray.datasets.loader import (
+    TrainData,
     check_data,
     eval_batches,
+    evaluated_images,
+    evaluated_sizes,
     hidden_batches,
     read_unlabeled,
     train_batches,
@@ -293,3 +296,76 @@ def test_padding_has_the_colour_that_is_asked_for(tiny: TrainConfig) -> None:
     for image in (first.labeled_image, first.unlabeled_image):
         assert image is not None
         assert image[:, :, 0, 0].tolist() == [[1, 2, 3]] * len(image)
+
+
+def ids_of(data: TrainData, part: str) -> set[str]:
+    return {data.index.ids[row] for row in getattr(data.subset, part)}
+
+
+def test_further_splits_are_labelled_as_a_whole(tiny: TrainConfig) -> None:
+    shards, config = open_shards(tiny.data.shards), changed(tiny, data__further_labeled=["val"])
+    plain, data = train_data(shards, tiny), train_data(shards, config)
+    assert ids_of(data, "labeled") == ids_of(plain, "labeled") | {f"val_{n:05d}" for n in range(6)}
+    assert ids_of(data, "unlabeled") == ids_of(plain, "unlabeled")
+    read = dict(zip(data.labeled.ids, data.labeled.read(range(12)), strict=True))
+    (true,) = shards.index("val").locations.read([4])
+    assert read["val_00004"] == true
+    assert next(iter(train_batches(data, config))).labeled_image.shape == (4, 3, 32, 48)
+
+
+@pytest.mark.parametrize("further", [[], ["val", "test"]])
+def test_a_held_out_fold_is_evaluated_and_seen_nowhere_else(tiny: TrainConfig, further: list[str]) -> None:
+    shards, everything = open_shards(tiny.data.shards), changed(tiny, data__further_labeled=further)
+    labeled, found = ids_of(train_data(shards, everything), "labeled"), []
+    for number in range(3):
+        config = changed(everything, data__folds={"count": 3, "held_out": number})
+        data, evaluated = train_data(shards, config), {*evaluated_images(shards, config, "val").ids}
+        assert evaluated == {*evaluated_images(shards, config, HELD_OUT).ids} == ids_of(data, "held_out")
+        assert ids_of(data, "labeled") == labeled - evaluated
+        hidden = {key for batch in hidden_batches(data, 100) for key in batch.ids}
+        stream = {each.id for each in read_unlabeled(data, config, unlabeled_positions(config, 0, 1, 0))}
+        assert hidden == stream == ids_of(train_data(shards, tiny), "unlabeled")
+        assert {*evaluated_images(shards, config, "test").ids} == {*shards.index("test").ids}
+        supervised = train_data(shards, changed(config, method="supervised", seed=3))
+        assert ids_of(supervised, "held_out") == evaluated, "arms are paired"
+        found += evaluated
+    assert sorted(found) == sorted(labeled)
+
+
+def test_fewer_unlabelled_images_are_used(tiny: TrainConfig) -> None:
+    config = changed(tiny, data__unlabeled=5)
+    data = train_data(open_shards(tiny.data.shards), config)
+    assert len(ids_of(data, "unlabeled")) == 5
+    assert {each.id for each in read_unlabeled(data, config, unlabeled_positions(config, 0, 1, 0))} == ids_of(
+        data, "unlabeled"
+    )
+
+
+@pytest.fixture
+def without_val(tmp_path: Path) -> Shards:
+    """Nine training images, six of them with masks; val has none, and test does not exist."""
+    sources = [pair(tmp_path, f"{n:02d}", size=(30 + 2 * n, 40)) for n in range(6)]
+    bare, val = ([pair(tmp_path, f"{name}{n}", masked=False) for n in range(3)] for name in "uv")
+    write_shards(tmp_path / "shards", plan({"train": [*sources, *bare], "val": val}))
+    return open_shards(tmp_path / "shards")
+
+
+def test_folds_need_no_val_and_no_test(tiny: TrainConfig, without_val: Shards) -> None:
+    config = changed(tiny, data__shards=str(without_val.folder))
+    with pytest.raises(DataError, match="split 'val' must have masks to be evaluated on, but has none"):
+        check_data(without_val, config)
+    with pytest.raises(DataError, match=r"split 'val' must have masks for data\.further_labeled, but has none"):
+        train_data(without_val, changed(config, data__further_labeled=["val"]))
+    for held_out in (0, None):
+        folded = changed(config, method="supervised", data__folds={"count": 3, "held_out": held_out})
+        check_data(without_val, folded)
+        evaluated = evaluated_images(without_val, folded, "val")
+        assert len(evaluated) == (2 if held_out == 0 else 6)
+        assert {*evaluated_sizes(without_val, folded)} == {*zip(evaluated.height, evaluated.width, strict=True)}
+    with pytest.raises(DataError, match="no split 'held_out'"):
+        evaluated_images(without_val, folded, HELD_OUT)
+
+
+def test_masks_of_val_are_evaluated_where_no_fold_is_held_out(tiny: TrainConfig) -> None:
+    shards, config = open_shards(tiny.data.shards), changed(tiny, data__folds={"count": 3})
+    assert evaluated_images(shards, config, "val").ids == shards.index("val").ids

@@ -110,6 +110,13 @@ def test_test_images_are_compared_where_they_are_used(raw: Path, tmp_path: Path,
         open_data(config(other, begun), ("test",))
 
 
+def test_further_labelled_images_are_compared(raw: Path, tmp_path: Path, begun: dict[str, str]) -> None:
+    change_a_pixel(raw / "e.png")
+    other = written(raw, tmp_path / "other")
+    with pytest.raises(DataError, match="test had 1 images, has 1 and not the same"):
+        open_data(config(other, begun, further_labeled=["test"]))
+
+
 def test_a_split_that_is_gone(raw: Path, tmp_path: Path, begun: dict[str, str]) -> None:
     shards = written(raw, tmp_path / "other")
     with pytest.raises(DataError, match="extra had 1 images and is gone"):
@@ -140,14 +147,21 @@ def test_synthetic_data_are_compared_in_the_same_way(tmp_path: Path, begun: dict
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "message"),
+    ("fingerprint", "more", "message"),
     [
-        ({"tran": "1-" + "0" * 32, "val": "1-" + "0" * 32}, "must have the fingerprint of train, or be null"),
-        ({"train": "1-0", "val": "1-" + "0" * 32}, "data.fingerprint.train"),
+        ({"tran": "1-" + "0" * 32, "val": "1-" + "0" * 32}, {}, "must have the fingerprint of train, or be null"),
+        ({"train": "1-0", "val": "1-" + "0" * 32}, {}, "data.fingerprint.train"),
+        (
+            {"train": "1-" + "0" * 32},
+            {"further_labeled": ["test"]},
+            "must have the fingerprint of test, or be null",
+        ),
     ],
 )
-def test_a_fingerprint_that_would_check_nothing_is_refused(fingerprint: dict[str, str], message: str) -> None:
-    data = {"shards": "x", "labeled": 2, "crop_px": [8, 8], "labeled_batch": 2, "unlabeled_batch": 2}
+def test_a_fingerprint_that_would_check_nothing_is_refused(
+    fingerprint: dict[str, str], more: dict[str, object], message: str
+) -> None:
+    data = {"shards": "x", "labeled": 2, "crop_px": [8, 8], "labeled_batch": 2, "unlabeled_batch": 2, **more}
     training = {
         "data": {**data, "fingerprint": fingerprint},
         "model": {"encoder": "resnet18"},
@@ -156,3 +170,26 @@ def test_a_fingerprint_that_would_check_nothing_is_refused(fingerprint: dict[str
     }
     with pytest.raises(ConfigError, match=message):
         parse_train(training, "")
+
+
+def test_folds_need_no_fingerprint_of_val(tmp_path: Path) -> None:
+    begun = {"train": "1-" + "0" * 32}
+    data = {"shards": tmp_path, "labeled": 2, "crop_px": (8, 8), "labeled_batch": 2, "unlabeled_batch": 2}
+    assert DataConfig.model_validate({**data, "folds": {"count": 2}, "fingerprint": begun}).fingerprint == begun
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"folds": {"count": 1}}, "greater than or equal to 2"),
+        ({"folds": {"count": 3, "held_out": 3}}, "`held_out` must be below `count`, 3, but got 3"),
+        ({"folds": {"count": 3, "group_by": "("}}, "must be a regular expression, but got '\\('"),
+        ({"further_labeled": ["train"]}, "must name splits beside train, each once, but got train"),
+        ({"further_labeled": ["val", "val"]}, "must name splits beside train, each once, but got val, val"),
+        ({"unlabeled": 0}, "unlabeled"),
+    ],
+)
+def test_wrong_folds_and_further_splits_are_refused(settings: dict[str, object], message: str) -> None:
+    data = {"shards": Path("x"), "labeled": 2, "crop_px": (8, 8), "labeled_batch": 2, "unlabeled_batch": 2}
+    with pytest.raises(ValueError, match=message):
+        DataConfig.model_validate({**data, **settings})

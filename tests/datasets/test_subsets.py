@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cps_ray.config.train import DataConfig
+from cps_ray.config.train import DataConfig, FoldsConfig
 from cps_ray.datasets.lists import write_list
 from cps_ray.datasets.shards import ImageLocations, Index
-from cps_ray.datasets.subsets import labeled_subset, stratified_order
+from cps_ray.datasets.subsets import LabeledSubset, drawn_unlabeled, hold_out, labeled_subset, stratified_order
 from cps_ray.errors import DataError
 
 
@@ -139,3 +139,93 @@ def test_a_named_subset_of_images_without_masks_is_refused(tmp_path: Path) -> No
         DataError, match=r"labeled\.txt: every labelled image must have a mask, but 1 have none.*img_0019"
     ):
         labeled_subset(data(shards=tmp_path, labeled="x"), index_of(20, masked=10))
+
+
+def different(count: int, masked: int, ids: tuple[str, ...] | None = None) -> tuple[Index, LabeledSubset]:
+    """Returns an index of images of which no two are equal, the first `masked` of them with a mask, and all of these labelled."""
+    index = index_of(count, masked=masked)
+    checksums = np.random.default_rng(1).integers(0, 256, (count, 32), dtype=np.uint8)
+    locations = index.locations if ids is None else dataclasses.replace(index.locations, ids=ids)
+    rows = np.arange(count)
+    changed = dataclasses.replace(index, locations=locations, pixels_sha256=checksums)
+    return changed, LabeledSubset(rows[:masked], rows[masked:])
+
+
+def held(index: Index, subset: LabeledSubset, tiled: bool = False, **folds: object) -> list[LabeledSubset]:
+    """Returns what is left and held out in each of the folds."""
+    count = int(folds.pop("count", 3))
+    return [
+        hold_out(subset, index, FoldsConfig.model_validate({"count": count, "held_out": k, **folds}), tiled=tiled)
+        for k in range(count)
+    ]
+
+
+def test_every_labelled_image_is_held_out_once_and_classes_are_in_all_folds() -> None:
+    index, subset = different(60, 33)
+    folds = held(index, subset)
+    assert sorted(row for fold in folds for row in fold.held_out) == list(range(33))
+    for fold in folds:
+        assert len(fold.held_out) == 11
+        assert sorted([*fold.labeled, *fold.held_out]) == list(range(33))
+        assert fold.unlabeled.tolist() == list(range(33, 60))
+        common = index.presence[:33].sum(axis=0) >= 3
+        assert index.presence[fold.held_out].any(axis=0)[common].all()
+    other = held(index, subset, seed=1)
+    assert [fold.held_out.tolist() for fold in other] != [fold.held_out.tolist() for fold in folds]
+    everything = hold_out(subset, index, FoldsConfig(count=3), tiled=False)
+    assert len(everything.labeled) == 33
+    assert not everything.held_out.size
+
+
+def test_folds_do_not_depend_on_the_order_of_the_shards() -> None:
+    index, subset = different(40, 40)
+    order = np.random.default_rng(2).permutation(40)
+    again = held(index.take(order), subset)
+    for fold, other in zip(held(index, subset), again, strict=True):
+        assert {index.ids[row] for row in fold.held_out} == {index.ids[order[row]] for row in other.held_out}
+
+
+def test_groups_are_held_out_whole_and_without_their_unlabelled_images() -> None:
+    ids = tuple(f"v{n % 7}_{n:02d}" for n in range(60))
+    index, subset = different(60, 30, ids)
+    folds = held(index, subset, group_by=r"^(v\d)_")
+    assert sorted(row for fold in folds for row in fold.held_out) == list(range(30))
+    for fold in folds:
+        videos = {ids[row][:2] for row in fold.held_out}
+        used = [*fold.labeled, *fold.unlabeled]
+        assert {ids[row][:2] for row in used} == {f"v{n}" for n in range(7)} - videos
+        assert len(used) == sum(key[:2] not in videos for key in ids)
+    with pytest.raises(DataError, match=r"group_by '\^x' must match ids, but matches none; they look like 'v0_00'"):
+        held(index, subset, group_by="^x")
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_equal_images_and_tiles_of_one_image_are_in_one_fold(tiled: bool) -> None:
+    ids = tuple(f"scene{n // 2:02d}_y0_x{n % 2 * 64}" for n in range(24))
+    index, subset = different(24, 20, ids)
+    if not tiled:
+        index.pixels_sha256[1::2] = index.pixels_sha256[::2]
+    for fold in held(index, subset, tiled=tiled):
+        scenes = [{ids[row][:7] for row in rows} for rows in (fold.held_out, [*fold.labeled, *fold.unlabeled])]
+        assert not scenes[0] & scenes[1]
+
+
+def test_too_few_groups_for_the_folds_are_refused() -> None:
+    index, subset = different(10, 4)
+    with pytest.raises(
+        DataError, match=r"data\.folds: 5 folds need 5 groups of labelled images, but there are 4; label"
+    ):
+        held(index, subset, count=5)
+
+
+def test_draws_of_unlabelled_images_are_nested_and_seeded() -> None:
+    rows = np.arange(10, 60)
+    found = {count: drawn_unlabeled(data(labeled=1, unlabeled=count), rows, 60).tolist() for count in (5, 20, 50, 0.1)}
+    assert found[0.1] == found[5] == sorted(found[5])
+    assert {*found[5]} < {*found[20]} < {*found[50]} == {*rows.tolist()}
+    assert drawn_unlabeled(data(labeled=1, unlabeled=5, subset_seed=1), rows, 60).tolist() != found[5]
+    assert drawn_unlabeled(data(labeled=1), rows, 60).tolist() == rows.tolist()
+    fewer = drawn_unlabeled(data(labeled=1, unlabeled=20), rows[5:], 60).tolist()
+    assert {*found[20]} - {*range(15)} <= {*fewer}, "other labelled images change as little as can be"
+    with pytest.raises(DataError, match=r"data\.unlabeled must be at most 50, the unlabelled images, but is 51"):
+        drawn_unlabeled(data(labeled=1, unlabeled=51), rows, 60)

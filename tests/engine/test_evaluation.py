@@ -562,7 +562,7 @@ def test_nothing_seen_gives_no_scores(tiny: TrainConfig) -> None:
 def test_an_objective_may_be_whatever_is_measured(tiny: TrainConfig, changes: dict[str, Any]) -> None:
     config = changed(tiny, **changes, data__slices={"first": "val_00000"})
     shards = open_shards(config.data.shards)
-    known = metrics_of(shards, "val", config.data.slices, further_scores(config.evaluation, config.networks))
+    known = metrics_of(shards, config, "val", further_scores(config.evaluation, config.networks))
     logits = torch.randn(256, len(shards.classes), generator=torch.Generator().manual_seed(0))
     networks = {name: table(logits) for name in "abc"[: config.networks]}
 

@@ -15,15 +15,13 @@ from cps_ray.engine.networks import build_networks
 from cps_ray.engine.ranks import Ranks
 from cps_ray.errors import DataError
 from cps_ray.model.evaluating import (
-    difference_in_words,
     evaluate_model,
     file_batches,
-    image_ious,
     pair_files,
-    paired_difference,
     read_labels,
 )
 from cps_ray.model.examples import confusion_picture
+from cps_ray.model.intervals import image_ious
 from cps_ray.model.model import load_model
 
 
@@ -70,61 +68,6 @@ def counts(hit: list[int], true: list[int], predicted: list[int]) -> np.ndarray:
 def test_mean_iou_leaves_out_what_is_nowhere() -> None:
     assert image_ious(counts([2, 0, 0], [4, 0, 0], [2, 2, 0])) == pytest.approx((2 / 4 + 0) / 2)
     assert np.isnan(image_ious(counts([0], [0], [0])))
-
-
-def simulated(rng: np.random.Generator, images: int, accuracy: float) -> list[np.ndarray]:
-    """Images of 3 classes of which a fraction of the pixels is found."""
-    made = []
-    for _ in range(images):
-        true = rng.multinomial(1000, rng.dirichlet([2.0, 1.0, 0.5]))
-        hit = rng.binomial(true, np.clip(accuracy + 0.1 * rng.standard_normal(), 0.05, 0.95))
-        missed = (true - hit).sum()
-        made.append(np.stack([hit, true, hit + rng.multinomial(missed, [1 / 3] * 3)]))
-    return made
-
-
-def test_a_difference_has_an_interval_that_holds_it() -> None:
-    rng = np.random.default_rng(0)
-    ours, theirs = simulated(rng, 80, 0.75), simulated(rng, 80, 0.65)
-    found = paired_difference(ours, theirs, draws=2000)
-    assert found["gain"] == pytest.approx(image_ious(sum(ours)) - image_ious(sum(theirs)))
-    assert 0 < found["low"] < found["gain"] < found["high"]
-    assert found["images"] == found["groups"] == 80
-    assert difference_in_words(found).startswith(f"better by {100 * found['gain']:.1f} points")
-    back = paired_difference(theirs, ours, draws=2000)
-    assert difference_in_words(back).startswith("worse by")
-    equal = paired_difference(ours, ours, draws=100)
-    assert (equal["gain"], equal["low"], equal["high"], equal["better"]) == (0, 0, 0, 0)
-    assert difference_in_words(equal).startswith("not distinguishable")
-
-
-def test_groups_are_drawn_whole() -> None:
-    """Copies of one image in one group say no more than the image itself; taken for images of their own, they would."""
-    rng = np.random.default_rng(1)
-    ours, theirs = simulated(rng, 12, 0.7), simulated(rng, 12, 0.66)
-    alone = paired_difference(ours, theirs)
-    frames = {"groups": [f"{n:02}" for n in range(12) for _ in range(9)]}
-    many = [each for each in ours for _ in range(9)], [each for each in theirs for _ in range(9)]
-    grouped, apart = paired_difference(*many, **frames), paired_difference(*many)
-    assert grouped["groups"] == 12
-    assert (grouped["low"], grouped["high"]) == pytest.approx((alone["low"], alone["high"]), abs=1e-9)
-    assert apart["high"] - apart["low"] < 0.6 * (grouped["high"] - grouped["low"])
-    single = paired_difference(*many, groups=["x"] * 108)
-    assert (single["low"], single["high"]) == (None, None)
-    assert "gives no interval" in difference_in_words(single)
-
-
-def test_the_interval_covers_the_truth() -> None:
-    """400 draws of 40 images from two models whose difference is known."""
-    rng = np.random.default_rng(2)
-    ours, theirs = np.stack(simulated(rng, 4000, 0.72)), np.stack(simulated(rng, 4000, 0.70))
-    truth = float(image_ious(ours.sum(0)) - image_ious(theirs.sum(0)))
-    covered = 0
-    for _ in range(400):
-        rows = rng.integers(0, 4000, 40)
-        found = paired_difference([*ours[rows]], [*theirs[rows]], draws=400)
-        covered += found["low"] <= truth <= found["high"]
-    assert 0.90 <= covered / 400 <= 0.98
 
 
 def test_files_are_evaluated_as_shards_are(exported: Path, pair: TrainConfig, tmp_path: Path) -> None:

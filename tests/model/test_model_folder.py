@@ -40,6 +40,26 @@ def test_files_and_their_mode(exported: Path, pair: TrainConfig) -> None:
     assert json.loads((exported / "model.json").read_text())["fingerprint"] == pair.data.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "the val split, by which"),
+        ({"further_labeled": ["val"]}, "the val split, on which it was trained, too, by which"),
+        ({"folds": {"count": 3}}, "the val split, by which"),
+        (
+            {"folds": {"count": 3, "held_out": 1}},
+            "fold 1 of 0 to 2 of the labelled images, on which it was not trained, by",
+        ),
+    ],
+)
+def test_the_card_says_which_images_were_validated(
+    tiny: TrainConfig, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    config = changed(tiny, method="supervised", **{f"data__{name}": value for name, value in changes.items()})
+    folder = write_untrained(config, tmp_path / "best")
+    assert f"Measured on {words}" in (folder / "README.md").read_text()
+
+
 def test_smp_alone_loads_network_a(exported: Path) -> None:
     network = smp.from_pretrained(str(exported)).eval()
     description = json.loads((exported / "model.json").read_text())["networks"]["a"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import worker
 from ray.data import DataContext
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -15,7 +16,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.tune.execution.tune_controller import TuneController
 
 from cps_ray.on_ray.cluster import WORKER_ENV
-from cps_ray.on_ray.ray_internals import ControllerWatch, paced
+from cps_ray.on_ray.ray_internals import ControllerWatch, paced, shorten_messages
 from cps_ray.search import tune_session
 
 HELP = f"Ray {ray.__version__} has changed what cps_ray/on_ray/ray_internals.py uses"
@@ -73,3 +74,15 @@ def test_settings_that_ray_reads_from_the_environment_are_still_read(name: str) 
 def test_tune_keeps_a_trials_process_for_the_next_trial() -> None:
     assert "reuse_actors" in inspect.signature(TuneController).parameters, HELP
     assert import_module("ray.tune").Trainable.reset_config, HELP
+
+
+def test_of_rays_messages_to_the_driver_the_first_line_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages), HELP
+    for _ in range(2):  # by the second connection, too
+        shorten_messages()
+    worker.print_to_stdstream(
+        {"lines": ["a node was lost\nits log\nand more"], "pid": "raylet", "is_err": False}, False
+    )
+    printed = capsys.readouterr().out
+    assert "a node was lost" in printed
+    assert "its log" not in printed

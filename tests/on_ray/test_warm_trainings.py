@@ -54,7 +54,7 @@ class Trial:
         folder = self.root / name
         folder.mkdir()
         (folder / CONFIG_FILE).write_text(dump_yaml(config.dump(str(folder))))
-        training = Training(str(folder), "val/miou", GroupShape.of(config.resources), "test", retries)
+        training = Training(str(folder), "val/miou", config.sha256, GroupShape.of(config.resources), "test", retries)
         ray.get(self.pool.begin.remote(training))
         judged = 0
         while True:

@@ -23,7 +23,7 @@ class Workers:
         self.pool = WorkerGroups(self.started.append, idle_s)
 
     async def begin(self, name: str, shape: GroupShape = ONE, **settings: Any) -> str:
-        await self.pool.begin(Training(name, "val/miou", shape, **settings))
+        await self.pool.begin(Training(name, "val/miou", "", shape, **settings))
         return name
 
     async def train(self, group: str, wanted: str) -> None:
@@ -136,7 +136,7 @@ def test_a_stopped_training_ends_with_its_group() -> None:
         await workers.pool.take("group-000")  # and dies before it trains
         await workers.pool.stop("a")
         workers.pool.group_ended(workers.started[0], None)
-        await asyncio.wait_for(workers.pool.begin(Training("a", "val/miou", ONE)), 1.0)
+        await asyncio.wait_for(workers.pool.begin(Training("a", "val/miou", "", ONE)), 1.0)
         await workers.train("group-001", "a")
 
     run(test)

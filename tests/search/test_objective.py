@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from support import changed
 
 from cps_ray.config.sweep import SweepConfig, measured_network
-from cps_ray.config.train import TrainConfig
-from cps_ray.datasets.loader import eval_batch
+from cps_ray.config.train import HELD_OUT, TrainConfig
+from cps_ray.datasets.loader import eval_batch, evaluated_images, image_batches
+from cps_ray.datasets.open import fingerprints
 from cps_ray.datasets.shards import open_shards
 from cps_ray.engine.inference import predict
 from cps_ray.engine.metrics import mean_iou
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state, load_networks
 from cps_ray.model.model import load_model
+from cps_ray.on_ray import evaluate_runs
 from cps_ray.on_ray.evaluate_runs import CheckpointScores, evaluate_checkpoint
 from cps_ray.on_ray.export import write_checkpoint_model
 from cps_ray.results import verdict_lines
@@ -72,7 +74,7 @@ def sweep(tiny: TrainConfig, root: Path, metric: str) -> SweepConfig:
 
 
 def test_final_runs_keep_and_report_what_they_measure(tiny: TrainConfig, tmp_path: Path) -> None:
-    ours, theirs = plan_final_runs(tmp_path, sweep(tiny, tmp_path, "val/b/miou"), tiny)
+    ours, theirs = plan_final_runs(tmp_path, sweep(tiny, tmp_path, "val/b/miou"), tiny, 0, {})
     assert (ours.job.metric, theirs.job.metric) == ("val/b/miou", "val/miou")
     phase = FinalPhase([ours, theirs], Events(tmp_path))
     for run, record in ((ours, {"val/miou": 0.1, "val/b/miou": 0.2}), (theirs, {"val/miou": 0.3})):
@@ -82,7 +84,7 @@ def test_final_runs_keep_and_report_what_they_measure(tiny: TrainConfig, tmp_pat
         phase.tell(run.job, None, collapsed=False)
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["value"] for event in told if event["event"] == "finished"] == [0.2, 0.3]
-    rows = [EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({}, [])).row() for run in (ours, theirs)]
+    rows = [EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({}, []), 6, 0).row() for run in (ours, theirs)]
     assert [list(row)[-1] for row in rows] == ["val/b/miou", "val/miou"]
 
 
@@ -103,16 +105,19 @@ def test_a_run_that_collapsed_at_its_last_step_is_not_done(tiny: TrainConfig, tm
 
 def evaluated(arm: str, config: TrainConfig, metric: str, scores: dict[str, float]) -> EvaluatedRun:
     run = FinalRun(arm, 1, TrainingJob(f"{arm}-1", Path(), config, metric))
-    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(scores, []))
+    # Two images of one class each, of which the headline's network finds its part.
+    found = round(100 * scores[headline_score(metric, scores)])
+    counts = np.array([[[found], [100], [found]], [[found], [100], [found]]])
+    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(scores, [], ids=("x", "y"), counts=counts), 6, 0)
 
 
 @pytest.mark.parametrize(
     ("metric", "gain", "lines"),
     [
-        ("val/miou", 10.0, ["50.0 % over 1 seed(s)", "40.0 % over 1 seed(s)   best is +10.0 points"]),
-        ("val/b/miou", 20.0, ["60.0 % over 1 seed(s), network b", "best is +20.0 points"]),
-        ("val/ensemble/miou", 30.0, ["70.0 % over 1 seed(s), all networks together", "best is +30.0 points"]),
-        ("val/iou/car", 10.0, ["best is +10.0 points", "test/iou/car  best              20.0 % over 1 seed(s)"]),
+        ("val/miou", 10.0, ["50.0 % over 1 seed", "40.0 % over 1 seed", "Best against plain: better by 10.0 points"]),
+        ("val/b/miou", 20.0, ["60.0 % over 1 seed, network b", "better by 20.0 points"]),
+        ("val/ensemble/miou", 30.0, ["70.0 % over 1 seed, all networks together", "better by 30.0 points"]),
+        ("val/iou/car", 10.0, ["better by 10.0 points", "test/iou/car  best   20.0 % over 1 seed"]),
     ],
 )
 def test_the_verdict_is_on_the_network_of_the_objective(
@@ -123,13 +128,14 @@ def test_the_verdict_is_on_the_network_of_the_objective(
         evaluated("best", tiny, metric, pair),
         evaluated("plain", tiny, "val/miou", {"test/miou": 0.4, "test/iou/car": 0.1}),
     ]
-    final = compare(runs, metric)
+    config = sweep(tiny, tmp_path, metric)
+    final = compare(runs, config, ["road"], tuned=["plain"], chosen=True)
     assert final["gain"] == {"plain": pytest.approx(gain)}
     best = {"trial": 0, "value": 0.5, "step": 6, "params": {}}
     text = "\n".join(verdict_lines(tmp_path, {"best": best, "objective": metric, "final": final}))
     assert all(line in text for line in lines), text
     assert text.count("test/iou/car") == (2 if metric == "val/iou/car" else 0)
-    earlier = {name: value for name, value in final.items() if name != "headline"}
+    earlier = {name: final[name] for name in ("arms", "gain", "vanished")}
     assert verdict_lines(tmp_path, {"best": best, "objective": metric, "final": earlier}), "of an earlier version"
 
 
@@ -173,6 +179,30 @@ def test_what_is_exported_uses_the_network_of_the_objective(
 
 
 @pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
+def test_counts_per_image_are_those_of_the_network_shown(
+    trained: tuple[TrainConfig, Path], monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    config, checkpoint = changed(trained[0], evaluation__window_px=(16, 24)), trained[1]  # in several strips
+    backwards = lambda index, rows, **settings: image_batches(index, rows[::-1], **settings)  # noqa: E731
+    monkeypatch.setattr(evaluate_runs, "image_batches", backwards)
+    scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 0, shown)
+    index = open_shards(config.data.shards).index("test")
+    networks = load_networks(config, read_checkpoint(checkpoint), 7, source=checkpoint)
+    assert scores.ids == tuple(sorted(index.ids))
+    assert scores.counts.shape == (len(index), 3, 7)
+    for image_id, (hit, true, predicted) in zip(scores.ids, scores.counts, strict=True):
+        batch = eval_batch(index, [index.ids.index(image_id)])
+        with torch.inference_mode():
+            prob = {each: predict(config.inference, networks[each], batch.image).softmax(1) for each in "ab"}
+        found = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1).numpy()
+        mask = batch.mask.numpy()
+        for label in range(7):
+            assert hit[label] == ((found == label) & (mask == label)).sum()
+            assert true[label] == (mask == label).sum()
+            assert predicted[label] == ((found == label) & (mask != 255)).sum()
+
+
+@pytest.mark.parametrize("shown", ["a", "b", "ensemble"])
 def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, Path], shown: str) -> None:
     config, checkpoint = trained
     scores = evaluate_checkpoint(config.dump(), str(checkpoint), "test", 2, shown)
@@ -185,6 +215,18 @@ def test_examples_show_the_network_of_the_objective(trained: tuple[TrainConfig, 
             prob = {each: predict(config.inference, networks[each], batch.image).softmax(1) for each in "ab"}
         expected = (prob["a"] + prob["b"] if shown == "ensemble" else prob[shown]).argmax(1)[0]
         assert np.array_equal(mask, expected.numpy())
+
+
+def test_the_fold_that_is_held_out_is_evaluated_as_test(trained: tuple[TrainConfig, Path]) -> None:
+    shards = open_shards(trained[0].data.shards)
+    config = changed(trained[0], data__folds={"count": 3, "held_out": 1}, data__fingerprint=fingerprints(shards))
+    scores = evaluate_checkpoint(config.dump(), str(trained[1]), HELD_OUT, 1)
+    assert scores.ids == tuple(sorted(evaluated_images(shards, config, "val").ids))
+    assert len(scores.ids) == 2
+    assert scores.examples[0][0] in scores.ids
+    validation = evaluate_checkpoint(config.dump(), str(trained[1]), "val")
+    assert scores.metrics["test/miou"] == validation.metrics["val/miou"]
+    assert (scores.counts == validation.counts).all()
 
 
 def test_the_checkpoint_is_chosen_by_the_objective(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_final_results_of_another_best_are_forgotten(
 
 
 def test_final_runs_differ_in_seed_and_change_only(config: SweepConfig, tmp_path: Path) -> None:
-    runs = plan_final_runs(tmp_path, config, config.train)
+    runs = plan_final_runs(tmp_path, config, config.train, 0, {})
     assert [run.job.name for run in runs] == [
         "best-seed5",
         "best-seed6",
@@ -105,7 +105,7 @@ def test_final_runs_differ_in_seed_and_change_only(config: SweepConfig, tmp_path
 def test_runs_of_an_earlier_best_are_removed(config: SweepConfig, tmp_path: Path) -> None:
     from cps_ray.config.yaml_reader import dump_yaml
 
-    first, second, *_ = plan_final_runs(tmp_path, config, config.train)
+    first, second, *_ = plan_final_runs(tmp_path, config, config.train, 0, {})
     for run, trained in ((first, first.job.config), (second, config.train)):
         run.job.folder.mkdir(parents=True)
         (run.job.folder / "config.yaml").write_text(dump_yaml(trained.dump(str(run.job.folder))))
@@ -121,23 +121,31 @@ def test_runs_of_an_earlier_best_are_removed(config: SweepConfig, tmp_path: Path
 
 def evaluated(arm: str, seed: int, miou: float, config: TrainConfig) -> EvaluatedRun:
     run = FinalRun(arm, seed, TrainingJob(f"{arm}-{seed}", Path(), config))
-    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores({"test/miou": miou, "test/iou/road": miou / 2}, []))
+    counts = np.array([[[round(100 * miou)], [100], [round(100 * miou)]]] * 2)
+    metrics = {"test/miou": miou, "test/iou/road": miou / 2}
+    return EvaluatedRun(run, Path(), 6, 0.5, CheckpointScores(metrics, [], ids=("x", "y"), counts=counts), 6, 0)
 
 
-def test_gain_is_in_points_of_the_means(tiny: TrainConfig) -> None:
-    pairs = (("best", (0.5, 0.6)), ("plain", (0.4, 0.5)))
-    table = compare([evaluated(arm, n, v, tiny) for arm, values in pairs for n, v in enumerate(values)], "val/miou")
-    assert table["gain"] == {"plain": pytest.approx(10.0)}
+def test_gain_is_in_points_of_the_means(config: SweepConfig, tiny: TrainConfig) -> None:
+    pairs = (("best", (0.5, 0.6)), ("supervised-only", (0.4, 0.5)))
+    runs = [evaluated(arm, n + 1, v, tiny) for arm, values in pairs for n, v in enumerate(values)]
+    table = compare(runs, config, ["road"], tuned=[], chosen=True)
+    assert table["gain"] == {"supervised-only": pytest.approx(10.0)}
     own = table["arms"]["best"]["test/miou"]
     assert (own["mean"], own["sd"], own["n"]) == (pytest.approx(0.55), pytest.approx(0.0707107, rel=1e-5), 2)
     assert spread([0.3])["sd"] is None
+    assert json.loads(json.dumps(table)) == table, "it goes into summary.json"
 
 
-def test_the_verdict_names_classes_that_vanished_from_the_pseudo_labels_of_the_best(tiny: TrainConfig) -> None:
-    runs = [evaluated("best", 1, 0.5, tiny), evaluated("best", 2, 0.6, tiny), evaluated("plain", 1, 0.4, tiny)]
-    lost = [replace(runs[0], vanished="sign (0.12), car (0.31)"), runs[1], replace(runs[2], vanished="sign (0.00)")]
+def test_the_verdict_names_classes_that_vanished_from_the_pseudo_labels_of_the_best(
+    config: SweepConfig, tiny: TrainConfig
+) -> None:
+    runs = [evaluated(arm, seed, 0.5, tiny) for arm in ("best", "supervised-only") for seed in (1, 2)]
+    runs[0] = replace(runs[0], vanished="sign (0.12), car (0.31)")
+    runs[2] = replace(runs[2], vanished="sign (0.00)")
     best = {"trial": 3, "value": 0.5, "step": 6, "params": {}}
-    lines = verdict_lines(Path(), {"best": best, "objective": "val/miou", "final": compare(lost, "val/miou")})
+    final = compare(runs, config, ["road"], tuned=[], chosen=True)
+    lines = verdict_lines(Path(), {"best": best, "objective": "val/miou", "final": final})
     assert [line for line in lines if "pseudo labels" in line] == [
         "Vanished from the pseudo labels (fraction there by that in the masks), seed 1: sign (0.12), car (0.31)"
     ]

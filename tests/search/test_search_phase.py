@@ -163,3 +163,18 @@ def test_a_trial_that_was_halved_stays_so_when_it_is_resumed_and_in_the_best_tra
     assert cps_ray.open_sweep(phase.root).trials["accumulate"].to_pylist() == [2]
     other = begin(phase)
     assert other.config.compute.accumulate == 1, "another trial has its own memory"
+
+
+def test_the_end_of_patience_is_said_once(phase: SearchPhase) -> None:
+    budget = phase.config.budget.model_copy(update={"patience": 2})
+    phase = reopened(phase.root, phase.config.model_copy(update={"budget": budget}))
+    running = begin(phase)
+    end(phase, begin(phase), 0.5, 0.5, 0.5)
+    end(phase, begin(phase), 0.4, 0.4, 0.4)
+    end(phase, begin(phase), 0.1)
+    assert phase.ask() is None
+    end(phase, running, 0.3, 0.3, 0.3)
+    events = [json.loads(line) for line in (phase.root / "events.jsonl").read_text().splitlines()]
+    notices = [event["text"] for event in events if event["event"] == "notice"]
+    assert notices == ["2 trials have ended without a better value: no further one begins"]
+    assert phase.study.why_no_more

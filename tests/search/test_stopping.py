@@ -39,16 +39,24 @@ class Reference(optuna.pruners.BasePruner):
     """Optuna's own pruner on Optuna's own study, without collapsed trials."""
 
     def __init__(self, kind: str) -> None:
+        self._study = optuna.create_study(study_name="trial", direction="maximize", pruner=self)
+        self._brackets = optuna.pruners.HyperbandPruner(min_resource=3, max_resource=_STEPS, reduction_factor=3)
+        self._brackets._try_initialization(self._study)
+        self._is_hyperband = kind == "hyperband"
         asha = optuna.pruners.SuccessiveHalvingPruner(min_resource=3, reduction_factor=3)
         self._pruner = asha if kind == "asha" else optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2)
-        self._study = optuna.create_study(direction="maximize", pruner=self)
         self._live: dict[int, optuna.Trial] = {}
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         others = [t for t in self._study.trials if "collapsed" not in t.user_attrs]
+        pruner = self._pruner
+        if self._is_hyperband:  # its own view of a bracket would show it the collapsed ones again
+            bracket = self._brackets._get_bracket_id(self._study, trial)
+            others = [t for t in others if self._brackets._get_bracket_id(self._study, t) == bracket]
+            pruner = self._brackets._pruners[bracket]
         view: Any = type("View", (), {"get_trials": lambda _, deepcopy, states=None: _in(others, states)})()
         view.direction, view._storage = study.direction, study._storage
-        return bool(self._pruner.prune(view, trial))
+        return bool(pruner.prune(view, trial))
 
     def stops(self, number: int, step: int, value: float) -> bool:
         while number not in self._live:
@@ -115,7 +123,10 @@ def search(config: SweepConfig, folder: Path, seed: int, restarts: float) -> lis
     ]
 
 
-@pytest.mark.parametrize(("kind", "select", "seed"), [("asha", "best", 1), ("asha", "last", 2), ("median", "last", 4)])
+@pytest.mark.parametrize(
+    ("kind", "select", "seed"),
+    [("asha", "best", 1), ("asha", "last", 2), ("hyperband", "last", 3), ("median", "last", 4)],
+)
 def test_every_decision_is_optunas_and_a_resumed_study_equals_the_undisturbed_one(
     sweep: dict[str, Any], tmp_path: Path, kind: str, select: str, seed: int
 ) -> None:

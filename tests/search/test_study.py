@@ -9,6 +9,7 @@ from support import changed
 
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
+from cps_ray.search.records import trial_row
 from cps_ray.search.study import SweepStudy
 
 
@@ -58,10 +59,133 @@ def test_the_drawn_value_is_the_trainings_value(config: SweepConfig, tmp_path: P
     assert study.ask() is None, "the budget of trials is used up"
 
 
-def test_enqueued_points_come_first(config: SweepConfig, tmp_path: Path) -> None:
-    found = SweepStudy(config, tmp_path).ask()
+def test_the_files_own_values_come_first_then_enqueued_points(config: SweepConfig, tmp_path: Path) -> None:
+    study = SweepStudy(config, tmp_path)
+    first, second = study.ask(), study.ask()
+    assert first is not None
+    assert second is not None
+    assert first[1] == config.train
+    assert study.trial(0).params == {"cps.weight": 1.0, "cps.mix": "cutmix", "cps.cutmix_boxes": 3}
+    assert (second[1].cps.weight, second[1].cps.mix) == (3.0, "none")
+
+
+def test_a_point_that_is_the_files_own_is_not_run_twice(config: SweepConfig, tmp_path: Path) -> None:
+    own = {"cps.weight": 1, "cps.mix": "cutmix", "cps.cutmix_boxes": 3}
+    study = SweepStudy(config.model_copy(update={"enqueue": [own, *config.enqueue]}), tmp_path)
+    for _ in range(3):
+        study.ask()
+    assert [trial.params["cps.weight"] for trial in study.trials][:2] == [1.0, 3.0]
+    assert study.trial(2).params != own
+
+
+@pytest.mark.parametrize("killed_at", ["enqueue_trial", "set_metric_names", "set_user_attr"])
+def test_a_study_whose_making_was_cut_off_is_made_anew(
+    config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    real, calls = getattr(optuna.Study, killed_at), []
+
+    def die_at_the_second(*args: object, **kwargs: object) -> None:
+        calls.append(1)
+        if len(calls) == 2 or killed_at != "enqueue_trial":
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, killed_at, die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            SweepStudy(config, tmp_path)
+    for _ in range(2):  # the second time it is whole
+        study = SweepStudy(config, tmp_path)
+        assert [trial.state for trial in study.study.trials] == [TrialState.WAITING] * 2
+        assert study.study.metric_names == ["val/miou"]
+
+
+def test_patience_ends_the_search_and_a_larger_one_goes_on(config: SweepConfig, tmp_path: Path) -> None:
+    budget = config.budget.model_copy(update={"trials": 20, "patience": 3})
+    config = config.model_copy(update={"budget": budget})
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    assert study.tell(0, failure="x") == "failed"  # before there is a best one it does not count
+    for number, value in enumerate((0.5, 0.6, 0.6), start=1):
+        study.ask()
+        train_to(study, number, [value] * 4)
+        study.tell(number, failure=None)
+    study.ask()
+    study.ask()
+    train_to(study, 4, [0.1])
+    assert study.tell(4, failure=None) == "pruned"
+    assert not study.is_stalled
+    study.tell(5, failure="x")
+    for again in (study, SweepStudy(config, tmp_path)):
+        assert again.is_stalled
+        assert again.ask() is None
+        assert again.why_no_more == "budget.patience: 3 trials have ended without a better value"
+    larger = config.model_copy(update={"budget": budget.model_copy(update={"patience": 4})})
+    study = SweepStudy(larger, tmp_path)
+    assert not study.why_no_more
+    found = study.ask()
     assert found is not None
-    assert (found[1].cps.weight, found[1].cps.mix) == (3.0, "none")
+    assert found[0] == 6
+    train_to(study, 6, [0.7] * 4)
+    study.tell(6, failure=None)
+    assert study.ask() is not None, "it was better"
+
+
+def test_a_grid_is_searched_once_also_by_sessions_that_are_cut_off(config: SweepConfig, tmp_path: Path) -> None:
+    space = {
+        "cps.weight": {"type": "choice", "values": [1.0, 2.0]},
+        "cps.mix": {"type": "choice", "values": ["none", "cutmix"]},
+        "cps.cutmix_boxes": {"type": "int", "low": 1, "high": 3, "when": {"cps.mix": "cutmix"}},
+        "augment.scale": {"type": "choice", "values": [[0.5, 2], [0.75, 1.5]]},
+    }
+    raw = config.model_dump(mode="json") | {
+        "search_space": space,
+        "sampler": {"type": "grid"},
+        "budget": {"trials": 99},
+    }
+    config = SweepConfig.model_validate({**raw, "enqueue": [{"cps.mix": "none", "augment.scale": [0.75, 1.5]}]})
+    study = SweepStudy(config, tmp_path)
+    while study.ask() is not None:
+        study = SweepStudy(config, tmp_path)  # it left the trial unfinished
+        found = study.ask()
+        assert found is not None
+        train_to(study, found[0], [0.5] * 4)
+        study.tell(found[0], failure=None)
+    points = [trial.params for trial in study.trials]
+    assert points[0] == {"cps.weight": 1.0, "cps.mix": "cutmix", "cps.cutmix_boxes": 3, "augment.scale": [0.5, 2]}
+    assert (points[1]["cps.mix"], points[1]["augment.scale"]) == ("none", [0.75, 1.5])
+    assert len(points) == len({str(sorted(point.items())) for point in points}) == 2 * 4 * 2
+    assert study.why_no_more == "all 16 points of the grid have begun"
+    assert not SweepStudy(config, tmp_path).study.get_trials(states=[TrialState.WAITING])
+
+
+def test_lists_and_null_are_searched_resumed_and_shown(config: SweepConfig, tmp_path: Path) -> None:
+    space = {
+        "augment.scale": {"type": "choice", "values": [[0.5, 2], [0.75, 1.5]]},
+        "ema.decay": {"type": "choice", "values": [None, 0.9]},
+        "cps.weight": {"type": "float", "low": 0.5, "high": 1.5, "when": {"augment.scale": [[0.5, 2]]}},
+    }
+    raw = config.model_dump(mode="json") | {"search_space": space, "sampler": {"startup_trials": 2}}
+    config = SweepConfig.model_validate({**raw, "enqueue": [{"augment.scale": [0.75, 1.5], "ema.decay": 0.9}]})
+    study = SweepStudy(config, tmp_path)
+    for number in range(6):
+        found = study.ask()
+        assert found is not None
+        params = study.trial(number).params
+        assert list(found[1].augment.scale) == params["augment.scale"]
+        assert found[1].ema.decay == params["ema.decay"]
+        train_to(study, number, [0.1 * number] * 4)
+        study.tell(number, failure=None)
+    again = SweepStudy(config, tmp_path)
+    again.check_space(lambda loc: "")
+    assert [trial.params for trial in again.trials] == [trial.params for trial in study.trials]
+    rows = [trial_row(trial, config) for trial in again.trials[:2]]
+    assert [(row["params.augment.scale"], row["params.ema.decay"]) for row in rows] == [
+        ("[0.5, 2]", "null"),
+        ("[0.75, 1.5]", "0.9"),
+    ]
+    assert "params.cps.weight" in rows[1]
+    assert rows[1]["params.cps.weight"] is None
 
 
 def test_a_finished_trial_has_its_best_value(config: SweepConfig, tmp_path: Path) -> None:
@@ -245,7 +369,7 @@ def test_a_resumed_sampler_does_not_repeat_itself(config: SweepConfig, tmp_path:
     assert len(set(weights)) == 6
 
 
-@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp", "cmaes"])
 def test_what_is_drawn_does_not_depend_on_interruptions(config: SweepConfig, tmp_path: Path, name: str) -> None:
     config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
     points = []
@@ -277,7 +401,7 @@ def test_a_resumed_trial_whose_records_were_lost_keeps_its_best(config: SweepCon
     assert study.study.trials[0].intermediate_values == {2: 0.2, 4: 0.5, 6: 0.5, 8: 0.5}
 
 
-@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp", "cmaes"])
 def test_every_sampler_draws(config: SweepConfig, tmp_path: Path, name: str) -> None:
     changed_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"type": name})})
     study = SweepStudy(changed_config, tmp_path)

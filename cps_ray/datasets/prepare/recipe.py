@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, Pos
 
 from cps_ray.config import yaml_reader
 from cps_ray.config.reader import parse, shipped
-from cps_ray.config.section import Section
+from cps_ray.config.section import Regex, Section
 from cps_ray.datasets.prepare.annotations.coco import Crowd
 from cps_ray.datasets.prepare.annotations.outlines import Outlines
 from cps_ray.datasets.prepare.annotations.shapes import Overlaps
@@ -75,14 +75,6 @@ def _check_pattern(pattern: str) -> str:
     except re.error as error:
         raise ValueError(f"a pattern is written as in a shell, but {pattern!r} is not: {error}.") from None
     return pattern
-
-
-def _check_regex(regex: str) -> str:
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression, but got {regex!r}: {error}.") from None
-    return regex
 
 
 Globs = Annotated[tuple[Annotated[str, AfterValidator(_check_pattern)], ...], BeforeValidator(_as_tuple)]
@@ -236,7 +228,7 @@ class Recipe(Section):
     """Name of a split -> its files, or the fraction of the labelled images of `train` that are drawn for it."""
     draw_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Another seed draws other images for the splits that are a fraction."""
-    group_by: Annotated[str, AfterValidator(_check_regex)] | None = None
+    group_by: Regex | None = None
     """Regular expression that finds, in an id, what images that belong together share: the video of a frame, the patient. Its first
     group counts or, without one, all that it matches. Such images are drawn for one split. None: every image is on its own."""
 

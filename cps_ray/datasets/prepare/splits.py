@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from cps_ray.datasets.lists import listed_ids, write_list
 from cps_ray.datasets.prepare.items import Source
 from cps_ray.datasets.prepare.recipe import DRAWN_FROM, Recipe
-from cps_ray.datasets.stratified import next_pick
+from cps_ray.datasets.stratified import group_images, next_pick
 from cps_ray.errors import DataError
 from cps_ray.files import read_json, write_json
 from cps_ray.text import first_few
@@ -90,32 +89,8 @@ def _groups(sources: Sequence[Source], group_by: str | None, prefix: str) -> dic
 
     Raises DataError if `group_by` matches no id.
     """
-    parent = {source.id: source.id for source in sources}
-
-    def root(key: str) -> str:
-        while parent[key] != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    def join(keys: Sequence[str]) -> None:
-        for key in keys[1:]:
-            parent[root(key)] = root(keys[0])
-
-    if group_by is not None:
-        named: dict[str, list[str]] = defaultdict(list)
-        for source in sources:
-            match = re.search(group_by, source.id.removeprefix(prefix))
-            if match:
-                named[(match[1] if match.re.groups and match[1] is not None else match[0])].append(source.id)
-        if not named:
-            raise DataError(
-                f"group_by {group_by!r} must match ids, but matches none; they look like {sources[0].id.removeprefix(prefix)!r}."
-            )
-        for keys in named.values():
-            join(keys)
-    for keys in _copies(sources):
-        join(keys)
-    return {key: root(key) for key in parent}
+    names = {source.id: source.id.removeprefix(prefix) for source in sources}
+    return group_images(names, group_by, _copies(sources))
 
 
 def _copies(sources: Iterable[Source]) -> list[list[str]]:
@@ -340,54 +315,3 @@ def _notes(
             f"{first_few(torn)}"
         )
     return notes
-
-
-# ------------------------------------------------------------------------------------------------------------- folds
-
-
-def write_folds(
-    folder: Path,
-    sources: Sequence[Source],
-    classes_of: ClassesOf,
-    *,
-    count: int = 5,
-    seed: int = 0,
-    group_by: str | None = None,
-) -> None:
-    """Writes FOLDER/1/train.txt and held_out.txt, and so on: each labelled image is held out in one of `count` folds.
-
-    Groups stay whole, and classes are about as frequent in each fold. Raises DataError if there are fewer groups than folds.
-    """
-    labeled = [source for source in sources if source.masks]
-    shows = _classes(labeled, classes_of)
-    names = [str(number) for number in range(count)]
-    pool = _Pool.of(list(shows), _groups(labeled, group_by, ""), shows, {}, names)
-    if len(pool.groups) < count:
-        raise DataError(
-            f"{folder}: {count} folds need {count} groups of labelled images, but there are {len(pool.groups)}."
-        )
-    for at in _even_folds(pool, count, seed):
-        held_out = sorted(
-            key for group, split in zip(pool.groups, pool.split, strict=True) if split == at for key in group
-        )
-        write_list(folder / str(at + 1) / "held_out.txt", held_out)
-        write_list(folder / str(at + 1) / "train.txt", sorted(shows.keys() - {*held_out}))
-
-
-def _even_folds(pool: _Pool, count: int, seed: int) -> range:
-    """Puts every group of the pool into a fold: rare classes first, each where it is rarest so far and there is most room."""
-    rng = np.random.default_rng((seed, count))
-    total = pool.counts.sum(axis=0)
-    shows = pool.counts > 0
-    # Images of the rarest class that a group shows; a group that shows none comes last.
-    rarity = np.where(shows, total, np.inf).min(axis=1)
-    order = sorted(rng.permutation(len(pool.groups)).tolist(), key=lambda group: (rarity[group], -pool.sizes[group]))
-    shown, sizes, room = np.zeros((count, len(total))), np.zeros(count), np.ceil(pool.sizes.sum() / count)
-    for group in order:
-        rarest = np.where(shows[group], total, np.inf).argmin()
-        full = sizes + pool.sizes[group] > max(room, sizes.min() + pool.sizes[group])
-        at = int(np.lexsort((sizes, shown[:, rarest] * shows[group, rarest], full))[0])
-        pool.split[group] = at
-        shown[at] += pool.counts[group]
-        sizes[at] += pool.sizes[group]
-    return range(count)

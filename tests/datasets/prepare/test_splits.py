@@ -1,7 +1,6 @@
 """Splits drawn from one folder: seeded, whole groups, every class where it can be, and what was drawn stays."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from cps_ray.datasets.prepare.assembly import BadDataError, DataSetPlan, write_s
 from cps_ray.datasets.prepare.items import FromFiles, MaskFile, Source
 from cps_ray.datasets.prepare.layouts import RawData
 from cps_ray.datasets.prepare.recipe import Recipe
-from cps_ray.datasets.prepare.splits import list_folder, write_folds
+from cps_ray.datasets.prepare.splits import list_folder
 from cps_ray.errors import DataError
 
 TRAIN = {"images": "*.jpg", "masks": "*.png", "unlabeled": "rest"}
@@ -378,32 +377,6 @@ def test_groups_stay_whole_and_sizes_are_near(tmp_path: Path, seed: int) -> None
     largest = max(sum(key[:2] == video for key in keys) for video in {key[:2] for key in keys})
     for name in ("val", "test"):
         assert abs(len(found[name]) - 0.2 * len(keys)) <= largest
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_folds_are_even_whole_and_complete(tmp_path: Path, seed: int) -> None:
-    shows, keys = table(seed)
-    sources = [Source(key, "", (MaskFile(key),)) for key in keys] + [Source("bare", "")]
-    write_folds(tmp_path / "folds", sources, lambda source: shows[source.id], seed=seed)
-    folds = [lists(tmp_path / f"folds/{number}") for number in range(1, 6)]
-    assert sorted(os.listdir(tmp_path / "folds")) == ["1", "2", "3", "4", "5"]
-    assert sorted(key for fold in folds for key in fold["held_out"]) == sorted(keys)
-    assert all(fold["train"] == {*keys} - fold["held_out"] for fold in folds)
-    sizes = [len(fold["held_out"]) for fold in folds]
-    assert max(sizes) - min(sizes) <= 1
-    seen = np.array([np.sum([shows[key] for key in fold["held_out"]], axis=0) for fold in folds])
-    assert (seen.max(axis=0) - seen.min(axis=0)).mean() <= 1, "classes are evened out, not images alone"
-    assert (seen[:, seen.sum(axis=0) >= 5] > 0).mean() > 0.9
-
-
-def test_folds_of_groups(tmp_path: Path) -> None:
-    shows, keys = table(3)
-    sources = [Source(key, "", (MaskFile(key),)) for key in keys]
-    write_folds(tmp_path / "folds", sources, lambda source: shows[source.id], group_by=r"^\d+")
-    videos = [{key[:2] for key in lists(tmp_path / f"folds/{number}")["held_out"]} for number in range(1, 6)]
-    assert sum(map(len, videos)) == len(set().union(*videos))
-    with pytest.raises(DataError, match="5 folds need 5 groups of labelled images, but there are 1"):
-        write_folds(tmp_path / "folds", sources, lambda source: shows[source.id], group_by="^()")
 
 
 def test_what_splits_were_drawn_with_is_kept_beside_them(raw: Path, tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ class Amount:
     unlabeled: int
     size: tuple[int, int]
     """(height, width) in px of a typical training image, or of a tile."""
+    group_by: str | None
+    """What images that belong together have in common in their ids, as in the recipe."""
     has_gpu: bool
 
 
@@ -117,6 +119,10 @@ def sweep_text(command: str, name: str, shards: str, prepare: str, amount: Amoun
             "0.25                            # no photo is without a mask, so the masks of the others are not used"
         )
     where = "GPU" if gpu else "CPU"
+    # So few masks that a val and a test split of them would decide by chance.
+    repeats = "seeds: [1, 2, 3]"
+    if 10 <= amount.labeled < 100:
+        repeats = "folds: 5" if amount.group_by is None else f"folds: 5, group_by: {value(amount.group_by)}"
     resources = "{gpus_per_worker: 1}" if gpu else "{workers: 1, cpus_per_worker: 0.5}"
     return f"""\
 # {command}
@@ -159,11 +165,8 @@ search_space:
   cps.weight: {{type: float, low: 0.1, high: 3.0, log: true}}
   optim.lr: {{type: float, low: 5.0e-4, high: 1.0e-2, log: true}}
 
-enqueue:
-  - {{cps.weight: 1.0, optim.lr: {rate}}}    # the values above are tried first
-
 baselines:
-  supervised-only: {{method: supervised}}    # the same network, rate and steps, without unlabelled photos
+  supervised-only: {{method: supervised, search: [optim.lr]}}     # without unlabelled photos, searched as well
 
-final: {{retrain: best, seeds: [1, 2, 3]}}
+final: {{retrain: best, {repeats}}}
 """

@@ -1,0 +1,162 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cps_ray.config.sweep import SweepConfig
+from cps_ray.config.train import TrainConfig
+from cps_ray.errors import ConfigError
+from cps_ray.search.baselines import baseline_folder, baseline_sweep, open_study, searched
+from cps_ray.search.search_phase import best_config
+from cps_ray.search.study import SweepStudy
+
+SPACE = {
+    "cps.weight": {"type": "float", "low": 0.5, "high": 2.0},
+    "optim.lr": {"type": "float", "low": 0.001, "high": 0.1},
+    "model.encoder": {"type": "choice", "values": ["tu-test_efficientnet", "tu-test_byobnet"]},
+    "optim.weight_decay": {
+        "type": "float",
+        "low": 0.0,
+        "high": 0.1,
+        "when": {"model.encoder": "tu-test_byobnet"},
+    },
+}
+
+
+def sweep(tiny: TrainConfig, root: Path, **baseline: Any) -> SweepConfig:
+    return SweepConfig.model_validate(
+        {
+            "version": 1,
+            "name": "s",
+            "output": str(root),
+            "train": tiny.dump(),
+            "budget": {"trials": 3},
+            "sampler": {"type": "random"},
+            "early_stopping": {"type": "none"},
+            "search_space": SPACE,
+            "baselines": {"plain": {"method": "supervised", **baseline}},
+            "final": {"seeds": [1]},
+        }
+    )
+
+
+def run(study: SweepStudy, values: list[float]) -> None:
+    for value in values:
+        found = study.ask()
+        assert found is not None
+        study.report(found[0], study.config.train.schedule.steps, value)
+        study.tell(found[0], failure=None)
+
+
+def test_a_baseline_is_searched_from_the_best_on_with_as_many_trials(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    assert searched(config) == ["plain"]
+    study = SweepStudy(config, tmp_path)
+    run(study, [0.1, 0.3, 0.2])
+    best = best_config(study, config)
+    own = baseline_sweep(config, "plain", best, study.best().params, 3)
+    assert (own.budget.trials, [*own.search_space]) == (3, ["optim.lr"])
+    assert own.train.method == "supervised"
+    assert own.train.model.encoder == best.model.encoder
+    of_baseline = open_study(tmp_path, own, "plain")
+    number, first = of_baseline.ask()
+    assert (number, first.optim.lr) == (0, best.optim.lr), "what the best has is tried first"
+    of_baseline.report(0, first.schedule.steps, 0.25)
+    of_baseline.tell(0, failure=None)
+    run(of_baseline, [0.4, 0.3])
+    assert of_baseline.ask() is None
+    assert of_baseline.best().number == 1
+    again = SweepStudy(config, tmp_path)
+    assert (again.best().number, len(again.trials)) == (1, 3), "the sweep's own study knows nothing of it"
+    assert len(open_study(tmp_path, own, "plain").trials) == 3
+
+
+def test_another_best_begins_the_search_anew_unless_it_differs_only_in_what_is_searched(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": "tu-test_efficientnet"}
+
+    def num_trials(**changes: Any) -> int:
+        new = {**point, **{name.replace("__", "."): value for name, value in changes.items()}}
+        best = config.train.model_copy(
+            update={
+                "optim": config.train.optim.model_copy(update={"lr": new["optim.lr"]}),
+                "model": config.train.model.model_copy(update={"encoder": new["model.encoder"]}),
+                "cps": config.train.cps.model_copy(update={"weight": new["cps.weight"]}),
+            }
+        )
+        return len(open_study(tmp_path, baseline_sweep(config, "plain", best, new, 3), "plain").trials)
+
+    assert num_trials() == 0
+    own = baseline_sweep(config, "plain", config.train, point, 3)
+    run(open_study(tmp_path, own, "plain"), [0.1])
+    folder = baseline_folder(tmp_path, "plain")
+    (folder / "trials").mkdir(parents=True)
+    assert num_trials(optim__lr=0.05, cps__weight=2.0) == 1, "one is searched, the other one's method is not used"
+    assert num_trials(model__encoder="tu-test_byobnet") == 0
+    assert not folder.exists()
+
+
+def test_what_a_searched_parameter_depends_on_is_the_best_ones(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.weight_decay", "optim.lr"])
+    for encoder, names in (
+        ("tu-test_byobnet", ["optim.weight_decay", "optim.lr"]),
+        ("tu-test_efficientnet", ["optim.lr"]),
+    ):
+        point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": encoder}
+        found = baseline_sweep(config, "plain", config.train, point, 3).search_space
+        assert {*found} == {*names}
+        assert all(param.when is None for param in found.values())
+    both = sweep(tiny, tmp_path, search=["model.encoder", "optim.weight_decay"])
+    found = baseline_sweep(both, "plain", both.train, {"model.encoder": "tu-test_efficientnet"}, 3).search_space
+    assert found["optim.weight_decay"].when == {"model.encoder": "tu-test_byobnet"}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "text"),
+    [
+        ({"trials": 3}, "there is none"),
+        ({"search": ["optim.lr"], "train_on": "labeled+val"}, "needs val to choose by"),
+        ({"search": ["optim.lr"], "trials": 0}, "trials: must be at least 1|trials: must be greater than 0"),
+        ({"train_on": "val"}, "train_on: must be"),
+    ],
+)
+def test_what_a_baseline_cannot_be(tiny: TrainConfig, tmp_path: Path, baseline: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        sweep(tiny, tmp_path, **baseline).baseline("plain")
+
+
+def test_with_folds_a_baseline_is_searched_on_the_first_one(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    config = config.model_copy(update={"final": config.final.model_copy(update={"folds": 3})})
+    study = SweepStudy(config, tmp_path)
+    run(study, [0.1])
+    own = baseline_sweep(config, "plain", best_config(study, config), study.best().params, 1)
+    _, trial = open_study(tmp_path, own, "plain").ask()
+    assert trial.data.folds.held_out == 0, "else it would be trained on what it is chosen by"
+
+
+def test_what_depends_on_a_parameter_that_the_best_has_not_is_left_out(tiny: TrainConfig, tmp_path: Path) -> None:
+    space = {
+        **SPACE,
+        "optim.clip_norm": {"type": "float", "low": 0.5, "high": 1.0, "when": {"optim.weight_decay": 0.0}},
+    }
+    config = SweepConfig.model_validate(sweep(tiny, tmp_path).model_dump() | {"search_space": space})
+    changes = {"plain": {"method": "supervised", "search": ["optim.clip_norm", "optim.weight_decay"]}}
+    config = config.model_copy(update={"baselines": changes})
+    point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": "tu-test_efficientnet"}
+    assert baseline_sweep(config, "plain", config.train, point, 3).search_space == {}
+
+
+def test_a_sweep_folder_that_was_moved_keeps_its_baselines_search(tiny: TrainConfig, tmp_path: Path) -> None:
+    def own(folder: Path) -> SweepConfig:
+        data = tiny.data.model_copy(update={"shards": folder / "shards"})
+        config = sweep(tiny.model_copy(update={"data": data}), folder, search=["optim.lr"])
+        return baseline_sweep(config, "plain", config.train, {"optim.lr": 0.01}, 3)
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    run(open_study(before, own(before), "plain"), [0.1])
+    before.rename(after)
+    assert len(open_study(after, own(after), "plain").trials) == 1
