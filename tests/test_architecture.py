@@ -29,7 +29,7 @@ COMMANDS = {
     "bench",
     "schema",
 }
-HOMES = {"ray": {"on_ray", "search"}, "optuna": {"search", "bench"}}
+HOMES = {"ray": {"on_ray", "search"}, "optuna": {"search"}}
 DATASETS = {"show": {"prepare", ""}, "prepare": {""}, "": {"prepare"}}
 """Room of datasets -> those that it may import beside itself; "" are the modules of datasets/ itself, of which only `synthetic`
 prepares anything."""

@@ -8,24 +8,21 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import optuna
 from rich.table import Table
 
 from cps_ray.bench import wide
-from cps_ray.bench.methods import end_with_parent
+from cps_ray.bench.methods import in_processes, threads_of
 from cps_ray.config.reader import load_sweep, parse, parse_train
-from cps_ray.config.space import apply, draw
+from cps_ray.config.space import apply
 from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig, Value
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
@@ -38,6 +35,7 @@ from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
+from cps_ray.search.plain import plain_random, plain_tpe
 from cps_ray.search.study import SweepStudy
 
 Point = dict[str, Value]
@@ -129,38 +127,6 @@ class Ours:
         self._study.tell(number, failure="diverged" if failed else None, collapsed=failed)
 
 
-class Plain:
-    """A loop with Optuna alone, as its documentation shows it."""
-
-    def __init__(
-        self, space: Mapping[str, Param], sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner
-    ) -> None:
-        self._space = space
-        self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-        self._trials: dict[int, optuna.Trial] = {}
-        self._last: dict[int, float] = {}
-        self._pruned: set[int] = set()
-
-    def ask(self) -> tuple[int, Point]:
-        trial = self._study.ask()
-        self._trials[trial.number] = trial
-        return trial.number, draw(self._space, trial)
-
-    def report(self, number: int, step: int, value: float) -> bool:
-        self._trials[number].report(value, step)
-        self._last[number] = value
-        if self._trials[number].should_prune():
-            self._pruned.add(number)
-        return number not in self._pruned
-
-    def tell(self, number: int, *, failed: bool) -> None:
-        if failed or number in self._pruned:
-            state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.PRUNED
-            self._study.tell(self._trials[number], state=state)
-        else:
-            self._study.tell(self._trials[number], self._last[number])
-
-
 @dataclass(slots=True)
 class _Live:
     number: int
@@ -205,11 +171,10 @@ def replayed(grid: Grid, seeds: int, folder: Path) -> Iterator[tuple[str, int, l
         return Ours(grid.sweep, seed, root)
 
     def plain(seed: int, at_once: int) -> Search:
-        sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.SuccessiveHalvingPruner()
-        return Plain(grid.sweep.search_space, sampler, pruner)
+        return plain_tpe(grid.sweep.search_space, seed)
 
     def at_random(seed: int, at_once: int) -> Search:
-        return Plain(grid.sweep.search_space, optuna.samplers.RandomSampler(seed=seed), optuna.pruners.NopPruner())
+        return plain_random(grid.sweep.search_space, seed)
 
     kinds = f"{grid.sweep.sampler.type} and {grid.sweep.early_stopping.type}"
     searches: dict[str, Callable[[int, int], Search]] = {
@@ -292,22 +257,15 @@ def record(args: argparse.Namespace) -> None:
     write_json(path, wanted)
     missing = [point for point in points if _key(point) not in wanted["curves"]]
     trainings = [apply(sweep.train, point, "bench") for point in missing]  # all are valid before the first one begins
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1, initializer=end_with_parent) as pool:
-        futures: dict[Future[Curve], Point] = {
-            pool.submit(train, config.dump(), sweep.objective.metric, threads): point
-            for config, point in zip(trainings, missing, strict=True)
-        }
-        try:
-            for future in as_completed(futures):
-                curve, point = future.result(), futures[future]
-                wanted["curves"][_key(point)] = curve
-                write_json(path, wanted)
-                best = max(curve.values(), default=math.nan)
-                print(f"{len(wanted['curves'])} of {len(points)}: {_key(point)} {best:.4f}", flush=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # else an error would wait for all trainings
+    calls = {
+        _key(point): partial(train, config.dump(), sweep.objective.metric, threads_of(args.jobs))
+        for config, point in zip(trainings, missing, strict=True)
+    }
+    for key, curve in in_processes(args.jobs, calls):
+        wanted["curves"][key] = curve
+        write_json(path, wanted)
+        best = max(curve.values(), default=math.nan)
+        print(f"{len(wanted['curves'])} of {len(points)}: {key} {best:.4f}", flush=True)
 
 
 def train(raw: dict[str, Any], metric: str, threads: int) -> Curve:
@@ -341,7 +299,6 @@ def run(args: argparse.Namespace) -> int:
     if args.record is not None:
         record(args)
         return 0
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     grid = read(args.file)
     steps, trials = grid.sweep.train.schedule.steps, len(grid.trainings)
     table = Table(

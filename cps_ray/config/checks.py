@@ -58,7 +58,10 @@ _LEARN = ("tpe", "gp")
 
 
 def faults(sweep: SweepConfig, *, begun: bool = False) -> list[Fault]:
-    """Returns the faults of a sweep; of one that has begun without those that only its beginning had to avoid. Values are tried on `train` only once all names and ranges are right."""
+    """Returns the faults of a sweep; of one that has begun without those that only its beginning had to avoid.
+
+    Values are tried on `train` only once all names and ranges are right.
+    """
     return [*_name_faults(sweep), *_sampler_faults(sweep)] or [
         *_grace_faults(sweep, begun=begun),
         *_value_faults(sweep),

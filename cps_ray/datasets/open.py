@@ -33,6 +33,15 @@ def open_data(
     setting by which the command can be told not to compare.
     """
     shards = _open(data)
+    if data.fingerprint is not None:
+        # Val may not be there where there are folds; where it is, it must not go unchecked.
+        unchecked = [
+            each for each in ("train", "val") if each in shards.manifest.splits and each not in data.fingerprint
+        ]
+        if unchecked:
+            raise DataError(
+                f"{shards.folder}: `data.fingerprint` must have that of {unchecked[0]}, too, or be null for no check."
+            )
     for split, before in (data.fingerprint or {}).items():
         if (splits is None or split in (*splits, *data.further_labeled)) and fingerprints(shards).get(split) != before:
             way_out = f" Go on with them all the same: --set {setting}=null" if setting else ""

@@ -41,7 +41,7 @@ def export_final(
     top = max(of_best, key=lambda one: one.validation)
     delivered, checkpoint, step, scores = top.run, top.checkpoint, top.step, top.scores
     if config.final.folds:
-        (delivered,) = (run for run in runs if not run.repeat)
+        (delivered,) = (run for run in runs if run.split is None)
         found = counting_checkpoint(delivered)
         assert found is not None  # each has ended well
         checkpoint, step, scores = found[0], found[1]["step"], over_folds(of_best)

@@ -32,8 +32,6 @@ from cps_ray.search.records import Events
 from cps_ray.search.tune_session import TrainingJob
 
 _EXAMPLES = 5
-
-
 ALL = "all"
 """Name of the training on all labels, which is delivered where folds are compared."""
 
@@ -44,12 +42,12 @@ class FinalRun:
 
     arm: str
     repeat: int
-    """Its seed, draw or fold; 0 for the one on all labels."""
+    """Its seed, draw or fold."""
     job: TrainingJob
     is_last_step: bool = False
     """Whether its last step counts, not the best by val: where nothing was left to choose by."""
-    split: str = "test"
-    """Images that it is evaluated on; "held_out": its fold."""
+    split: str | None = "test"
+    """Images that it is evaluated on; HELD_OUT: its fold. None: on none, since it has all labels."""
     labels: float = 1.0
     """Fraction of the labelled images that it has."""
     images: float = 1.0
@@ -92,7 +90,7 @@ def plan_candidates(root: Path, config: SweepConfig, trials: Mapping[int, TrainC
 def best_arm_config(config: SweepConfig, best: TrainConfig, run: FinalRun) -> TrainConfig:
     """Returns what a run of the best arm must be a training of, by best.yaml (`best`)."""
     plan = _Plan(Path(), config, best)
-    planned = plan.run(BEST_ARM, {}, run.repeat) if run.repeat else plan.on_all_labels()
+    planned = plan.on_all_labels() if run.split is None else plan.run(BEST_ARM, {}, run.repeat)
     return planned.job.config
 
 
@@ -135,13 +133,8 @@ class _Plan:
         return FinalRun(arm, repeat, self._job(name, {**changes, **own}), is_last_step, split, labels, images)
 
     def on_all_labels(self) -> FinalRun:
-        return FinalRun(
-            BEST_ARM,
-            0,
-            self._job(f"{self.best_name}-{ALL}", {**self.config.final.set, "seed": 1, **self.config.fold(None)}),
-            True,
-            HELD_OUT,
-        )
+        changes = {**self.config.final.set, "seed": 1, **self.config.fold(None)}
+        return FinalRun(BEST_ARM, 1, self._job(f"{self.best_name}-{ALL}", changes), is_last_step=True, split=None)
 
     def _job(self, name: str, changes: Mapping[str, Any]) -> TrainingJob:
         changed = apply(self.best, changes, f"final run {name}")
@@ -254,10 +247,11 @@ def validation(run: FinalRun) -> float:
 
 def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
     """Evaluates the checkpoint of each run that counts, on the test split or on the fold that it has not seen."""
-    chosen = [(run, counting_checkpoint(run)) for run in runs if run.repeat]
+    (split,) = {run.split for run in runs if run.split is not None}
+    chosen = [(run, counting_checkpoint(run)) for run in runs if run.split == split]
     there = [(run, found) for run, found in chosen if found is not None]  # for the type checker: each has ended well
     asked = [(run.job.config, found[0], measured_network(run.job.metric)) for run, found in there]
-    scores = evaluate_checkpoints(asked, there[0][0].split, _EXAMPLES)
+    scores = evaluate_checkpoints(asked, split, _EXAMPLES)
     return [
         EvaluatedRun(
             run,

@@ -178,10 +178,9 @@ class Sweep:
         if not all(self._is_searched(name, sweep) for name, sweep in searches):
             return False
         runs = self._planned(best_config(self._study, self._config))
-        compared = {arm: row["test/miou"]["n"] for arm, row in ((summary.get("final") or {}).get("arms") or {}).items()}
         return (
             summary["best"]["trial"] == best.number
-            and {*compared} == {run.arm for run in runs}
+            and {*((summary.get("final") or {}).get("arms") or {})} == {run.arm for run in runs}
             and all(is_done(run.job) and not is_stale(run.job) for run in runs)
             and all((self._root / name).exists() for name in (BEST_FILE, MODEL_FOLDER))
         )
@@ -189,11 +188,13 @@ class Sweep:
     def _how_to_extend(self) -> str:
         """Returns what to say of how the search could go on."""
         limit = self._config.budget.time
-        if self._study.is_stalled and self._study.num_left:
-            return " More trials: --patience N."
-        if limit is not None and self._study.seconds_before > limit and self._study.num_left:
-            return " More trials: --time T."
-        return "" if self._study.num_left else " More trials: --trials N."
+        flags = {
+            "--trials N": not self._study.num_left,
+            "--patience N": self._study.is_stalled,
+            "--time T": limit is not None and self._study.seconds_before > limit,
+        }
+        needed = " ".join(flag for flag, is_needed in flags.items() if is_needed)
+        return f" More trials: {needed}." if needed else ""  # a grid has no more
 
     @property
     def _elects(self) -> bool:

@@ -138,6 +138,8 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
 
 def _check_repeats(config: SweepConfig, best: TrainConfig, where: Where) -> None:
     """Raises ConfigError for draws that draw the same, and for groups of which there are none."""
+    if config.final.retrain == "none":
+        return
     shards = open_data(best.data, None)
     if config.final.draws:
         one, other = (
@@ -147,7 +149,7 @@ def _check_repeats(config: SweepConfig, best: TrainConfig, where: Where) -> None
             raise ConfigError(
                 f"{where(('final', 'draws'))}: final.draws: must draw some of the {len(one)} labelled images, but train.data.labeled takes all of them."
             )
-    if config.final.group_by is not None and not config.final.folds and config.final.retrain == "best":
+    if config.final.group_by is not None and not config.final.folds:
         try:
             groups(config.final.group_by, evaluated_images(shards, best, "test").ids)
         except DataError as err:

@@ -89,12 +89,13 @@ def _difference(
     arms: dict[str, list[EvaluatedRun]], arm: str, config: SweepConfig, classes: Sequence[str]
 ) -> dict[str, Any]:
     best, other = arms[BEST_ARM], arms[arm]
-    ids = [image_id for one in (best if config.final.folds else best[:1]) for image_id in one.scores.ids]
+    # Folds are left out whole, and their groups with them.
+    pattern = None if config.final.folds else config.final.group_by
     found = difference(
         [one.scores.counts for one in best],
         [one.scores.counts for one in other],
         classes,
-        groups(config.final.group_by, ids),
+        groups(pattern, best[0].scores.ids),
         folds=config.final.folds is not None,
     )
     return asdict(found)

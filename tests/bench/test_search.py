@@ -105,39 +105,22 @@ def test_searches_are_replayed_from_a_record(
     monkeypatch.setattr(search, "load_sweep", lambda file, overrides: sweep)
     trained: list[dict[str, Any]] = []
 
-    class Pool:
-        """Trains at once, in this process; the third training fails."""
+    def train(raw: dict[str, Any], metric: str, threads: int) -> dict[int, float]:
+        trained.append(raw)
+        if len(trained) == 3:
+            raise ConfigError("lost")
+        return made_up(TrainConfig.model_validate(raw))
 
-        def __init__(self, *_: object, **__: object) -> None:
-            self.futures: list[Any] = []
-
-        def __enter__(self) -> "Pool":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def submit(self, _: object, raw: dict[str, Any], metric: str, threads: int) -> Any:
-            future: Any = search.Future()
-            if len(trained) == 2:
-                future.set_exception(ConfigError("lost"))
-            else:
-                future.set_result(made_up(TrainConfig.model_validate(raw)))
-            trained.append(raw)
-            return future
-
-        def shutdown(self, **_: object) -> None:
-            pass
-
-    monkeypatch.setattr(search, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(search, "as_completed", list)
+    monkeypatch.setattr(search, "train", train)
+    # Without processes, which would import torch once more.
+    monkeypatch.setattr(search, "in_processes", lambda _, calls: ((key, call()) for key, call in calls.items()))
     file, out = tmp_path / "grid.json", tmp_path / "out.json"
     words = ["search", "--record", str(file), "--points", "3"]
     assert main(words) == 2
     assert main(["search", str(file)]) == 2
     assert "4 of 6 trainings are missing. Go on with: " in capsys.readouterr().err
     assert main(words) == 0
-    assert len(trained) == 6 + 4
+    assert len(trained) == 3 + 4
     assert main([*words[:-1], "2"]) == 2
     assert "holds trainings of another points" in capsys.readouterr().err
     assert str(tmp_path) not in file.read_text()

@@ -193,3 +193,11 @@ def test_wrong_folds_and_further_splits_are_refused(settings: dict[str, object],
     data = {"shards": Path("x"), "labeled": 2, "crop_px": (8, 8), "labeled_batch": 2, "unlabeled_batch": 2}
     with pytest.raises(ValueError, match=message):
         DataConfig.model_validate({**data, **settings})
+
+
+def test_val_does_not_go_unchecked_where_the_fingerprint_lacks_it(tmp_path: Path, begun: dict[str, str]) -> None:
+    shards = open_shards(tmp_path / "first")
+    assert open_data(config(shards, begun))
+    with pytest.raises(DataError, match="must have that of val, too, or be null for no check"):
+        open_data(config(shards, {"train": begun["train"]}))
+    assert open_data(config(shards, None))

@@ -6,8 +6,18 @@ import pytest
 
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import HELD_OUT, TrainConfig
+from cps_ray.on_ray.evaluate_runs import CheckpointScores
 from cps_ray.runs import META_FILE, STATE_FILE
-from cps_ray.search.final_phase import FinalRun, counting_checkpoint, plan_candidates, plan_final_runs, validation
+from cps_ray.search import final_phase
+from cps_ray.search.final_phase import (
+    FinalRun,
+    best_arm_config,
+    counting_checkpoint,
+    evaluate_final_runs,
+    plan_candidates,
+    plan_final_runs,
+    validation,
+)
 from cps_ray.search.study import SweepStudy
 
 
@@ -59,9 +69,9 @@ def test_folds_are_held_out_in_turn_and_the_last_training_has_all_labels(tiny: T
     *of_folds, whole = runs.values()
     assert [run.job.config.data.folds.held_out for run in of_folds] == [0, 1, 2] * 3
     assert {run.job.config.data.folds.group_by for run in runs.values()} == {"^(seq)"}
-    assert {run.split for run in runs.values()} == {HELD_OUT}
+    assert {run.split for run in of_folds} == {HELD_OUT}
     assert all(run.is_last_step for run in runs.values())
-    assert (whole.job.name, whole.job.config.data.folds.held_out, whole.repeat) == ("best-all", None, 0)
+    assert (whole.job.name, whole.job.config.data.folds.held_out, whole.split) == ("best-all", None, None)
 
 
 def test_the_curve_has_fewer_labels_and_fewer_images(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -123,3 +133,20 @@ def test_of_the_best_trials_the_one_that_is_best_over_seeds_is_elected(tiny: Tra
 def test_final_settings_hold_for_what_a_baseline_has_found_too(tiny: TrainConfig, tmp_path: Path) -> None:
     runs = plan(sweep(tiny, tmp_path, set={"optim.lr": 0.25}))
     assert {runs[f"{arm}-seed1"].job.config.optim.lr for arm in ("best", "plain")} == {0.25}
+
+
+def test_seed_0_is_a_seed_like_any_other(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sweep(tiny, tmp_path, seeds=[0, 1])
+    runs = plan_final_runs(tmp_path, config, config.train, 0, {})
+    for run in runs:
+        checkpoint(run, tiny.schedule.steps, 0.5)
+    asked: list[Any] = []
+
+    def evaluate(asked_for: list[Any], split: str, _: int) -> list[CheckpointScores]:
+        asked.extend((config.seed, split) for config, _, _ in asked_for)
+        return [CheckpointScores({}, [])] * len(asked_for)
+
+    monkeypatch.setattr(final_phase, "evaluate_checkpoints", evaluate)
+    assert [one.run.repeat for one in evaluate_final_runs(runs)] == [0, 1] * 3
+    assert asked == [(0, "test"), (1, "test")] * 3
+    assert best_arm_config(config, config.train, runs[0]) == runs[0].job.config

@@ -106,3 +106,10 @@ def test_what_else_is_said(tiny: TrainConfig, tmp_path: Path) -> None:
     )
     on_val = sweep(tiny, tmp_path, {"method": "supervised", "train_on": "labeled+val"})
     assert [line.split(",")[0] for line in notes(runs, on_val, shards)] == ["plain was trained on the masks of val"]
+
+
+def test_a_group_that_one_fold_alone_lacks_is_no_error(tiny: TrainConfig, tmp_path: Path) -> None:
+    """The pattern matches the ids of fold 2 and 3 only."""
+    config = sweep(tiny, tmp_path, {"method": "supervised"}, folds=3, group_by="^[23]")
+    runs = arm(tiny, "best", [[5, 5]] * 3) + arm(tiny, "plain", [[0, 0]] * 3)
+    assert compare(runs, config, ["road", "car"], tuned=[], chosen=True)["apart"]["plain"] > 0
