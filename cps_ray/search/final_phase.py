@@ -252,6 +252,8 @@ def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
     there = [(run, found) for run, found in chosen if found is not None]  # for the type checker: each has ended well
     asked = [(run.job.config, found[0], measured_network(run.job.metric)) for run, found in there]
     scores = evaluate_checkpoints(asked, split, _EXAMPLES)
+    # Once for all that have the same images: drawing them takes time where they are many.
+    sizes = {data: _num_images(config) for data, config in {_data_of(run): run.job.config for run, _ in there}.items()}
     return [
         EvaluatedRun(
             run,
@@ -259,11 +261,16 @@ def evaluate_final_runs(runs: list[FinalRun]) -> list[EvaluatedRun]:
             meta["step"],
             meta["metrics"][run.job.metric],
             each,
-            *_num_images(run.job.config),
+            *sizes[_data_of(run)],
             vanishing(meta["metrics"]),
         )
         for (run, (folder, meta)), each in zip(there, scores, strict=True)
     ]
+
+
+def _data_of(run: FinalRun) -> tuple[str, bool]:
+    config = run.job.config
+    return config.data.model_dump_json(), config.semi_supervised
 
 
 def _num_images(config: TrainConfig) -> tuple[int, int]:
