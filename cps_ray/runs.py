@@ -10,6 +10,7 @@ written: what lists runs and reads their records starts in milliseconds.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -51,8 +52,9 @@ class RecordReader:
         self._path = run_dir / METRICS_FILE
         self._file, self._at = 0, 0
 
-    def read(self) -> list[dict[str, Any]]:
-        """Returns the records since the last call; from the first one on if workers that were started again have cut the file."""
+    def read(self, up_to: float = math.inf) -> list[dict[str, Any]]:
+        """Returns the records since the last call, up to that of step `up_to`; from the first one on if workers that were started again
+        have cut the file."""
         try:
             with self._path.open("rb") as file:
                 state = os.fstat(file.fileno())
@@ -64,9 +66,12 @@ class RecordReader:
                 records = []
                 for line in file:
                     try:
-                        records.append(json.loads(line))
+                        record = json.loads(line)
                     except ValueError:
                         break  # in the making, or damaged: workers that start write the file anew
+                    if record["step"] > up_to:
+                        break
+                    records.append(record)
                     self._at += len(line)
                 return records
         except FileNotFoundError:

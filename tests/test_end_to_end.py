@@ -153,7 +153,7 @@ def test_a_sweep_from_its_file_to_a_model(sweep_file: Path) -> None:
         assert max(evaluated) == row["steps"], "a trial that is stopped takes not one step more"
         assert max(evaluated.values()) == row["score_best"]
         assert (folder / "log.txt").read_text()
-        assert not (folder / "error.txt").exists()
+        assert not (folder / "error.txt").exists(), (folder / "error.txt").read_text()
         assert (row["state"] == "pruned") == (row["steps"] < 20)
 
     best = load_train(root / "best.yaml")

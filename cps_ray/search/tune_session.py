@@ -5,6 +5,7 @@ Tune starts, watches, restarts and stops trials; worker groups train. What to tr
 """
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -222,18 +223,19 @@ class TuneSession:
             self._say(notice)
         goes_on = False
         with self._carried():
-            goes_on = self.pass_on_reports(trial_id)
+            # A record is there before its checkpoint. Were the trial stopped by it, its workers would write into a folder that is tidied.
+            goes_on = self.pass_on_reports(trial_id, result.get("reported", 0))
         if goes_on or self.stopping:  # at its end it is taken down, resumable
             return True
         self._pool.stop.remote(str(self._jobs[trial_id].folder))
         return False
 
-    def pass_on_reports(self, trial_id: str) -> bool:
-        """Passes on what the run has recorded since the last call; False: stop it."""
+    def pass_on_reports(self, trial_id: str, up_to: float = math.inf) -> bool:
+        """Passes on what the run has recorded since the last call, up to step `up_to`; False: stop it."""
         if trial_id in self._stopped:
             return False  # its phase has already decided
         job = self._jobs[trial_id]
-        for metrics in self._records[trial_id].read():
+        for metrics in self._records[trial_id].read(up_to):
             if metrics["step"] <= self._last_step.get(trial_id, 0):
                 continue
             self._last_step[trial_id] = metrics["step"]

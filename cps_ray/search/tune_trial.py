@@ -45,7 +45,7 @@ class TuneTrial(tune.Trainable):  # type: ignore[misc]
         if news["outcome"] is not None:
             return {"done": True, **news["outcome"]}
         self._judged = news["reported"]
-        return {"notice": news["notice"]}
+        return {"notice": news["notice"], "reported": news["reported"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Saves nothing: the training keeps its own."""

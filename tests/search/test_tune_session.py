@@ -111,18 +111,22 @@ def test_each_evaluation_is_passed_on_once_and_the_answer_goes_to_the_workers(
     session.suggest("id")
     record(tmp_path / "0000", 2)
     assert session.hear("id", {})
+    assert phase.heard == [], "its checkpoint is in the making: nobody may tidy the folder"
+    assert session.hear("id", {"reported": 2})
     record(tmp_path / "0000", 4)
     with (tmp_path / "0000" / METRICS_FILE).open("a") as file:
         file.write('{"step": 6, "val')  # a line in the making
-    assert session.hear("id", {})
-    assert session.hear("id", {})
+    assert session.hear("id", {"reported": 2})
+    assert phase.heard == [("0000", 2)]
+    assert session.hear("id", {"reported": 4})
+    assert session.hear("id", {"reported": 4})
     assert phase.heard == [("0000", 2), ("0000", 4)]
     # The workers were started again: they have cut the file, and write a step once more.
     (tmp_path / "0000" / "new").write_text('{"step": 2, "val/miou": 0.5}\n{"step": 4, "val/miou": 0.5, "longer": 1}\n')
     (tmp_path / "0000" / "new").rename(tmp_path / "0000" / METRICS_FILE)
-    assert session.hear("id", {})
+    assert session.hear("id", {"reported": 4})
     record(tmp_path / "0000", 6, 8)
-    assert not session.hear("id", {})
+    assert not session.hear("id", {"reported": 6})
     assert pool.stopped == ["0000"]
     session.end("id", {}, error=False)
     assert phase.heard[2:] == [("0000", 6), ("0000", None, False)], "what came after the decision does not count"
@@ -183,7 +187,7 @@ def test_an_error_of_the_phase_is_the_sessions_not_tunes(tiny: TrainConfig, tmp_
     session.suggest("id")
     phase.error = DiskError("study.db: the disk is full")
     record(tmp_path / "0000", 2)
-    assert session.hear("id", {}), "it is taken down with the session, not judged"
+    assert session.hear("id", {"reported": 2}), "it is taken down with the session, not judged"
     assert session.stopping
     assert session._error is phase.error
     assert session.suggest("next") is None
@@ -221,9 +225,9 @@ def test_a_damaged_record_ends_the_reading_until_workers_have_written_the_file_a
     with (tmp_path / "0000" / METRICS_FILE).open("a") as file:
         file.write('{"step": 4, "va{"step": 6}\n')
     record(tmp_path / "0000", 8)
-    assert session.hear("id", {})
+    assert session.hear("id", {"reported": 8})
     assert phase.heard == [("0000", 2)]
     Records(tiny, tmp_path / "0000", 2)
     record(tmp_path / "0000", 4)
-    assert session.hear("id", {})
+    assert session.hear("id", {"reported": 8})
     assert phase.heard == [("0000", 2), ("0000", 4)]
