@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_placement(benchmarks)
     _add_methods(benchmarks)
     _add_verdict(benchmarks)
+    _add_folds(benchmarks)
     _add_start(benchmarks)
     _add_driver(benchmarks)
     _add_search(benchmarks)
@@ -164,6 +165,27 @@ def _add_verdict(benchmarks: "Benchmarks") -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all trainings")
     add("--draws", type=_positive, default=1000, help="how often a few are drawn (default 1000)")
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
+    add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
+
+
+def _add_folds(benchmarks: "Benchmarks") -> None:
+    folds = benchmarks.add_parser(
+        "folds",
+        help="a verdict by cross-validation of few masks beside what the same trainings reach on many images",
+        description="Runs sweeps/quickstart.yaml without a search and with folds, each time on other scenes, and evaluates the trainings of all "
+        "folds on 2 000 further images.",
+    )
+    add = folds.add_argument
+    add(
+        "folder", type=Path, metavar="FOLDER", help="folder of the sweeps; those that it already holds are not repeated"
+    )
+    add("--sets", type=_positive, default=5, help="sweeps (default 5)")
+    add("--folds", type=_positive, default=5, help="folds of each (default 5)")
+    add("--labeled", type=_positive, default=16, help="labelled images of train (default 16)")
+    add("--held", type=_positive, default=7, help="images of val, and of test; they join the folds (default 7)")
+    add("--images", type=_positive, default=2000, help="images that the truth is measured on (default 2000)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of all sweeps")
+    add("--jobs", type=_positive, default=1, help="evaluations at once, among which the cores are divided (default 1)")
     add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
