@@ -38,6 +38,7 @@ TRIALS_FILE = "trials.jsonl"
 TRIALS_FOLDER = "trials"
 FINAL_FOLDER = "final"
 BASELINES_FOLDER = "baselines"
+FOLDS_FOLDER = "folds"
 BEST_FILE = "best.yaml"
 
 COMPLETE, PRUNED, COLLAPSED, FAILED, RUNNING = STATES = ("complete", "pruned", "collapsed", "failed", "running")
@@ -235,8 +236,10 @@ def _bits(flags: list[bool]) -> pa.Buffer:
 
 
 def resume_command(root: Path) -> str:
-    """Returns the command that resumes a sweep, on the cluster that its last session was told to join. `root`: its folder, or a baseline's in it."""
-    root = root.parent.parent if root.parent.name == BASELINES_FOLDER else root
+    """Returns the command that resumes a sweep, on the cluster that its last session was told to join. `root`: its folder, or that of a
+    further search in it."""
+    while root.parent.name in (BASELINES_FOLDER, FOLDS_FOLDER):
+        root = root.parent.parent
     address = None
     with suppress(ValueError):  # damaged: `resume` itself says so
         address = (read_json(root / BEGUN_FILE) or {}).get("address")

@@ -199,6 +199,8 @@ def _dry_run(config: SweepConfig, where: Where, draws: int, hashes_in: Path) -> 
         if (baseline := config.baseline(name)).search
     ]
     trials = ", ".join([f"{config.budget.trials} trials", *searches])
+    if config.num_searches > 1:
+        trials = f"{config.num_searches} times, once a fold: {trials}"
     plan = f"{trials} of up to {steps} steps, then {config.num_final_runs} final runs."
     normalised = (f"Images for {encoder}: {text}" for encoder, text in searched_networks(config).items())
     filled = (f"{text}." for text in preflight.filled)
@@ -233,7 +235,7 @@ def _data(config: SweepConfig, hashes_in: Path) -> "tuple[Shards | None, str]":
         return None, f"Data: {data.shards} will be drawn on first use."
     try:
         shards = open_shards(data.shards, data.prepare)
-        check_data(shards, apply(config.train, config.fold(0), "trials"))
+        check_data(shards, apply(config.train, config.searched_fold(), "trials"))
     except DataError as err:
         known = isinstance(config.train.evaluation.window_px, tuple)
         untried = "" if known else "\nUntil then networks are tried on crops, not on whole images."
@@ -248,7 +250,9 @@ def _preflight(config: SweepConfig, shards: "Shards | None") -> "Preflight":
 
     synthetic, window = config.train.data.synthetic, config.train.evaluation.window_px
     if shards is not None:
-        return Preflight(len(shards.classes), evaluated_sizes(shards, apply(config.train, config.fold(0), "trials")))
+        return Preflight(
+            len(shards.classes), evaluated_sizes(shards, apply(config.train, config.searched_fold(), "trials"))
+        )
     if synthetic is not None:
         return Preflight(image_sizes=[(synthetic.height_px, synthetic.width_px)])
     return Preflight(image_sizes=[window] if isinstance(window, tuple) else [])

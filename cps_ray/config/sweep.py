@@ -189,6 +189,9 @@ class FinalConfig(Section):
     folds: Annotated[int, Field(ge=2, strict=True)] | None = None
     """Instead of `seeds`, for few masks: cross-validation over all labelled images, those of val and test included. Each fold is held out once, and is
     the test of the trainings on the others, one an arm; the model that is delivered is trained on all of them."""
+    nested: bool = False
+    """With `folds`: the search is made again in each fold, choosing by another fold, so that no image that is tested on has chosen anything. It
+    costs a search a fold."""
     group_by: Regex | None = None
     """Pattern: images whose ids agree in its first group, or in all it matches, such as frames of one video, come into one fold, and are drawn together for
     the interval of the verdict."""
@@ -205,6 +208,10 @@ class FinalConfig(Section):
         if self.draws and self.folds:
             raise ValueError(
                 "`draws` and `folds` exclude each other: draws are for many masks, folds for few. Remove one."
+            )
+        if self.nested and (self.folds or 0) < 3:
+            raise ValueError(
+                "`nested` needs at least 3 `folds`: one to test on, one to choose by, one to train on. Set `folds`, or remove `nested`."
             )
         if self.folds and self.top > 1:
             raise ValueError(
@@ -293,6 +300,19 @@ class SweepConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nested_repeats_a_search(self) -> Self:
+        if self.final.nested and self.budget.trials == 1:
+            raise ValueError(
+                "`final.nested` makes the search again in each fold, but with `budget.trials: 1` there is none. Remove `nested`."
+            )
+        return self
+
+    @property
+    def num_searches(self) -> int:
+        """How often the search space is searched: more than once with `final.nested`."""
+        return self.final.folds if self.final.folds and self.final.nested else 1
+
     @property
     def num_final_runs(self) -> int:
         """Number of trainings after the search."""
@@ -302,12 +322,19 @@ class SweepConfig(Section):
         fewer = len({*final.curve} - {1.0}) * (min(2, arms) + self.train.semi_supervised)
         return len(final.repeats) * (arms + final.top - 1 + fewer) + bool(final.folds)
 
-    def fold(self, held_out: int | None) -> dict[str, Any]:
+    def fold(self, held_out: int | None, aside: int | None = None) -> dict[str, Any]:
         """Returns the changes that make a training one of a cross-validation, with fold `held_out` or none held out; {} without `final.folds`."""
         if self.final.folds is None:
             return {}
-        folds = {"count": self.final.folds, "held_out": held_out, "group_by": self.final.group_by}
+        folds = {"count": self.final.folds, "held_out": held_out, "aside": aside, "group_by": self.final.group_by}
         return {"data.folds": folds, "data.further_labeled": ["val", "test"]}
+
+    def searched_fold(self, repeat: int = 1) -> dict[str, Any]:
+        """Returns the changes that make a training a trial of the search before the `repeat`-th final runs: it chooses by the fold that these are
+        tested on, the first one, or with `final.nested` by the next one."""
+        if not self.final.nested:
+            return self.fold(0)
+        return self.fold(repeat % (self.final.folds or 1), aside=repeat - 1)
 
     def baseline(self, name: str) -> BaselineConfig:
         """Returns what a baseline says beside its changes. Raises ConfigError if that is not what it must be."""

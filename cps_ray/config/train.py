@@ -88,6 +88,8 @@ class FoldsConfig(Section):
     held_out: NonNegativeInt | None = None
     """Fold, from 0, that is not trained on and is evaluated in place of val. None: all are trained on; val is evaluated or, if it has no
     masks, the labelled images themselves."""
+    aside: NonNegativeInt | None = None
+    """Fold, from 0, that is neither trained on nor evaluated: where a search chooses by `held_out`, the test of what it finds."""
     seed: NonNegativeInt = 0
     """Another seed deals other folds. Beside it, ids and classes alone decide, so that all methods have the same folds."""
     group_by: Regex | None = None
@@ -96,8 +98,13 @@ class FoldsConfig(Section):
 
     @model_validator(mode="after")
     def _held_out_is_a_fold(self) -> Self:
-        if self.held_out is not None and self.held_out >= self.count:
-            raise ValueError(f"`held_out` must be below `count`, {self.count}, but got {self.held_out}.")
+        for name, fold in (("held_out", self.held_out), ("aside", self.aside)):
+            if fold is not None and fold >= self.count:
+                raise ValueError(f"`{name}` must be below `count`, {self.count}, but got {fold}.")
+        if self.aside is not None and self.held_out in (self.aside, None):
+            raise ValueError(f"`aside` must be another fold than `held_out`, but got {self.aside} and {self.held_out}.")
+        if self.aside is not None and self.count < 3:
+            raise ValueError("`count` must be at least 3 with `aside`: one fold must be left to train on.")
         return self
 
 

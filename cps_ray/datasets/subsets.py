@@ -59,7 +59,7 @@ def labeled_subset(data: DataConfig, index: Index) -> LabeledSubset:
 
 
 def hold_out(subset: LabeledSubset, index: Index, folds: FoldsConfig, *, tiled: bool) -> LabeledSubset:
-    """Deals the labelled images into folds and takes one out, with the unlabelled images of its groups. `tiled`: ids end in the place of
+    """Deals the labelled images into folds and takes one out, and the one aside, with the unlabelled images of their groups. `tiled`: ids end in the place of
     a tile, and those of one image belong together. DataError if there are fewer groups than folds."""
     alike: dict[bytes | str, list[str]] = defaultdict(list)
     for image_id, checksum in zip(index.ids, index.pixels_sha256, strict=True):
@@ -78,11 +78,12 @@ def hold_out(subset: LabeledSubset, index: Index, folds: FoldsConfig, *, tiled: 
         )
     counts = np.array([index.presence[rows].sum(axis=0) for rows in groups.values()], np.float64)
     sizes = np.array([len(rows) for rows in groups.values()], np.float64)
-    dealt = zip(groups, even_folds(counts, sizes, folds.count, folds.seed), strict=True)
-    out = {group for group, fold in dealt if fold == folds.held_out}
-    is_out = np.array([group_of[image_id] in out for image_id in index.ids])
+    fold_of = dict(zip(groups, even_folds(counts, sizes, folds.count, folds.seed), strict=True))
+    fold = np.array([fold_of.get(group_of[image_id], -1) for image_id in index.ids])
+    held_out, aside = (np.isin(fold, [] if out is None else [out]) for out in (folds.held_out, folds.aside))
+    is_left = ~(held_out | aside)
     labeled, unlabeled = subset.labeled, subset.unlabeled
-    return LabeledSubset(labeled[~is_out[labeled]], unlabeled[~is_out[unlabeled]], labeled[is_out[labeled]])
+    return LabeledSubset(labeled[is_left[labeled]], unlabeled[is_left[unlabeled]], labeled[held_out[labeled]])
 
 
 def drawn_unlabeled(data: DataConfig, unlabeled: NDArray[np.int64], images: int) -> NDArray[np.int64]:

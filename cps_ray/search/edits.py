@@ -64,7 +64,7 @@ def edited(begun: SweepConfig, config: SweepConfig, where: Where, *, other_data:
 
 def _changed_folds(old: FinalConfig, new: FinalConfig) -> Iterator[tuple[str, str]]:
     """Yields what of `final` must not differ and does: with folds, trials are trained on other images."""
-    for name in ("folds", "group_by") if old.folds or new.folds else ():
+    for name in ("folds", "nested", "group_by") if old.folds or new.folds else ():
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             yield name, f"must stay {as_yaml(before)}, since trials depend on the folds, but is {as_yaml(now)}."

@@ -60,15 +60,21 @@ class FinalRun:
 
 
 def plan_final_runs(
-    root: Path, config: SweepConfig, best: TrainConfig, number: int, tuned: Mapping[str, Mapping[str, Any]]
+    root: Path,
+    config: SweepConfig,
+    best: TrainConfig,
+    number: int,
+    tuned: Mapping[tuple[str, int], Mapping[str, Any]],
+    bests: Mapping[int, TrainConfig] | None = None,
 ) -> list[FinalRun]:
     """Returns the best configuration over the seeds, draws or folds, then each baseline over the same, then what the curve and the delivered model
-    need beside them. `number`: of the trial that `best` is. `tuned`: what the baselines' own searches have found."""
+    need beside them. `number`: of the trial that `best` is. `tuned`: what the baselines' own searches have found, by name and repeat;
+    that of repeat 1 is also of all that have none. `bests`: the best configurations of repeats that have a search of their own."""
     if config.final.retrain == "none":
         return []
     arms: dict[str, Mapping[str, Any]] = {BEST_ARM: {}} | {name: config.changes(name) for name in config.baselines}
     # With several candidates its runs are there already.
-    plan = _Plan(root, config, best, candidate(number) if config.final.top > 1 else BEST_ARM, tuned)
+    plan = _Plan(root, config, best, candidate(number) if config.final.top > 1 else BEST_ARM, tuned, bests or {})
     runs = [plan.run(arm, changes, repeat) for arm, changes in arms.items() for repeat in config.final.repeats]
     for fraction in sorted({*config.final.curve} - {1.0}):
         for repeat in config.final.repeats:
@@ -108,15 +114,18 @@ class _Plan:
     best: TrainConfig
     best_name: str = BEST_ARM
     """Name of the best configuration in its folders' names."""
-    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuned: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
+    bests: Mapping[int, TrainConfig] = field(default_factory=dict)
 
     def run(
         self, arm: str, changes: Mapping[str, Any], repeat: int, *, labels: float = 1.0, images: float = 1.0
     ) -> FinalRun:
         final = self.config.final
         # `final.set` holds for all arms, also for what a baseline's search has found.
-        changes = {**self.tuned.get(arm, {}), **final.set, **changes}
-        data = apply(self.best, changes, f"baseline {arm}").data
+        base = self.bests.get(repeat, self.best)
+        searched = repeat if repeat in self.bests else 1
+        changes = {**self.tuned.get((arm, searched), {}), **final.set, **changes}
+        data = apply(base, changes, f"baseline {arm}").data
         part = f"-labels{labels:g}" if labels < 1 else f"-images{images:g}" if images < 1 else ""
         # The seed comes last: a baseline changes the method, never which trainings are compared.
         own: dict[str, Any] = {"seed": repeat}
@@ -130,14 +139,16 @@ class _Plan:
         is_last_step = bool(final.folds) or "val" in changes.get("data.further_labeled", ())
         split = HELD_OUT if final.folds else "test"
         name = f"{self.best_name if arm == BEST_ARM else arm}{part}-{final.repeat_name}{repeat}"
-        return FinalRun(arm, repeat, self._job(name, {**changes, **own}), is_last_step, split, labels, images)
+        return FinalRun(arm, repeat, self._job(name, base, {**changes, **own}), is_last_step, split, labels, images)
 
     def on_all_labels(self) -> FinalRun:
         changes = {**self.config.final.set, "seed": 1, **self.config.fold(None)}
-        return FinalRun(BEST_ARM, 1, self._job(f"{self.best_name}-{ALL}", changes), is_last_step=True, split=None)
+        return FinalRun(
+            BEST_ARM, 1, self._job(f"{self.best_name}-{ALL}", self.best, changes), is_last_step=True, split=None
+        )
 
-    def _job(self, name: str, changes: Mapping[str, Any]) -> TrainingJob:
-        changed = apply(self.best, changes, f"final run {name}")
+    def _job(self, name: str, base: TrainConfig, changes: Mapping[str, Any]) -> TrainingJob:
+        changed = apply(base, changes, f"final run {name}")
         metric = own_metric(self.config.objective.metric, changed)
         return TrainingJob(name, self.root / FINAL_FOLDER / name, changed, metric)
 

@@ -457,8 +457,7 @@ class SweepStudy:
                 changes = draw(self._config.search_space, trial)
                 more = self._trials[number].accumulate  # of an earlier session
                 halved = {} if more is None else {"compute.accumulate": more}
-                # With folds, the first one's images are those that the search is evaluated on.
-                all_changes = {**changes, **halved, **self._config.fold(0)}
+                all_changes = {**changes, **halved, **self._config.searched_fold()}
                 config = apply(self._config.train, all_changes, f"trial {number}")
             except Exception:
                 if unfinished is None:  # it never ran, and nothing is left to continue

@@ -38,11 +38,11 @@ from cps_ray.results import (
     trial_folder,
     verdict_lines,
 )
-from cps_ray.search.baselines import baseline_folder, baseline_sweep, is_of, open_study, searched
 from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import export_final, write_best
 from cps_ray.search.final_phase import (
+    BEST_ARM,
     EvaluatedRun,
     FinalPhase,
     FinalRun,
@@ -55,6 +55,7 @@ from cps_ray.search.final_phase import (
     plan_final_runs,
     validation,
 )
+from cps_ray.search.further_searches import FurtherSearch, further_searches, is_of, open_study
 from cps_ray.search.lock import locked
 from cps_ray.search.records import Events, write_summary, write_tables
 from cps_ray.search.search_phase import SearchPhase, best_config, best_header, trial_config
@@ -174,8 +175,7 @@ class Sweep:
         # A summary of an earlier version does not say what was asked for.
         if (summary.get("final") or {}).get("asked", asked) != asked or (self._elects and not self._study.is_elected):
             return False
-        searches = [*self._baseline_sweeps()]
-        if not all(self._is_searched(name, sweep) for name, sweep in searches):
+        if not all(self._is_made(search) for search in self._further_searches()):
             return False
         runs = self._planned(best_config(self._study, self._config))
         return (
@@ -230,7 +230,7 @@ class Sweep:
             best = best_config(self._study, self._config)
             # Again, though each new best trial writes it: a resume after the search may find it deleted, or of an older version.
             write_best(self._root, best, best_header(self._root, self._study, self._config))
-            self._run_baseline_searches()
+            self._run_further_searches()
             runs = self._planned(best)
             evaluated = self._run_finals(runs)
         self._export(best, runs, evaluated, shards)
@@ -286,51 +286,43 @@ class Sweep:
         if phase.limit:
             raise FailureLimitError(f"stopped: {phase.limit}")
 
-    def _baseline_sweeps(self) -> Iterator[tuple[str, SweepConfig]]:
-        """Yields each baseline that is searched, with its search. There must be a complete trial."""
-        best = self._study.best()
-        assert best is not None
-        if self._config.final.retrain == "none":
-            return
-        for name in searched(self._config):
-            config = best_config(self._study, self._config)
-            sweep = baseline_sweep(self._config, name, config, best.params, len(self._study.trials))
-            if sweep.search_space:  # else all of it depends on what the best one has not
-                yield name, sweep
+    def _further_searches(self) -> Iterator[FurtherSearch]:
+        return further_searches(self._root, self._config, self._study)
 
-    def _is_searched(self, name: str, sweep: SweepConfig) -> bool:
-        study = SweepStudy(sweep, self._root, home=baseline_folder(self._root, name))
-        return is_of(study, self._root, sweep) and bool(study.why_no_more)
-
-    def _baseline_searches(self) -> Iterator[tuple[str, SweepStudy]]:
-        """Yields each baseline that is searched, with its study, begun anew if it was another one's."""
-        for name, sweep in self._baseline_sweeps():
-            yield name, open_study(self._root, sweep, name)
+    def _is_made(self, search: FurtherSearch) -> bool:
+        study = SweepStudy(search.sweep, self._root, home=search.folder)
+        return is_of(study, self._root, search.sweep) and bool(study.why_no_more)
 
     def _planned(self, best: TrainConfig) -> list[FinalRun]:
         trial = self._study.best()
         assert trial is not None
-        return plan_final_runs(self._root, self._config, best, trial.number, self._tuned())
+        tuned, bests = {}, {}
+        for search in self._further_searches():
+            study = open_study(self._root, search.sweep, search.folder)
+            found = study.best()
+            if found is not None and search.arm == BEST_ARM:
+                bests[search.repeat] = best_config(study, search.sweep)
+            elif found is not None:
+                tuned[search.arm, search.repeat] = drawn(found)
+        return plan_final_runs(self._root, self._config, best, trial.number, tuned, bests)
 
-    def _tuned(self) -> dict[str, dict[str, Any]]:
-        """Returns the values that the search of each baseline has found."""
-        return {name: drawn(best) for name, study in self._baseline_searches() if (best := study.best())}
-
-    def _run_baseline_searches(self) -> None:
-        for name, study in self._baseline_searches():
+    def _run_further_searches(self) -> None:
+        for search in self._further_searches():
+            study = open_study(self._root, search.sweep, search.folder)
             if not study.why_no_more:
-                self._run_baseline_search(name, study)
+                self._run_further_search(search, study)
             if study.best() is None:
-                folder = baseline_folder(self._root, name)
-                raise NoTrialError(f"{folder}: no trial of baseline {name} completed. See trials/*/error.txt there.")
+                raise NoTrialError(
+                    f"{search.folder}: no trial of the search for {search} completed. See trials/*/error.txt there."
+                )
 
-    def _run_baseline_search(self, name: str, study: SweepStudy) -> None:
-        folder, config = baseline_folder(self._root, name), study.config
+    def _run_further_search(self, search: FurtherSearch, study: SweepStudy) -> None:
+        folder, config = search.folder, search.sweep
         folder.mkdir(parents=True, exist_ok=True)
         done = config.budget.trials - study.num_left
         done_before = f": {done} of {config.budget.trials} trials done" if done else f", {study.num_left} trials"
-        self._events("phase", text=f"search for baseline {name}{done_before}")
-        phase = SearchPhase(study, config, folder, self._events, None, prefix=f"{name}-")
+        self._events("phase", text=f"search for {search}{done_before}")
+        phase = SearchPhase(study, config, folder, self._events, None, prefix=search.prefix)
 
         def tick(session: TuneSession) -> None:
             if phase.limit or phase.out_of_time:
@@ -340,7 +332,7 @@ class Sweep:
         phase.end_cut_trials()
         write_tables(folder, study, config)
         if phase.limit:
-            raise FailureLimitError(f"stopped in the search for baseline {name}: {phase.limit}")
+            raise FailureLimitError(f"stopped in the search for {search}: {phase.limit}")
 
     def _run_candidates(self) -> None:
         """Trains the best trials again, and names the best of them by the mean of what they reach on val: single trials rank noise."""
@@ -413,7 +405,7 @@ class Sweep:
 
     def _compare(self, evaluated: list[EvaluatedRun], shards: Shards) -> dict[str, Any]:
         # A single trial has been chosen by nothing.
-        tuned = [name for name, _ in self._baseline_sweeps()]
+        tuned = [search.arm for search in self._further_searches() if search.repeat == 1]
         chosen = len(self._study.trials) > 1 or bool(tuned)
         final = compare(evaluated, self._config, shards.classes, tuned=tuned, chosen=chosen)
         asked = self._config.final.model_dump(mode="json")

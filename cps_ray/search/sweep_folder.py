@@ -117,7 +117,7 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
-    searched = apply(config.train, config.fold(0), "trials")
+    searched = apply(config.train, config.searched_fold(), "trials")
     best, *baselines = final_training_configs(config) or [searched]
     for changed in (searched, best, *baselines):
         if (changed.data, changed.method) not in data:

@@ -28,7 +28,7 @@ def compare(
     `vanished`: by seed of the best arm, the classes that its pseudo labels have lost. `curve`: see `learning_curve`.
     """
     counted = [one for one in evaluated if one.run.is_whole]
-    is_apart = chosen and config.final.folds is not None
+    is_apart = chosen and config.final.folds is not None and not config.final.nested
     first, arms = _by_arm(one for one in counted if is_apart and one.run.repeat == 1), _by_arm(counted)
     kept = _by_arm(one for one in counted if not (is_apart and one.run.repeat == 1))
     # A class that one seed's test split neither shows nor predicts has no score there: compared is what all seeds have.

@@ -190,6 +190,7 @@ SWEEP_FAULTS = [
     ("{method: supervised}", "{method: supervised, trials: 3}", "25: baselines.supervised: `trials` is the number of trials of a `search`"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  draws: 3\n  folds: 3", "`final.draws` and `final.folds` exclude each other"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  curve: [0.5]\n  folds: 3", "`final.curve` needs a test split"),
+    ("{schedule.steps: 400}", "{schedule.steps: 400}\n  nested: true", "`final.nested` needs at least 3 `final.folds`"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  folds: 1", "final.folds: must be at least 2"),
     ("grace: 50", "grace: 400", "16: early_stopping.grace: must be at most train.schedule.steps=200, but got 400."),
 ]  # fmt: skip

@@ -332,6 +332,17 @@ def test_a_held_out_fold_is_evaluated_and_seen_nowhere_else(tiny: TrainConfig, f
     assert sorted(found) == sorted(labeled)
 
 
+def test_a_fold_that_is_put_aside_is_seen_nowhere(tiny: TrainConfig) -> None:
+    shards = open_shards(tiny.data.shards)
+    folds = [{"count": 3, "held_out": number} for number in range(3)]
+    first, second, third = (ids_of(train_data(shards, changed(tiny, data__folds=each)), "held_out") for each in folds)
+    data = train_data(shards, changed(tiny, data__folds={**folds[1], "aside": 0}))
+    assert (ids_of(data, "labeled"), ids_of(data, "held_out")) == (third, second)
+    hidden = {key for batch in hidden_batches(data, 100) for key in batch.ids}
+    assert hidden == ids_of(data, "unlabeled") == ids_of(train_data(shards, tiny), "unlabeled")
+    assert not first & hidden
+
+
 def test_fewer_unlabelled_images_are_used(tiny: TrainConfig) -> None:
     config = changed(tiny, data__unlabeled=5)
     data = train_data(open_shards(tiny.data.shards), config)

@@ -183,6 +183,10 @@ def test_folds_need_no_fingerprint_of_val(tmp_path: Path) -> None:
     [
         ({"folds": {"count": 1}}, "greater than or equal to 2"),
         ({"folds": {"count": 3, "held_out": 3}}, "`held_out` must be below `count`, 3, but got 3"),
+        ({"folds": {"count": 3, "held_out": 0, "aside": 3}}, "`aside` must be below `count`, 3, but got 3"),
+        ({"folds": {"count": 3, "held_out": 1, "aside": 1}}, "`aside` must be another fold than `held_out`"),
+        ({"folds": {"count": 3, "aside": 1}}, "`aside` must be another fold than `held_out`"),
+        ({"folds": {"count": 2, "held_out": 0, "aside": 1}}, "`count` must be at least 3 with `aside`"),
         ({"folds": {"count": 3, "group_by": "("}}, "must be a regular expression, but got '\\('"),
         ({"further_labeled": ["train"]}, "must name splits beside train, each once, but got train"),
         ({"further_labeled": ["val", "val"]}, "must name splits beside train, each once, but got val, val"),

@@ -42,7 +42,7 @@ def sweep(tiny: TrainConfig, root: Path, **final: Any) -> SweepConfig:
 
 
 def plan(config: SweepConfig, number: int = 0) -> dict[str, FinalRun]:
-    runs = plan_final_runs(Path(), config, config.train, number, {"plain": {"optim.lr": 0.5}})
+    runs = plan_final_runs(Path(), config, config.train, number, {("plain", 1): {"optim.lr": 0.5}})
     assert len(runs) == config.num_final_runs - len(config.final.repeats) * (config.final.top - 1)
     return {run.job.name: run for run in runs}
 

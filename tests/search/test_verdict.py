@@ -72,11 +72,14 @@ def test_the_verdict_in_words(tiny: TrainConfig, tmp_path: Path, plus: Any, meth
     assert "not tuned" not in "".join(verdict_lines(Path(), {"best": best, "objective": "val/miou", "final": final}))
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_fold_by_which_a_search_has_chosen_does_not_count(tiny: TrainConfig, tmp_path: Path, chosen: bool) -> None:
-    config = sweep(tiny, tmp_path, {"method": "supervised"}, folds=3)
+@pytest.mark.parametrize(("searched", "nested"), [(True, False), (True, True), (False, False)])
+def test_the_fold_by_which_a_search_has_chosen_does_not_count(
+    tiny: TrainConfig, tmp_path: Path, searched: bool, nested: bool
+) -> None:
+    chosen = searched and not nested
+    config = sweep(tiny, tmp_path, {"method": "supervised"}, folds=3, nested=nested)
     runs = arm(tiny, "best", [[30, 30], [10, 10], [10, 10]]) + arm(tiny, "plain", [[0, 0]] * 3)
-    final = compare(runs, config, ["road", "car"], tuned=[], chosen=chosen)
+    final = compare(runs, config, ["road", "car"], tuned=[], chosen=searched)
     assert final["difference"]["plain"]["trainings"] == (2 if chosen else 3)
     assert final["difference"]["plain"]["images"] == (10 if chosen else 15)
     assert ("plain" in final["apart"]) == chosen

@@ -1,10 +1,12 @@
-"""The search of a baseline: what the best configuration had, the baseline has, too, in a study of its own.
+"""Searches beside the sweep's own, each in a study of its own.
 
-It begins with the values of the best configuration, so that a baseline which was searched is never worse on val than one which was not.
+What the best configuration had, a baseline has, too: its search begins with the values of the best one, so that a baseline which was searched is
+never worse on val than one which was not. And with `final.nested` each fold has both searches, made without that fold.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,15 +14,79 @@ from typing import Any
 
 from cps_ray.config.schema import locate, parse
 from cps_ray.config.space import active, apply
-from cps_ray.config.sweep import BudgetConfig, Param, SweepConfig
+from cps_ray.config.sweep import BudgetConfig, FinalConfig, Param, SweepConfig
 from cps_ray.config.train import METHOD_SETTINGS, TrainConfig
 from cps_ray.errors import ConfigError
-from cps_ray.results import BASELINES_FOLDER
+from cps_ray.results import BASELINES_FOLDER, FOLDS_FOLDER
+from cps_ray.search.final_phase import BEST_ARM
 from cps_ray.search.objective import own_metric
+from cps_ray.search.search_phase import best_config
 from cps_ray.search.study import SweepStudy
 
 _BASE = "base"
-"""Attribute of a baseline's study: the training that its trials vary."""
+"""Attribute of a study: the training that its trials vary."""
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherSearch:
+    """A search beside the sweep's own."""
+
+    arm: str
+    """What it searches for: a baseline, or the best configuration."""
+    repeat: int
+    """Of the final runs that take what it finds: 1 also stands for all others, but for those of folds that have searches of their own."""
+    folder: Path
+    """Of its trials and tables."""
+    sweep: SweepConfig
+
+    def __str__(self) -> str:
+        what = [] if self.arm == BEST_ARM else [f"baseline {self.arm}"]
+        return " in ".join(what + ([f"fold {self.repeat}"] if self.repeat > 1 else []))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its trials begin with."""
+        return (
+            "-".join(([] if self.arm == BEST_ARM else [self.arm]) + ([f"fold{self.repeat}"] if self.repeat > 1 else []))
+            + "-"
+        )
+
+
+def further_searches(root: Path, config: SweepConfig, study: SweepStudy) -> Iterator[FurtherSearch]:
+    """Yields the searches that the final runs need beside the sweep's own, `study`, which has a complete trial. Those that begin with what a
+    fold's search has found come only if it has found something by the time that they are asked for."""
+    if config.final.retrain == "none":
+        return
+    yield from _of_baselines(root, config, study, 1)
+    for repeat in range(2, config.num_searches + 1):
+        of_fold = FurtherSearch(
+            BEST_ARM, repeat, root / FOLDS_FOLDER / str(repeat), fold_sweep(config, repeat, len(study.trials))
+        )
+        yield of_fold
+        found = SweepStudy(of_fold.sweep, root, home=of_fold.folder)
+        if found.best() is not None:
+            yield from _of_baselines(of_fold.folder, of_fold.sweep, found, repeat)
+
+
+def _of_baselines(folder: Path, config: SweepConfig, study: SweepStudy, repeat: int) -> Iterator[FurtherSearch]:
+    for name in searched(config):
+        best = study.best()
+        assert best is not None
+        sweep = baseline_sweep(config, name, best_config(study, config), best.params, len(study.trials))
+        if sweep.search_space:  # else all of it depends on what the best one has not
+            yield FurtherSearch(name, repeat, baseline_folder(folder, name), sweep)
+
+
+def fold_sweep(config: SweepConfig, repeat: int, trials: int) -> SweepConfig:
+    """Returns the sweep's search without the fold that the `repeat`-th final runs are tested on, as a sweep of its own."""
+    return config.model_copy(
+        update={
+            "name": f"{config.name}/fold{repeat}",
+            "train": apply(config.train, config.searched_fold(repeat), f"fold {repeat}"),
+            "budget": BudgetConfig(trials=trials),
+            "final": FinalConfig(retrain="none"),
+        }
+    )
 
 
 def searched(config: SweepConfig) -> list[str]:
@@ -51,7 +117,7 @@ def baseline_sweep(
             "enqueue": [],
             "warm_start": [],
             "baselines": {},
-            # With folds, it is evaluated on the first one, as the sweep's own is.
+            # With folds, it is evaluated on the one that the sweep's own search is evaluated on.
             "final": config.final.model_copy(update={"retrain": "none", "top": 1, "curve": ()}),
         }
     )
@@ -74,10 +140,9 @@ def _space(space: Mapping[str, Param], names: tuple[str, ...], point: Mapping[st
     return found
 
 
-def open_study(root: Path, sweep: SweepConfig, name: str) -> SweepStudy:
-    """Opens the study of a baseline's search in the sweep's own study.db. One that varied another training, of an earlier best configuration, is
-    begun anew, without its trials."""
-    folder = baseline_folder(root, name)
+def open_study(root: Path, sweep: SweepConfig, folder: Path) -> SweepStudy:
+    """Opens the study of a search in the sweep's own study.db; its trials lie in `folder`. One that varied another training, of an earlier best
+    configuration, is begun anew, without its trials."""
     study = SweepStudy(sweep, root, home=folder)
     if not is_of(study, root, sweep):
         # First the trials: without a study they would be taken for a loss of it.
@@ -91,7 +156,7 @@ def open_study(root: Path, sweep: SweepConfig, name: str) -> SweepStudy:
 
 
 def is_of(study: SweepStudy, root: Path, sweep: SweepConfig) -> bool:
-    """Whether the trials of a baseline's study are of this search; also if there are none."""
+    """Whether the trials of a study are of this search; also if there are none."""
     noted = study.fact(_BASE)
     if noted is None:
         return True
@@ -103,7 +168,7 @@ def is_of(study: SweepStudy, root: Path, sweep: SweepConfig) -> bool:
 
 
 def _base(train: TrainConfig, sweep: SweepConfig) -> dict[str, Any]:
-    """Returns what makes trials of a baseline comparable: their training, but for what is searched, and for sections of methods that it does
+    """Returns what makes trials of a search comparable: their training, but for what is searched, and for sections of methods that it does
     not use."""
     found = train.dump()
     unused = set(METHOD_SETTINGS) - {"method", "custom", train.method}

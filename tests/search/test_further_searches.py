@@ -6,7 +6,15 @@ import pytest
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
 from cps_ray.errors import ConfigError
-from cps_ray.search.baselines import baseline_folder, baseline_sweep, open_study, searched
+from cps_ray.results import resume_command
+from cps_ray.search.final_phase import plan_final_runs
+from cps_ray.search.further_searches import (
+    baseline_folder,
+    baseline_sweep,
+    further_searches,
+    open_study,
+    searched,
+)
 from cps_ray.search.search_phase import best_config
 from cps_ray.search.study import SweepStudy
 
@@ -58,7 +66,7 @@ def test_a_baseline_is_searched_from_the_best_on_with_as_many_trials(tiny: Train
     assert (own.budget.trials, [*own.search_space]) == (3, ["optim.lr"])
     assert own.train.method == "supervised"
     assert own.train.model.encoder == best.model.encoder
-    of_baseline = open_study(tmp_path, own, "plain")
+    of_baseline = open_study(tmp_path, own, baseline_folder(tmp_path, "plain"))
     number, first = of_baseline.ask()
     assert (number, first.optim.lr) == (0, best.optim.lr), "what the best has is tried first"
     of_baseline.report(0, first.schedule.steps, 0.25)
@@ -68,7 +76,7 @@ def test_a_baseline_is_searched_from_the_best_on_with_as_many_trials(tiny: Train
     assert of_baseline.best().number == 1
     again = SweepStudy(config, tmp_path)
     assert (again.best().number, len(again.trials)) == (1, 3), "the sweep's own study knows nothing of it"
-    assert len(open_study(tmp_path, own, "plain").trials) == 3
+    assert len(open_study(tmp_path, own, baseline_folder(tmp_path, "plain")).trials) == 3
 
 
 def test_another_best_begins_the_search_anew_unless_it_differs_only_in_what_is_searched(
@@ -86,11 +94,15 @@ def test_another_best_begins_the_search_anew_unless_it_differs_only_in_what_is_s
                 "cps": config.train.cps.model_copy(update={"weight": new["cps.weight"]}),
             }
         )
-        return len(open_study(tmp_path, baseline_sweep(config, "plain", best, new, 3), "plain").trials)
+        return len(
+            open_study(
+                tmp_path, baseline_sweep(config, "plain", best, new, 3), baseline_folder(tmp_path, "plain")
+            ).trials
+        )
 
     assert num_trials() == 0
     own = baseline_sweep(config, "plain", config.train, point, 3)
-    run(open_study(tmp_path, own, "plain"), [0.1])
+    run(open_study(tmp_path, own, baseline_folder(tmp_path, "plain")), [0.1])
     folder = baseline_folder(tmp_path, "plain")
     (folder / "trials").mkdir(parents=True)
     assert num_trials(optim__lr=0.05, cps__weight=2.0) == 1, "one is searched, the other one's method is not used"
@@ -133,7 +145,7 @@ def test_with_folds_a_baseline_is_searched_on_the_first_one(tiny: TrainConfig, t
     study = SweepStudy(config, tmp_path)
     run(study, [0.1])
     own = baseline_sweep(config, "plain", best_config(study, config), study.best().params, 1)
-    _, trial = open_study(tmp_path, own, "plain").ask()
+    _, trial = open_study(tmp_path, own, baseline_folder(tmp_path, "plain")).ask()
     assert trial.data.folds.held_out == 0, "else it would be trained on what it is chosen by"
 
 
@@ -157,6 +169,64 @@ def test_a_sweep_folder_that_was_moved_keeps_its_baselines_search(tiny: TrainCon
 
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
-    run(open_study(before, own(before), "plain"), [0.1])
+    run(open_study(before, own(before), baseline_folder(before, "plain")), [0.1])
     before.rename(after)
-    assert len(open_study(after, own(after), "plain").trials) == 1
+    assert len(open_study(after, own(after), baseline_folder(after, "plain")).trials) == 1
+
+
+def test_nested_each_fold_is_searched_without_itself_and_tested_with_what_that_has_found(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    nested = config.model_dump() | {"final": {"folds": 3, "nested": True}}
+    config = SweepConfig.model_validate(nested)
+    study = SweepStudy(config, tmp_path)
+    asides = []
+
+    def search(study: SweepStudy, values: list[float]) -> None:
+        for value in values:
+            number, trial = study.ask()
+            asides.append((trial.data.folds.held_out, trial.data.folds.aside))
+            study.report(number, trial.schedule.steps, value)
+            study.tell(number, failure=None)
+
+    search(study, [0.1, 0.3, 0.2])
+    assert {*asides} == {(1, 0)}, "what the first fold tests is chosen by the second one"
+    named = [str(each) for each in further_searches(tmp_path, config, study)]
+    assert named == ["baseline plain", "fold 2", "fold 3"], "what a fold's baseline begins with is not found yet"
+    found = {}
+    for each in further_searches(tmp_path, config, study):
+        asides.clear()
+        own = open_study(tmp_path, each.sweep, each.folder)
+        search(own, [0.1, 0.2, 0.4] if each.repeat == 2 else [0.4, 0.2, 0.1])
+        assert {*asides} == {(each.repeat % 3, each.repeat - 1)}
+        found[each.arm, each.repeat] = own
+    assert [
+        (each.prefix, str(each.folder.relative_to(tmp_path))) for each in further_searches(tmp_path, config, study)
+    ] == [
+        ("plain-", "baselines/plain"),
+        ("fold2-", "folds/2"),
+        ("plain-fold2-", "folds/2/baselines/plain"),
+        ("fold3-", "folds/3"),
+        ("plain-fold3-", "folds/3/baselines/plain"),
+    ]
+    of_third = found["best", 3], found["plain", 3]
+    best, second, third = (best_config(one, one.config) for one in (study, found["best", 2], of_third[0]))
+    tuned = {("plain", 1): {"optim.lr": 0.011}, ("plain", 3): {"optim.lr": 0.033}}
+    runs = plan_final_runs(tmp_path, config, best, 1, tuned, {2: second, 3: third})
+    trained = {run.job.name: run.job.config for run in runs}
+    folds = {name: (each.data.folds.held_out, each.data.folds.aside) for name, each in trained.items()}
+    assert folds["best-fold1"] == folds["plain-fold1"] == (0, None)
+    assert folds["best-fold3"] == folds["plain-fold3"] == (2, None)
+    assert folds["best-all"] == (None, None)
+    rates = {name: each.optim.lr for name, each in trained.items()}
+    assert rates["best-fold1"] == rates["best-all"] == best.optim.lr
+    assert (rates["best-fold2"], rates["best-fold3"]) == (second.optim.lr, third.optim.lr)
+    assert len({best.optim.lr, second.optim.lr, third.optim.lr}) == 3
+    assert (rates["plain-fold1"], rates["plain-fold3"]) == (0.011, 0.033)
+    assert rates["plain-fold2"] == second.optim.lr, "its search has found nothing else"
+    assert trained["plain-fold2"].model == second.model
+
+
+def test_a_search_in_a_search_resumes_the_sweep(tmp_path: Path) -> None:
+    assert resume_command(tmp_path / "folds" / "2" / "baselines" / "plain") == resume_command(tmp_path)
