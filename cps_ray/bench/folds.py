@@ -35,7 +35,7 @@ from cps_ray.runs import CONFIG_FILE, checkpoints, read_checkpoint
 Figures = dict[str, Any]
 _ARMS = ("best", "supervised-only")
 _TRUTH_SEED = 1000
-"""Of the scenes that the truth is measured on: no set is drawn with it."""
+"""Seed of the scenes that the truth is measured on: no set is drawn with it."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def _on_truth(run_dir: Path, folder: Path, args: argparse.Namespace) -> TrainCon
         "data.synthetic.test": args.images,
         "data.synthetic.seed": _TRUTH_SEED,
     }
-    return apply(config, {**scenes, "data.folds": None, "data.further_labeled": []}, "bench")
+    return apply(config, {**scenes, "data.folds": None, "data.further_labeled": [], "data.fingerprint": None}, "bench")
 
 
 def score(raw: Mapping[str, Any], run_dir: Path, threads: int) -> float:

@@ -190,8 +190,8 @@ class FinalConfig(Section):
     """Instead of `seeds`, for few masks: cross-validation over all labelled images, those of val and test included. Each fold is held out once, and is
     the test of the trainings on the others, one an arm; the model that is delivered is trained on all of them."""
     nested: bool = False
-    """With `folds`: the search is made again in each fold, choosing by another fold, so that no image that is tested on has chosen anything. It
-    costs a search a fold."""
+    """Whether the search is made again in each of the `folds`, choosing by another fold, so that no image that is tested on has chosen anything.
+    It costs a search a fold."""
     group_by: Regex | None = None
     """Pattern: images whose ids agree in its first group, or in all it matches, such as frames of one video, come into one fold, and are drawn together for
     the interval of the verdict."""

@@ -14,11 +14,10 @@ from typing import Any
 
 from cps_ray.config.schema import locate, parse
 from cps_ray.config.space import active, apply
-from cps_ray.config.sweep import BudgetConfig, FinalConfig, Param, SweepConfig
+from cps_ray.config.sweep import BEST_ARM, BudgetConfig, FinalConfig, Param, SweepConfig
 from cps_ray.config.train import METHOD_SETTINGS, TrainConfig
 from cps_ray.errors import ConfigError
 from cps_ray.results import BASELINES_FOLDER, FOLDS_FOLDER
-from cps_ray.search.final_phase import BEST_ARM
 from cps_ray.search.objective import own_metric
 from cps_ray.search.search_phase import best_config
 from cps_ray.search.study import SweepStudy
@@ -34,9 +33,9 @@ class FurtherSearch:
     arm: str
     """What it searches for: a baseline, or the best configuration."""
     repeat: int
-    """Of the final runs that take what it finds: 1 also stands for all others, but for those of folds that have searches of their own."""
+    """Which final runs take what it finds: the first, and with it all others but those of folds that have searches of their own."""
     folder: Path
-    """Of its trials and tables."""
+    """Where its trials and tables lie."""
     sweep: SweepConfig
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cps_ray.config.sweep import SweepConfig, measured_network
+from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
@@ -42,7 +42,6 @@ from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import export_final, write_best
 from cps_ray.search.final_phase import (
-    BEST_ARM,
     EvaluatedRun,
     FinalPhase,
     FinalRun,
