@@ -226,7 +226,8 @@ def whole_names(model: type[BaseModel], loc: Loc, text: str) -> str:
         is_setting = types_at(model, (*loc, *name[0].split(".")))
         return f"{dotted(loc)}.{name[0]}" if loc and is_setting else name[0]
 
-    return re.sub(r"`[^`]+`", lambda quoted: re.sub(r"[a-z]\w*(?:\.\w+)*", whole, quoted[0]), text)
+    # What follows a colon is a value: mean_teacher is the name of a method, and of its section.
+    return re.sub(r"`[^`]+`", lambda quoted: re.sub(r"(?<!: )\b[a-z]\w*(?:\.\w+)*", whole, quoted[0]), text)
 
 
 def _meant(model: type[BaseModel], loc: Loc) -> str:

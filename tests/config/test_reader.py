@@ -264,6 +264,7 @@ def test_paths_in_changes_are_relative_to_the_file(sweep_file, tmp_path):
             "method=unimatch unimatch.version=v2",
             "`train.ema.decay` must be given with `train.unimatch.version: v2`. 0.996 is usual.",
         ),
+        ("method=mean_teacher", "`train.ema.decay` must be given with `train.method: mean_teacher`. 0.99 is usual."),
         ("cps.teacher=average", "`train.ema.decay` must be given with `train.cps.teacher: average`. 0.99 is usual."),
         (
             "fixmatch.view=weak fixmatch.strong_views=2",
