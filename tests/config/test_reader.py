@@ -190,6 +190,8 @@ SWEEP_FAULTS = [
     ("{method: supervised}", "{method: supervised, trials: 3}", "25: baselines.supervised: `trials` is the number of trials of a `search`"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  draws: 3\n  folds: 3", "`final.draws` and `final.folds` exclude each other"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  curve: [0.5]\n  folds: 3", "`final.curve` needs a test split"),
+    ("supervised: {", "best-of-all: {", "25: baselines.best-of-all: begins as the names of the best one's own runs do"),
+    ("supervised: {", "trial-7: {", "25: baselines.trial-7: begins as the names of the best one's own runs do"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  nested: true", "`final.nested` needs at least 3 `final.folds`"),
     ("{schedule.steps: 400}", "{schedule.steps: 400}\n  folds: 1", "final.folds: must be at least 2"),
     ("grace: 50", "grace: 400", "16: early_stopping.grace: must be at most train.schedule.steps=200, but got 400."),
@@ -210,6 +212,12 @@ def test_sweep_faults(sweep_file, old, new, message):
 def test_labels_that_are_listed_cannot_be_drawn_anew(sweep_file, name, labeled, text):
     path = sweep_file(("labeled: 0.125", labeled), ("seeds: [1, 2]", f"seeds: [1, 2]\n  {name}"))
     with pytest.raises(ConfigError, match=f"train.data.labeled must be a count or a fraction, but is {text}"):
+        load_sweep(path)
+
+
+def test_parts_of_few_labels_must_differ(sweep_file):
+    path = sweep_file(("labeled: 0.125", "labeled: 3"), ("seeds: [1, 2]", "seeds: [1, 2]\n  curve: [0.3, 0.4, 1.0]"))
+    with pytest.raises(ConfigError, match=r"must give different numbers of labels, but of 3 gives \[1, 1, 3\]"):
         load_sweep(path)
 
 

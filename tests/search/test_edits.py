@@ -109,6 +109,7 @@ MAY_NOT = [
         ("early_stopping: {type: none", "early_stopping: {type: none, reduction: 4"),
         "early_stopping.reduction: must stay 3, as",
     ),
+    (("seeds: [1]", "folds: 3"), "final.folds: must stay null, since trials depend on the folds, but is 3."),
     (("search_space:", "objective: {select: last}\nsearch_space:"), "objective.select: must stay 'best', as"),
     (("search_space:", "enqueue: [{cps.weight: 1.0}]\nsearch_space:"), "enqueue: must stay [], as"),
     (("high: 2.0", "high: 1.5"), "search_space.cps.weight.high: must stay 2.0, as this sweep began, but is 1.5."),
