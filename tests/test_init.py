@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from trees import patches, save, scene
 
+import cps_ray
 from cps_ray import init, prepare, sweep
-from cps_ray.config.reader import load_sweep
+from cps_ray.config.reader import load_sweep, load_train
 from cps_ray.datasets.images import decode_mask
 from cps_ray.datasets.loader import check_data
 from cps_ray.datasets.prepare.recipe import load_recipe, voc_color
@@ -398,9 +399,20 @@ def test_the_plain_folder_becomes_a_sweep_in_four_commands(tmp_path: Path, monke
         "train.schedule.steps=4",
         "train.schedule.eval_every=2",
         "early_stopping.grace=2",
-        "final.folds=2",
+        "final.folds=3",
+        "final.nested=true",
         "baselines.supervised-only.trials=1",
     ]
     small += ["train.resources={workers: 1, cpus_per_worker: 0.5}"]
     assert sweep.main(["crops-cps/sweep.yaml", *(word for text in small for word in ("--set", text))]) == 0
-    assert Path("crops-cps/runs/crops-cps/best.yaml").exists()
+    root = Path("crops-cps/runs/crops-cps")
+    assert (root / "best.yaml").exists()
+    final = cps_ray.open_sweep(root).summary["final"]
+    (verdict,) = final["difference"].values()
+    assert (verdict["tuned"], verdict["trainings"], verdict["images"], final["apart"]) == (True, 3, 24, {})
+    for fold in (2, 3):
+        trial = load_train(root / f"folds/{fold}/trials/0001/config.yaml").data.folds
+        assert (trial.held_out, trial.aside) == (fold % 3, fold - 1)
+        assert (root / f"folds/{fold}/baselines/supervised-only/trials/0000/config.yaml").exists()
+        trained = load_train(root / f"final/best-fold{fold}/config.yaml").data.folds
+        assert (trained.held_out, trained.aside) == (fold - 1, None)

@@ -224,6 +224,7 @@ def _add_search(benchmarks: "Benchmarks") -> None:
     add("--points", type=_positive, default=5, help="values of each range (default 5)")
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     add("--seeds", type=_positive, default=20, help="searches of each kind (default 20)")
+    add("--png", type=Path, metavar="FILE", help="picture of the searches")
     add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 

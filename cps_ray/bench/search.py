@@ -10,13 +10,14 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image, ImageDraw
 from rich.table import Table
 
 from cps_ray.bench import wide
@@ -26,6 +27,7 @@ from cps_ray.config.space import apply
 from cps_ray.config.sweep import ChoiceParam, Param, SweepConfig, Value
 from cps_ray.datasets.loader import eval_batches, train_batches, train_data
 from cps_ray.datasets.open import open_data
+from cps_ray.datasets.show.picture import fit_text
 from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.loop import fit
@@ -35,6 +37,7 @@ from cps_ray.engine.state import TrainState, build_state
 from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
+from cps_ray.model.examples import FAINT, INK, PAPER
 from cps_ray.search.plain import plain_random, plain_tpe
 from cps_ray.search.study import SweepStudy
 
@@ -105,13 +108,17 @@ class Search(Protocol):
 
 
 class Ours:
-    """Our study, with the sampler and the early stopping of the sweep."""
+    """Our study, with the sampler of the sweep and a rule of early stopping, beginning at its `grace`."""
 
-    def __init__(self, sweep: SweepConfig, seed: int, folder: Path) -> None:
+    def __init__(self, sweep: SweepConfig, seed: int, folder: Path, rule: str) -> None:
         sampler = sweep.sampler.model_copy(update={"seed": seed})
+        stopping = sweep.early_stopping.model_copy(update={"type": rule})
         budget = sweep.budget.model_copy(update={"trials": _MOST_TRIALS, "patience": None})
         self._study = SweepStudy(
-            sweep.model_copy(update={"sampler": sampler, "budget": budget, "warm_start": []}), folder
+            sweep.model_copy(
+                update={"sampler": sampler, "early_stopping": stopping, "budget": budget, "warm_start": []}
+            ),
+            folder,
         )
 
     def ask(self) -> tuple[int, Point]:
@@ -165,10 +172,10 @@ def replay(search: Search, grid: Grid, at_once: int) -> float:
 def replayed(grid: Grid, seeds: int, folder: Path) -> Iterator[tuple[str, int, list[float]]]:
     """Yields the name of each search, how many trials it has at once, and its fraction of the grid for each seed."""
 
-    def ours(seed: int, at_once: int) -> Search:
-        root = folder / f"{seed}-{at_once}"
+    def ours(rule: str, seed: int, at_once: int) -> Search:
+        root = folder / f"{rule}-{seed}-{at_once}"
         root.mkdir()
-        return Ours(grid.sweep, seed, root)
+        return Ours(grid.sweep, seed, root, rule)
 
     def plain(seed: int, at_once: int) -> Search:
         return plain_tpe(grid.sweep.search_space, seed)
@@ -176,9 +183,9 @@ def replayed(grid: Grid, seeds: int, folder: Path) -> Iterator[tuple[str, int, l
     def at_random(seed: int, at_once: int) -> Search:
         return plain_random(grid.sweep.search_space, seed)
 
-    kinds = f"{grid.sweep.sampler.type} and {grid.sweep.early_stopping.type}"
+    sampler = grid.sweep.sampler.type
     searches: dict[str, Callable[[int, int], Search]] = {
-        f"cps_ray, {kinds}": ours,
+        **{f"cps_ray, {sampler} and {rule}": partial(ours, rule) for rule in ("asha", "median", "none")},
         "Optuna, TPESampler and SuccessiveHalvingPruner": plain,
         "random, without stopping": at_random,
     }
@@ -292,6 +299,33 @@ def train(raw: dict[str, Any], metric: str, threads: int) -> Curve:
     return curve
 
 
+def picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Draws a line for each search: a dot for each seed's fraction of the grid, and a stroke at their mean."""
+    left, width, line, top = 380, 560, 34, 46
+    found = Image.new("RGB", (left + width + 30, top + line * len(rows) + 40), PAPER)
+    draw = ImageDraw.Draw(found)
+
+    def text(place: tuple[float, float], words: str, color: tuple[int, int, int], anchor: str) -> None:
+        fitted, font = fit_text(words, left - 30, 13)
+        draw.text(place, fitted, fill=color, font=font, anchor=anchor)
+
+    bottom = top + line * len(rows)
+    for tick in range(0, 101, 25):
+        x = left + width * tick / 100
+        draw.line((x, top - 8, x, bottom), fill=(225, 228, 232))
+        text((x, bottom + 12), f"{tick} %", FAINT, "mm")
+    text((left, 20), "steps until one of the best is found, of those of the whole grid", INK, "lm")
+    for number, row in enumerate(rows):
+        y = top + line * (number + 0.5)
+        text((left - 14, y), f"{row['search']}, {row['at_once']} at once", INK, "rm")
+        for fraction in row["fractions"]:
+            x = left + width * fraction
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=(38, 109, 176))
+        x = left + width * row["mean"]
+        draw.line((x, y - 11, x, y + 11), fill=(200, 82, 20), width=2)
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Records a grid, or replays searches on it and prints the table; returns 0."""
     if (args.file is None) == (args.record is None):
@@ -299,6 +333,8 @@ def run(args: argparse.Namespace) -> int:
     if args.record is not None:
         record(args)
         return 0
+    if args.set:
+        raise ConfigError("bench search: --set changes what is recorded, so it needs --record. Remove it.")
     grid = read(args.file)
     steps, trials = grid.sweep.train.schedule.steps, len(grid.trainings)
     table = Table(
@@ -320,6 +356,8 @@ def run(args: argparse.Namespace) -> int:
             numbers = (f"{figures[key]:.3f}" for key in ("mean", "median", "worst_tenth"))
             table.add_row(name, str(at_once), *numbers, str(figures["not_found"]))
     wide().print(table)
+    if args.png:
+        picture(rows).save(args.png)
     if args.json:
         write_json(args.json, {"best": grid.best, "trainings": trials, "steps": grid.steps, "searches": rows})
     return 0

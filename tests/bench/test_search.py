@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support import changed
 
 from cps_ray.bench import search
@@ -124,10 +125,18 @@ def test_searches_are_replayed_from_a_record(
     assert main([*words[:-1], "2"]) == 2
     assert "holds trainings of another points" in capsys.readouterr().err
     assert str(tmp_path) not in file.read_text()
-    assert main(["search", str(file), "--seeds", "3", "--json", str(out)]) == 0
+    assert main(["search", str(file), "--set", "early_stopping.grace=10"]) == 2
+    assert "--set changes what is recorded" in capsys.readouterr().err
+    picture = tmp_path / "out.png"
+    assert main(["search", str(file), "--seeds", "3", "--json", str(out), "--png", str(picture)]) == 0
     assert "not found" in capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert [row["at_once"] for row in found["searches"]] == [1, 1, 1, 2, 2, 2]
+    assert [row["at_once"] for row in found["searches"]] == [1] * 5 + [2] * 5
+    names = [row["search"] for row in found["searches"][:5]]
+    assert [name.split(" and ")[1] for name in names[:3]] == ["asha", "median", "none"]
+    with Image.open(picture) as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(2**16)}
+    assert {(38, 109, 176), (200, 82, 20)} <= colors, "dots and means"
     for row in found["searches"]:
         assert len(row["fractions"]) == 3
         assert all(0.0 < fraction <= 1.0 for fraction in row["fractions"])
