@@ -238,7 +238,8 @@ def _bits(flags: list[bool]) -> pa.Buffer:
 def resume_command(root: Path) -> str:
     """Returns the command that resumes a sweep, on the cluster that its last session was told to join. `root`: its folder, or that of a
     further search in it."""
-    while root.parent.name in (BASELINES_FOLDER, FOLDS_FOLDER):
+    # No further than there is a sweep: it may lie in a folder of that name itself.
+    while not (root / BEGUN_FILE).exists() and root.parent.name in (BASELINES_FOLDER, FOLDS_FOLDER):
         root = root.parent.parent
     address = None
     with suppress(ValueError):  # damaged: `resume` itself says so

@@ -145,6 +145,20 @@ def test_networks_and_data(
     assert not Path("runs").exists(), "nothing may be left behind that stands in the way of the next try"
 
 
+@pytest.mark.parametrize(("nested", "image"), [("false", "val_00002"), ("true", "val_00001")])
+def test_what_one_fold_alone_lacks_is_found_before_the_first_trial(
+    write: Write, capsys: pytest.CaptureFixture[str], nested: str, image: str
+) -> None:
+    # Of the folds one alone holds the image; that is the one that trials are evaluated on.
+    sliced = ("crop_px: [32, 48]", f"crop_px: [32, 48]\n    slices: {{one: {image}}}")
+    folds = ("final: {retrain: none}", f"final: {{folds: 3, nested: {nested}}}\nobjective: {{metric: val/one/miou}}")
+    assert sweep.main([write(sliced, folds)]) == 2
+    text = one_line(capsys)
+    assert "objective.metric: must be measured in each fold, but the " in text
+    assert " of 0 to 2 have no val/one/miou. Take another metric, such as val/miou, or fewer folds." in text
+    assert not Path("runs").exists()
+
+
 def test_a_missing_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write()
     assert sweep.main(["none.yaml"]) == 2

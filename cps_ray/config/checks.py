@@ -170,6 +170,11 @@ def _sampler_faults(sweep: SweepConfig) -> Iterator[Fault]:
     kind, loc = sweep.sampler.type, ("sampler", "type")
     if kind == "cmaes" and importlib.util.find_spec("cmaes") is None:
         yield loc, "cmaes needs the Python package cmaes, which is not installed: pip install 'cps_ray[cmaes]'"
+    if sweep.warm_start and sweep.final.nested:
+        yield (
+            ("warm_start",),
+            "brings values that images of all folds have decided, but with final.nested no search may know the fold that is tested. Remove one.",
+        )
     if sweep.warm_start and kind not in _LEARN:
         yield ("warm_start",), f"has no effect with sampler.type={kind}: only {' and '.join(_LEARN)} learn from it."
     if kind != "grid":
@@ -264,6 +269,11 @@ def _change_faults(sweep: SweepConfig) -> Iterator[Fault]:
             (("baselines", name, "search"), f"{each} is not in search_space.{did_you_mean(each, sweep.search_space)}")
             for each in baseline.search
             if each not in sweep.search_space
+        )
+        yield from (
+            (("baselines", name, "search"), f"{each} is searched, but the baseline itself says what it is. Remove one.")
+            for each in baseline.search
+            if each in sweep.changes(name)
         )
         if sweep.final.folds and baseline.train_on == "labeled+val":
             yield (

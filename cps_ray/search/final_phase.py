@@ -296,7 +296,9 @@ def over_folds(evaluated: Sequence[EvaluatedRun]) -> CheckpointScores:
     each = [one.scores for one in evaluated]
     names = set.intersection(*(set(scores.metrics) for scores in each))
     metrics = {name: fmean(scores.metrics[name] for scores in each) for name in sorted(names)}
-    confusion = {name: np.sum([scores.confusion[name] for scores in each], axis=0) for name in each[0].confusion}
+    # Each fold may have a configuration of its own, with more or fewer networks.
+    networks = [name for name in each[0].confusion if all(name in scores.confusion for scores in each)]
+    confusion = {name: np.sum([scores.confusion[name] for scores in each], axis=0) for name in networks}
     for network, matrix in confusion.items():
         part = "" if network == "a" else f"{network}/"
         metrics[f"test/{part}miou"] = mean_iou(torch.from_numpy(matrix))

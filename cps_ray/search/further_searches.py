@@ -80,7 +80,7 @@ def fold_sweep(config: SweepConfig, repeat: int, trials: int) -> SweepConfig:
     """Returns the sweep's search without the fold that the `repeat`-th final runs are tested on, as a sweep of its own."""
     return config.model_copy(
         update={
-            "name": f"{config.name}/fold{repeat}",
+            "name": f"{config.name}/{FOLDS_FOLDER}/{repeat}",  # no baseline's search is called so
             "train": apply(config.train, config.searched_fold(repeat), f"fold {repeat}"),
             "budget": BudgetConfig(trials=trials),
             "final": FinalConfig(retrain="none"),
@@ -171,7 +171,8 @@ def _base(train: TrainConfig, sweep: SweepConfig) -> dict[str, Any]:
     not use."""
     found = train.dump()
     unused = set(METHOD_SETTINGS) - {"method", "custom", train.method}
-    for name in (*unused, *sweep.search_space):
+    # What the data were is the sweep's business, which may have been told to go on with others.
+    for name in (*unused, *sweep.search_space, "data.fingerprint"):
         *sections, last = map(str, locate(TrainConfig, found, name))
         reduce(lambda section, key: section[key] or {}, sections, found).pop(last, None)
     return found

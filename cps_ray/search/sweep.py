@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cps_ray.config.sweep import BEST_ARM, SweepConfig, measured_network
+from cps_ray.config.schema import parse
+from cps_ray.config.sweep import BEST_ARM, FinalConfig, SweepConfig, measured_network
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import Shards
 from cps_ray.engine.encoders import weights_of_networks
-from cps_ray.errors import FailureLimitError, FinalRunError, NoTrialError, ResourceError, at
+from cps_ray.errors import ConfigError, FailureLimitError, FinalRunError, NoTrialError, ResourceError, at
 from cps_ray.files import read_json
 from cps_ray.model.description import MODEL_FOLDER
 from cps_ray.on_ray.cluster import awaited, connected, nodes, trainings_at_once
@@ -38,6 +39,7 @@ from cps_ray.results import (
     trial_folder,
     verdict_lines,
 )
+from cps_ray.runs import drop_checkpoints
 from cps_ray.search.disk import on_disk
 from cps_ray.search.display import make_display
 from cps_ray.search.export import export_final, write_best
@@ -143,8 +145,9 @@ class Sweep:
                 self._say_verdict(summary)
                 return 0
             try:
-                if not self._trials_left():
-                    self._need_best()  # before a cluster is started for nothing
+                if not self._trials_left():  # before a cluster is started for nothing
+                    self._need_best()
+                    self._need_bests_of_further_searches()
                 with connected(self._address, f"sweep {self._config.name}") as cluster, head_watched(self._say_lost):
                     # Both before the first trial: final runs that can never start must not be found after three days.
                     at_once, _ = awaited(self._how_many_fit, cluster, self._wait_s, self._say)
@@ -170,9 +173,11 @@ class Sweep:
         best = self._study.best()
         if summary.get("status") != "finished" or self._trials_left() or best is None:
             return False
-        asked = self._config.final.model_dump(mode="json")
-        # A summary of an earlier version does not say what was asked for.
-        if (summary.get("final") or {}).get("asked", asked) != asked or (self._elects and not self._study.is_elected):
+        # A summary of an earlier version does not say what was asked for, or knew fewer settings.
+        asked = (summary.get("final") or {}).get("asked")
+        if asked is not None and not self._is_asked_for(asked):
+            return False
+        if self._elects and not self._study.is_elected:
             return False
         if not all(self._is_made(search) for search in self._further_searches()):
             return False
@@ -183,6 +188,12 @@ class Sweep:
             and all(is_done(run.job) and not is_stale(run.job) for run in runs)
             and all((self._root / name).exists() for name in (BEST_FILE, MODEL_FOLDER))
         )
+
+    def _is_asked_for(self, asked: dict[str, Any]) -> bool:
+        try:
+            return parse(FinalConfig, asked) == self._config.final
+        except ConfigError:  # of a later version, or edited
+            return False
 
     def _how_to_extend(self) -> str:
         """Returns what to say of how the search could go on."""
@@ -211,12 +222,13 @@ class Sweep:
 
     def _how_many_fit(self) -> tuple[int, int]:
         """Number of trials, and of final runs, that may run at once. TooSmallError if one never could."""
-        asked, there = self._config.concurrency, nodes()
-        trial, *finals = (
-            trainings_at_once(c.resources, asked, there, streams=c.semi_supervised)
-            for c in (self._config.train, *final_training_configs(self._config))
+        finals = [self._fit(training) for training in final_training_configs(self._config)]
+        return self._fit(self._config.train), min(finals, default=1)
+
+    def _fit(self, training: TrainConfig) -> int:
+        return trainings_at_once(
+            training.resources, self._config.concurrency, nodes(), streams=training.semi_supervised
         )
-        return trial, min(finals, default=1)
 
     def _work(self, shards: Shards) -> None:
         write_summary(self._root, self._study, self._config, RUNNING)  # a verdict of fewer trials holds no more
@@ -244,14 +256,19 @@ class Sweep:
             )
 
     def _session(
-        self, phase: Phase, is_final: bool, tick: Callable[[TuneSession], None] = lambda _: None, name: str = ""
+        self,
+        phase: Phase,
+        room: Callable[[], int],
+        tick: Callable[[TuneSession], None] = lambda _: None,
+        name: str = "",
     ) -> None:
+        """`room` counts the trainings of this phase that the cluster holds at once."""
         session = TuneSession(
             phase,
             self._scratch,
             self._pool,
             sweep=name or self._config.name,
-            at_once=_Room(lambda: self._how_many_fit()[1 if is_final else 0]),
+            at_once=_Room(room),
             failures=self._config.failures,
             resume=resume_command(self._root),
             say=lambda text: self._events("notice", text=text),
@@ -277,7 +294,7 @@ class Sweep:
                 session.stop()
 
         try:
-            self._session(phase, False, tick)
+            self._session(phase, lambda: self._how_many_fit()[0], tick)
         finally:
             self._study.add_seconds(time.monotonic() - phase.started)
         phase.end_cut_trials()  # not after a signal: what that has stopped is resumed
@@ -290,7 +307,17 @@ class Sweep:
 
     def _is_made(self, search: FurtherSearch) -> bool:
         study = SweepStudy(search.sweep, self._root, home=search.folder)
-        return is_of(study, self._root, search.sweep) and bool(study.why_no_more)
+        return is_of(study, self._root, search.sweep) and bool(study.why_no_more) and study.best() is not None
+
+    def _need_bests_of_further_searches(self) -> None:
+        """Raises NoTrialError if a further search has ended without a complete trial."""
+        for search in self._further_searches():
+            study = SweepStudy(search.sweep, self._root, home=search.folder)
+            if is_of(study, self._root, search.sweep) and study.why_no_more and study.best() is None:
+                raise NoTrialError(
+                    f"{search.folder}: no trial of the search for {search} completed. See trials/*/error.txt and log.txt there. To try more "
+                    f"values, there and in the sweep's own search: {resume_command(self._root)} --trials N"
+                )
 
     def _planned(self, best: TrainConfig) -> list[FinalRun]:
         trial = self._study.best()
@@ -299,9 +326,10 @@ class Sweep:
         for search in self._further_searches():
             study = open_study(self._root, search.sweep, search.folder)
             found = study.best()
-            if found is not None and search.arm == BEST_ARM:
+            assert found is not None  # each search has been made
+            if search.arm == BEST_ARM:
                 bests[search.repeat] = best_config(study, search.sweep)
-            elif found is not None:
+            else:
                 tuned[search.arm, search.repeat] = drawn(found)
         return plan_final_runs(self._root, self._config, best, trial.number, tuned, bests)
 
@@ -310,10 +338,7 @@ class Sweep:
             study = open_study(self._root, search.sweep, search.folder)
             if not study.why_no_more:
                 self._run_further_search(search, study)
-            if study.best() is None:
-                raise NoTrialError(
-                    f"{search.folder}: no trial of the search for {search} completed. See trials/*/error.txt there."
-                )
+            self._need_bests_of_further_searches()
 
     def _run_further_search(self, search: FurtherSearch, study: SweepStudy) -> None:
         folder, config = search.folder, search.sweep
@@ -327,9 +352,12 @@ class Sweep:
             if phase.limit or phase.out_of_time:
                 session.stop()
 
-        self._session(phase, True, tick, config.name.replace("/", "-"))
+        self._session(phase, lambda: self._fit(config.train), tick, config.name.replace("/", "-"))
         phase.end_cut_trials()
+        for trial in study.trials:  # values are what is looked for: nobody needs the networks
+            drop_checkpoints(trial_folder(folder, trial.number))
         write_tables(folder, study, config)
+        write_summary(folder, study, config, "finished")
         if phase.limit:
             raise FailureLimitError(f"stopped in the search for {search}: {phase.limit}")
 
@@ -367,7 +395,7 @@ class Sweep:
         self._events("phase", text=f"final runs: {len(waiting)} of {len(runs)} to do")
         phase = FinalPhase(runs, self._events)
         if waiting:
-            self._session(phase, True)
+            self._session(phase, lambda: self._how_many_fit()[1])
         write_tables(self._root, self._study, self._config)
         resume = resume_command(self._root)
         if phase.failed:

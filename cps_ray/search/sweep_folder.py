@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +118,17 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     shards = open_data(config.train.data, None, hashes_in=hashes_in, setting=FINGERPRINT)
     # Checking takes time: each data set is checked once, however many trainings have it.
     data: list[tuple[DataConfig, str]] = []
-    searched = apply(config.train, config.searched_fold(), "trials")
+    trials = [
+        apply(config.train, config.searched_fold(repeat), "trials") for repeat in range(1, config.num_searches + 1)
+    ]
+    searched = trials[0]
     best, *baselines = final_training_configs(config) or [searched]
-    for changed in (searched, best, *baselines):
+    # Each fold leaves other images: one may lack what another has.
+    in_folds = [
+        [apply(arm, config.fold(fold), "final runs") for arm in (best, *baselines)]
+        for fold in range(config.final.folds or 0)
+    ]
+    for changed in (*trials, best, *baselines, *chain.from_iterable(in_folds)):
         if (changed.data, changed.method) not in data:
             data.append((changed.data, changed.method))
             check_data(open_data(changed.data, None, hashes_in=hashes_in, setting=FINGERPRINT), changed)
@@ -133,6 +142,14 @@ def check(config: SweepConfig, where: Where, hashes_in: Path) -> Shards:
     if metric not in known:
         hint = did_you_mean(metric, known) or f" There are {', '.join(known[:6])}, ..."
         raise ConfigError(f"objective.metric: {metric} is not measured on this val split.{hint}")
+    for training in (*trials, *(arms[0] for arms in in_folds)):
+        if metric not in metrics_of(shards, training, "val", further):
+            assert training.data.folds is not None
+            raise ConfigError(
+                f"objective.metric: must be measured in each fold, but the {len(evaluated_images(shards, training, 'val'))} images of fold "
+                f"{training.data.folds.held_out} of 0 to {training.data.folds.count - 1} have no {metric}. Take another metric, such as val/miou, "
+                "or fewer folds."
+            )
     return shards
 
 

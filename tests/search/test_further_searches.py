@@ -229,4 +229,40 @@ def test_nested_each_fold_is_searched_without_itself_and_tested_with_what_that_h
 
 
 def test_a_search_in_a_search_resumes_the_sweep(tmp_path: Path) -> None:
-    assert resume_command(tmp_path / "folds" / "2" / "baselines" / "plain") == resume_command(tmp_path)
+    (tmp_path / "folds").mkdir()
+    root = tmp_path / "folds" / "mine"
+    inside = root / "folds" / "2" / "baselines" / "plain"
+    inside.mkdir(parents=True)
+    (root / ".begun.json").write_text('{"address": "1.2.3.4:6379"}')
+    assert resume_command(inside) == resume_command(root)
+    assert resume_command(root).endswith(f"sweep resume {root} --address 1.2.3.4:6379"), (
+        "it lies in a folder of that name"
+    )
+
+
+def test_a_baseline_may_be_called_as_a_fold_is(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    both = {"fold2": config.baselines["plain"], "folds": config.baselines["plain"]}
+    config = SweepConfig.model_validate(
+        config.model_dump() | {"baselines": both, "final": {"folds": 3, "nested": True}}
+    )
+    study = SweepStudy(config, tmp_path)
+    run(study, [0.1, 0.3, 0.2])
+    for _ in range(2):
+        for each in further_searches(tmp_path, config, study):
+            own = open_study(tmp_path, each.sweep, each.folder)
+            if not own.why_no_more:
+                run(own, [0.1, 0.2, 0.4])
+            assert len(own.trials) == 3
+    names = [each.sweep.name for each in further_searches(tmp_path, config, study)]
+    assert len({*names}) == len(names) == 2 + 2 * 3
+
+
+def test_a_sweep_that_goes_on_with_other_data_keeps_its_further_searches(tiny: TrainConfig, tmp_path: Path) -> None:
+    def own(fingerprint: str) -> SweepConfig:
+        data = tiny.data.model_copy(update={"fingerprint": {"train": f"1-{fingerprint * 32}"}})
+        config = sweep(tiny.model_copy(update={"data": data}), tmp_path, search=["optim.lr"])
+        return baseline_sweep(config, "plain", config.train, {"optim.lr": 0.01}, 3)
+
+    run(open_study(tmp_path, own("0"), baseline_folder(tmp_path, "plain")), [0.1])
+    assert len(open_study(tmp_path, own("1"), baseline_folder(tmp_path, "plain")).trials) == 1

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from cps_ray.config.sweep import SweepConfig
 from cps_ray.config.train import TrainConfig
-from cps_ray.errors import FinalRunError
+from cps_ray.errors import FinalRunError, NoTrialError
+from cps_ray.search.further_searches import open_study
 from cps_ray.search.study import SweepStudy
 from cps_ray.search.sweep import Sweep
 
@@ -82,3 +83,31 @@ def test_how_a_finished_search_could_go_on_names_what_has_ended_it(
     sweep = begun(tiny, tmp_path, [0.5, 0.2, 0.3], **budget)
     sweep._study.add_seconds(4000)
     assert sweep._how_to_extend() == said
+
+
+def test_a_summary_that_knew_fewer_settings_is_still_of_what_is_asked_for(tiny: TrainConfig, tmp_path: Path) -> None:
+    sweep = begun(tiny, tmp_path, [0.5])
+    asked = sweep._config.final.model_dump(mode="json")
+    assert sweep._is_asked_for(asked)
+    del asked["nested"], asked["curve"]
+    assert sweep._is_asked_for(asked)
+    assert not sweep._is_asked_for({**asked, "seeds": [1, 2, 3]})
+    assert not sweep._is_asked_for({**asked, "of_a_later_version": 1})
+
+
+def test_a_further_search_without_a_complete_trial_ends_the_sweep_with_a_way_on(
+    tiny: TrainConfig, tmp_path: Path
+) -> None:
+    sweep = begun(tiny, tmp_path, [0.5, 0.4])
+    baselines = {"plain": {"method": "supervised", "search": ["optim.lr"]}}
+    sweep._config = SweepConfig.model_validate(sweep._config.model_dump() | {"baselines": baselines})
+    (search,) = sweep._further_searches()
+    sweep._need_bests_of_further_searches()  # it has not been made yet
+    assert not sweep._is_made(search)
+    study = open_study(tmp_path, search.sweep, search.folder)
+    for _ in range(2):
+        number, _ = study.ask()
+        study.tell(number, failure="out of memory")
+    with pytest.raises(NoTrialError, match=r"no trial of the search for baseline plain completed.* --trials N$"):
+        sweep._need_bests_of_further_searches()
+    assert not sweep._is_made(search)

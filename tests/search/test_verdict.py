@@ -10,7 +10,7 @@ from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.shards import open_shards
 from cps_ray.on_ray.evaluate_runs import CheckpointScores
 from cps_ray.results import verdict_lines
-from cps_ray.search.final_phase import EvaluatedRun, FinalRun
+from cps_ray.search.final_phase import EvaluatedRun, FinalRun, over_folds
 from cps_ray.search.tune_session import TrainingJob
 from cps_ray.search.verdict import compare, groups, notes
 
@@ -89,6 +89,13 @@ def test_the_fold_by_which_a_search_has_chosen_does_not_count(
     # The score of an arm is that of all held-out images, as the difference is. (No wrong pixels in this confusion: only a is checked.)
     assert final["repeat"] == "fold"
     assert isinstance(gain, float)
+
+
+def test_folds_may_differ_in_the_number_of_networks(tiny: TrainConfig) -> None:
+    two, one = arm(tiny, "best", [[0, 0]] * 3)[:2]
+    matrix = two.scores.confusion["a"]
+    two.scores.confusion.update(b=matrix, ensemble=matrix)
+    assert {*over_folds([two, one]).confusion} == {*over_folds([one, two]).confusion} == {"a"}
 
 
 def test_images_of_a_group_count_once(tiny: TrainConfig, tmp_path: Path) -> None:
