@@ -46,6 +46,7 @@ NEITHER = (
     "data/voc/raw/VOCdevkit/",
     "Weights of tu-vit_small",
     "Test mIoU  best",
+    "Best against ",
     "What next, best: ",
 )
 """Beginnings of printed text that is neither commands nor YAML: output, and folders."""
