@@ -27,7 +27,7 @@ from cps_ray.engine.cpu.threads import tune_cpu
 from cps_ray.engine.evaluation import evaluate, summarise
 from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import load_networks
-from cps_ray.errors import CpsRayError
+from cps_ray.errors import ConfigError, CpsRayError
 from cps_ray.files import read_json, write_json
 from cps_ray.results import open_sweep
 from cps_ray.runs import CONFIG_FILE, checkpoints, read_checkpoint
@@ -63,8 +63,6 @@ def _sweep(root: Path, args: argparse.Namespace, number: int) -> float:
     """Runs a sweep to its end, and returns the minutes that it took, also if that was earlier."""
     record = root.parent / f"{root.name}.json"
     known = read_json(record)
-    if known is not None:
-        return float(known["minutes"])
     changes = {
         "name": root.name,
         "train.data.shards": str(root.parent / f"shards-{number}"),
@@ -78,12 +76,19 @@ def _sweep(root: Path, args: argparse.Namespace, number: int) -> float:
     }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
     words += [word for each in args.set for word in ("--set", each)]
+    if known is not None:
+        if known.get("words") != words:
+            raise ConfigError(
+                f"{root}: must be a sweep with the settings that are asked for, but {record.name} has others. Ask for the same, or name another "
+                "folder."
+            )
+        return float(known["minutes"])
     begin = time.monotonic()
     command = [sys.executable, "-m", "cps_ray.sweep", "quickstart", "--output", str(root.parent), *words]
     if subprocess.run(command).returncode != 0:
         raise CpsRayError(f"{root}: its sweep has failed, see above. Remove the folder, and begin again.")
     minutes = (time.monotonic() - begin) / 60
-    write_json(record, {"minutes": minutes})
+    write_json(record, {"minutes": minutes, "words": words})
     return minutes
 
 
@@ -97,7 +102,7 @@ def _said(root: Path) -> Figures:
 
 
 def _true(root: Path, folder: Path, args: argparse.Namespace) -> Figures:
-    """Returns the mean gain of the folds' trainings on the images of the truth, its deviation over folds, and the delivered model's mIoU."""
+    """Returns the gains of the folds' trainings on the images of the truth, their mean, and the delivered model's mIoU."""
     runs = {f"{arm}-fold{fold}": arm for fold in range(1, args.folds + 1) for arm in _ARMS}
     names = [*runs, "best-all"]
     calls = {

@@ -45,10 +45,7 @@ class FurtherSearch:
     @property
     def prefix(self) -> str:
         """What the names of its trials begin with."""
-        return (
-            "-".join(([] if self.arm == BEST_ARM else [self.arm]) + ([f"fold{self.repeat}"] if self.repeat > 1 else []))
-            + "-"
-        )
+        return ("" if self.arm == BEST_ARM else f"{self.arm}-") + (f"fold{self.repeat}-" if self.repeat > 1 else "")
 
 
 def further_searches(root: Path, config: SweepConfig, study: SweepStudy) -> Iterator[FurtherSearch]:

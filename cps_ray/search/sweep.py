@@ -313,11 +313,15 @@ class Sweep:
         """Raises NoTrialError if a further search has ended without a complete trial."""
         for search in self._further_searches():
             study = SweepStudy(search.sweep, self._root, home=search.folder)
-            if is_of(study, self._root, search.sweep) and study.why_no_more and study.best() is None:
-                raise NoTrialError(
-                    f"{search.folder}: no trial of the search for {search} completed. See trials/*/error.txt and log.txt there. To try more "
-                    f"values, there and in the sweep's own search: {resume_command(self._root)} --trials N"
-                )
+            if is_of(study, self._root, search.sweep):
+                self._need_best_of(search, study)
+
+    def _need_best_of(self, search: FurtherSearch, study: SweepStudy) -> None:
+        if study.why_no_more and study.best() is None:
+            raise NoTrialError(
+                f"{search.folder}: no trial of the search for {search} completed. See trials/*/error.txt and log.txt there. To try more "
+                f"values, there and in the sweep's own search: {resume_command(self._root)} --trials N"
+            )
 
     def _planned(self, best: TrainConfig) -> list[FinalRun]:
         trial = self._study.best()
@@ -338,7 +342,7 @@ class Sweep:
             study = open_study(self._root, search.sweep, search.folder)
             if not study.why_no_more:
                 self._run_further_search(search, study)
-            self._need_bests_of_further_searches()
+            self._need_best_of(search, study)
 
     def _run_further_search(self, search: FurtherSearch, study: SweepStudy) -> None:
         folder, config = search.folder, search.sweep

@@ -219,6 +219,12 @@ def test_labels_that_are_listed_cannot_be_drawn_anew(sweep_file, name, labeled, 
         load_sweep(path)
 
 
+def test_nested_needs_a_search_to_repeat(sweep_file):
+    nested = ("{schedule.steps: 400}", "{schedule.steps: 400}\n  folds: 3\n  nested: true")
+    with pytest.raises(ConfigError, match=r"with `budget.trials: 1` there is none. Remove `nested`."):
+        load_sweep(sweep_file(("budget: {trials: 4}", "budget: {trials: 1}"), nested))
+
+
 def test_parts_of_few_labels_must_differ(sweep_file):
     path = sweep_file(("labeled: 0.125", "labeled: 3"), ("seeds: [1, 2]", "seeds: [1, 2]\n  curve: [0.3, 0.4, 1.0]"))
     with pytest.raises(ConfigError, match=r"must give different numbers of labels, but of 3 gives \[1, 1, 3\]"):
