@@ -125,7 +125,11 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
         "are paired: the same draw of labelled images, the same seed. docs/methods.md says how to read the table.",
     )
     add = methods.add_argument
-    add("file", type=Path, help="a training or a sweep, whose `train` is then taken, or the name of a shipped one")
+    add(
+        "file",
+        type=Path,
+        help="a training or a sweep, whose `train` is then taken, the name of a shipped one, or a record: FILE.json of --json, which is only shown",
+    )
     settings = "change a setting of all variants: data.shards, data.labeled, schedule.steps, model.weights_file, ..."
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=settings)
     draws = (
@@ -142,6 +146,8 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     record = "file that every run is written to as it ends; runs that it already holds are not repeated"
     add("--json", type=Path, metavar="FILE", help=record)
+    add("--png", type=Path, metavar="FILE", help="picture of what each variant gains, on each class, too")
+    add("--along", metavar="KEY", help="the picture is that of mIoU along this setting, such as cps.weight")
 
 
 def _add_verdict(benchmarks: "Benchmarks") -> None:

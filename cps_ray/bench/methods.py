@@ -5,6 +5,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import threading
 import time
@@ -17,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 from cps_ray.bench import wide
-from cps_ray.bench.comparison import Comparison, Figures, is_drawn, table
+from cps_ray.bench.comparison import Comparison, Figures, further_table, is_drawn, table
+from cps_ray.bench.comparison_picture import along_picture, gains_picture
 from cps_ray.bench.labels import ShuffledLabels, TrueMasks, with_true_masks
 from cps_ray.config.reader import load_sweep, load_train, parse_train, sweeps, value_at
 from cps_ray.config.schema import locate
@@ -36,6 +38,7 @@ from cps_ray.engine.ranks import Ranks
 from cps_ray.engine.state import build_state
 from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
+from cps_ray.search.records import environment
 from cps_ray.text import nearest
 
 Changes = dict[str, Any]
@@ -134,7 +137,11 @@ def train_and_evaluate(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is not in the JSON file yet, records each run as it ends, and prints the table."""
+    """Trains what is not in the JSON file yet, records each run as it ends, and prints the tables; of a record, prints them alone."""
+    if args.file.suffix == ".json":
+        comparison, runs = _recorded(args)
+        _show(comparison, runs, args)
+        return 0
     config, draws = _training(args)
     chosen = _chosen(args)
     shards = open_data(config.data)
@@ -151,8 +158,9 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(variants(config, chosen), args.control, args.split, pairs)
     for training in comparison.trainings.values():
         check_data(open_data(training.data), training, evaluated=())  # now, and not after hours
+    base = None if args.json is None else str(args.json.parent.absolute())
     record = {
-        "config": config.dump(),
+        "config": config.dump(base),
         "data": shards.manifest.sha256,
         "split": args.split,
         "jobs": args.jobs,
@@ -168,12 +176,59 @@ def run(args: argparse.Namespace) -> int:
             write_json(args.json, {**record, "comparison": comparison.figures(record["runs"])})
 
     save()
+    commit = environment()["commit"]
     for key, figures in _run_all(comparison, args.jobs, record["runs"]):
-        record["runs"][key] = figures
+        record["runs"][key] = {**figures, "commit": commit}
         save()
         print(f"{key}: {figures.get('failed') or round(100 * figures[f'{args.split}/miou'], 2)}", flush=True)
-    wide().print(table(comparison, record["runs"], args.file.name))
+    _show(comparison, record["runs"], args)
     return 0
+
+
+def _show(comparison: Comparison, runs: Mapping[str, Figures], args: argparse.Namespace) -> None:
+    """Prints the tables, and draws the picture that is asked for."""
+    wide().print(table(comparison, runs, args.file.name))
+    wide().print(further_table(comparison, runs))
+    if args.png is not None:
+        picture = gains_picture(comparison, runs) if args.along is None else along_picture(comparison, runs, args.along)
+        picture.save(args.png)
+
+
+def _recorded(args: argparse.Namespace) -> tuple[Comparison, dict[str, Figures]]:
+    """Returns what the record holds, of the variants of `--only` and the control. ConfigError if it is none."""
+    path: Path = args.file
+    given = [
+        flag for flag, value in {"--set": args.set, "--variant": args.variant, "--draws": args.draws}.items() if value
+    ]
+    if given or args.json is not None:
+        raise ConfigError(
+            f"{path}: is a record and is only shown; {(given or ['--json'])[0]} would change nothing. Remove it."
+        )
+    record = _read(path)
+    known = record["variants"]
+    only = [*known] if args.only is None else list(dict.fromkeys([args.control, *args.only]))
+    for name in (*only, args.control):
+        if name not in known:
+            raise ConfigError(f"{path}: has no variant {name!r}; it has {', '.join(known)}.")
+    config = parse_train(record["config"], str(path), path.parent.absolute())
+    trainings = variants(config, {name: known[name] for name in only})
+    drawn = [re.fullmatch(r"(.*?)(?: draw (-?\d+))? seed (-?\d+)", key) for key in record["runs"]]
+    found = [each.groups() for each in drawn if each is not None and each[1] in only]
+    pairs = sorted({(int(draw), int(seed)) for _, draw, seed in found if draw is not None})
+    pairs = pairs or sorted({(config.data.subset_seed, int(seed)) for _, _, seed in found})
+    return Comparison(trainings, args.control, record["split"], pairs), record["runs"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns a record. ConfigError if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parse_train(found["config"], str(path), path.parent.absolute())
+        record = {name: found[name] for name in ("config", "data", "split", "variants", "runs")}
+        record |= {name: dict(record[name]) for name in ("variants", "runs")}
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as err:
+        raise ConfigError(f"{path}: must be a record of `bench methods`: {err} Name another file.") from err
+    return record
 
 
 def _training(args: argparse.Namespace) -> tuple[TrainConfig, list[int]]:
@@ -254,13 +309,9 @@ def impossible(config: TrainConfig, shards: Shards) -> dict[str, str]:
 def _take_up(path: Path, record: dict[str, Any]) -> None:
     """Adds the runs and variants of the file to `record`. Raises ConfigError if they are of other data, another training or another
     split, and cannot be compared."""
-    try:
-        found = json.loads(path.read_text())
-        config = parse_train(found["config"], str(path)).dump()
-        data, split, named, runs = (found[key] for key in ("data", "split", "variants", "runs"))
-        named, runs = dict(named), dict(runs)
-    except (ValueError, KeyError, TypeError, ConfigError) as err:
-        raise ConfigError(f"--json {path}: must be a record of `bench methods`, or not exist yet: {err}") from err
+    found = _read(path)
+    config = parse_train(found["config"], str(path), path.parent.absolute()).dump(str(path.parent.absolute()))
+    data, split, named, runs = (found[key] for key in ("data", "split", "variants", "runs"))
     for section, wanted in record["config"].items():
         if config[section] != wanted:
             raise ConfigError(

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from support import changed
 
-from cps_ray.bench.comparison import Comparison, PairedDifference, paired_difference
+from cps_ray.bench.comparison import Comparison, PairedDifference, further_table, paired_difference
 from cps_ray.config.train import TrainConfig
 
 PAIRS = [(draw, seed) for draw in range(6) for seed in range(3)]
@@ -87,6 +87,53 @@ def test_a_comparison_over_draws(tiny: TrainConfig) -> None:
     assert figures["cps"]["difference"]["mean"] == pytest.approx(0.0)
     assert figures["cps"]["difference"]["better"] == 1
     assert comparison.config("cps", (1, 2)) == changed(tiny, seed=2, data__subset_seed=1)
+
+
+def test_all_other_scores_are_compared_too_and_classes_at_once(tiny: TrainConfig) -> None:
+    random = np.random.default_rng(0)
+    metrics = [
+        "test/miou",
+        "test/ensemble/miou",
+        "test/b/miou",
+        "test/pixel_accuracy",
+        "test/drive/miou",
+        "test/drive/iou/road",
+    ]
+    metrics += ["pseudo/miou", "pseudo/iou/road", "test/iou/road", "test/iou/sign", "train/cps"]
+    comparison = Comparison(
+        {"supervised": changed(tiny, method="supervised"), "cps": tiny},
+        "supervised",
+        "test",
+        [(d, 1) for d in range(4)],
+    )
+    runs = {
+        comparison.key(name, pair): dict(zip(metrics, random.uniform(0.2, 0.6, len(metrics)).tolist(), strict=True))
+        for name in comparison.trainings
+        for pair in comparison.pairs
+    }
+    further = comparison.figures(runs)["cps"]["further"]
+    assert [*further] == ["test/pixel_accuracy", "test/drive/miou", "pseudo/miou", "test/iou/road", "test/iou/sign"]
+    for metric, level in {"test/drive/miou": 0.95, "test/iou/sign": 0.975}.items():
+        ours, theirs = ([runs[f"{name} draw {d} seed 1"][metric] for d in range(4)] for name in ("cps", "supervised"))
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(level)
+        assert further[metric]["mean"] == pytest.approx((expected.low + expected.high) / 2)
+        assert further[metric]["half_width"] == pytest.approx((expected.high - expected.low) / 2), metric
+    shown = further_table(comparison, runs)
+    assert [str(column.header) for column in shown.columns] == [
+        "",
+        "accuracy",
+        "drive",
+        "pseudo labels",
+        "road",
+        "sign",
+    ]
+    runs["cps draw 0 seed 1"] |= {"test/iou/sign": runs["supervised draw 0 seed 1"]["test/iou/sign"] - 0.1}
+    for draw in range(1, 4):
+        runs[f"cps draw {draw} seed 1"]["test/iou/sign"] = (
+            runs[f"supervised draw {draw} seed 1"]["test/iou/sign"] - 0.101
+        )
+    shown = further_table(comparison, runs)
+    assert [*shown.columns[-1].cells] == ["-10.1*"]
 
 
 def test_where_no_draw_matters_the_interval_is_over_seeds(tiny: TrainConfig) -> None:

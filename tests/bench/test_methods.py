@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support import changed
 
 from cps_ray.bench import methods
@@ -19,6 +20,7 @@ from cps_ray.bench.methods import VARIANTS, impossible, train_and_evaluate, vari
 from cps_ray.config.train import TrainConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.datasets.shards import Shards, open_shards
+from cps_ray.search.records import environment
 
 
 @pytest.fixture
@@ -164,6 +166,26 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     (line,) = (line for line in out.splitlines() if "│ half weight" in line)
     cells = [cell.strip() for cell in line.split("│")]
     assert cells[2:5] == ["35.0", "+10.0", "1 of 1"]
+    assert not Path(record["config"]["data"]["shards"]).is_absolute(), "a record may be published"
+    assert record["runs"]["supervised draw 0 seed 1"]["commit"] == environment()["commit"]
+
+    # The record alone shows the same.
+    monkeypatch.chdir("/")
+    picture = file.with_name("gains.png")
+    assert main(["methods", str(record_file), "--png", str(picture)]) == 0
+    assert Image.open(picture).width > 300
+    assert line in capsys.readouterr().out.splitlines()
+    assert main(["methods", str(record_file), "--along", "cps.weight", "--png", str(picture)]) == 2
+    assert "--along cps.weight: needs two variants with other positive numbers there" in error(capsys)
+    for change, message in [
+        (["--set", "optim.lr=0.5"], "is a record and is only shown; --set would change nothing"),
+        (["--json", "other.json"], "is a record and is only shown; --json would change nothing"),
+        (["--only", "cps"], "has no variant 'cps'; it has supervised, half weight."),
+        (["--control", "cps"], "has no variant 'cps'; it has supervised, half weight."),
+    ]:
+        assert main(["methods", str(record_file), *change]) == 2
+        assert message in error(capsys)
+
     # A variant that is not asked for stays on record.
     assert main(words) == 0
     assert json.loads(record_file.read_text())["runs"] == record["runs"]
