@@ -38,7 +38,7 @@ from cps_ray.engine.telemetry import Metrics
 from cps_ray.errors import ConfigError, DivergedError
 from cps_ray.files import write_json
 from cps_ray.model.examples import FAINT, INK, PAPER
-from cps_ray.search.plain import plain_random, plain_tpe
+from cps_ray.search.plain import PRUNERS, plain_random, plain_tpe
 from cps_ray.search.study import SweepStudy
 
 Point = dict[str, Value]
@@ -177,17 +177,17 @@ def replayed(grid: Grid, seeds: int, folder: Path) -> Iterator[tuple[str, int, l
         root.mkdir()
         return Ours(grid.sweep, seed, root, rule)
 
-    def plain(seed: int, at_once: int) -> Search:
-        return plain_tpe(grid.sweep.search_space, seed)
+    def plain(pruner: str, seed: int, at_once: int) -> Search:
+        return plain_tpe(grid.sweep.search_space, seed, pruner)
 
     def at_random(seed: int, at_once: int) -> Search:
         return plain_random(grid.sweep.search_space, seed)
 
     sampler = grid.sweep.sampler.type
     searches: dict[str, Callable[[int, int], Search]] = {
-        **{f"cps_ray, {sampler} and {rule}": partial(ours, rule) for rule in ("asha", "median", "none")},
-        "Optuna, TPESampler and SuccessiveHalvingPruner": plain,
-        "random, without stopping": at_random,
+        **{f"cps_ray: {sampler}, {rule}": partial(ours, rule) for rule in ("asha", "median", "none")},
+        **{f"Optuna: TPE, {pruner} pruner": partial(plain, pruner) for pruner in PRUNERS},
+        "random, no pruner": at_random,
     }
     for at_once in (1, 2):
         for name, make in searches.items():
@@ -310,7 +310,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     draw = ImageDraw.Draw(found)
 
     def text(place: tuple[float, float], words: str, color: tuple[int, int, int], anchor: str) -> None:
-        fitted, font = fit_text(words, left - 30, 13)
+        fitted, font = fit_text(words, width if anchor == "lm" else left - 30, 13)
         draw.text(place, fitted, fill=color, font=font, anchor=anchor)
 
     bottom = top + line * len(rows)

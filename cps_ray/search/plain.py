@@ -1,6 +1,6 @@
 """Searches as Optuna's documentation shows them, without this package's study: what `bench search` compares it with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import optuna
 
@@ -8,9 +8,17 @@ from cps_ray.config.space import draw
 from cps_ray.config.sweep import Param, Value
 
 
-def plain_tpe(space: Mapping[str, Param], seed: int) -> "PlainSearch":
-    """Returns a search by Optuna's TPE that stops trials by its successive halving, both as they come."""
-    return PlainSearch(space, optuna.samplers.TPESampler(seed=seed), optuna.pruners.SuccessiveHalvingPruner())
+PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    "median": optuna.pruners.MedianPruner,  # the one that a study has unless it is told otherwise
+    "successive halving": optuna.pruners.SuccessiveHalvingPruner,
+    "no": optuna.pruners.NopPruner,
+}
+"""Optuna's rules of early stopping, with the settings that they have by themselves."""
+
+
+def plain_tpe(space: Mapping[str, Param], seed: int, pruner: str) -> "PlainSearch":
+    """Returns a search by Optuna's TPE that stops trials by one of PRUNERS."""
+    return PlainSearch(space, optuna.samplers.TPESampler(seed=seed), PRUNERS[pruner]())
 
 
 def plain_random(space: Mapping[str, Param], seed: int) -> "PlainSearch":

@@ -131,9 +131,13 @@ def test_searches_are_replayed_from_a_record(
     assert main(["search", str(file), "--seeds", "3", "--json", str(out), "--png", str(picture)]) == 0
     assert "not found" in capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert [row["at_once"] for row in found["searches"]] == [1] * 5 + [2] * 5
-    names = [row["search"] for row in found["searches"][:5]]
-    assert [name.split(" and ")[1] for name in names[:3]] == ["asha", "median", "none"]
+    assert [row["at_once"] for row in found["searches"]] == [1] * 7 + [2] * 7
+    names = [row["search"] for row in found["searches"][:7]]
+    assert [name.split(", ")[1] for name in names[:3]] == ["asha", "median", "none"]
+    assert names[3:] == [
+        *(f"Optuna: TPE, {each} pruner" for each in ("median", "successive halving", "no")),
+        "random, no pruner",
+    ]
     with Image.open(picture) as image:
         colors = {color for _, color in image.convert("RGB").getcolors(2**16)}
     assert {(38, 109, 176), (200, 82, 20)} <= colors, "dots and means"
