@@ -7,7 +7,6 @@ import optuna
 from cps_ray.config.space import draw
 from cps_ray.config.sweep import Param, Value
 
-
 PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "median": optuna.pruners.MedianPruner,  # the one that a study has unless it is told otherwise
     "successive halving": optuna.pruners.SuccessiveHalvingPruner,
