@@ -138,6 +138,8 @@ def train_and_evaluate(
 
 def run(args: argparse.Namespace) -> int:
     """Trains what is not in the JSON file yet, records each run as it ends, and prints the tables; of a record, prints them alone."""
+    if args.along is not None and args.png is None:
+        raise ConfigError("--along: is drawn into the file of --png. Name one.")
     if args.file.suffix == ".json":
         comparison, runs = _recorded(args)
         _show(comparison, runs, args)

@@ -180,6 +180,7 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     for change, message in [
         (["--set", "optim.lr=0.5"], "is a record and is only shown; --set would change nothing"),
         (["--json", "other.json"], "is a record and is only shown; --json would change nothing"),
+        (["--along", "cps.weight"], "--along: is drawn into the file of --png. Name one."),
         (["--only", "cps"], "has no variant 'cps'; it has supervised, half weight."),
         (["--control", "cps"], "has no variant 'cps'; it has supervised, half weight."),
     ]:
