@@ -38,6 +38,7 @@ HELP = [*ROOT.glob("cps_ray/*.py"), *ROOT.glob("sweeps/*.yaml"), *ROOT.glob("cps
 """Files with commands in docstrings, in examples below --help, or in comments."""
 NEITHER = (
     "Best trial 0: val/miou ",
+    "Best trial 2: val/miou ",
     "runs/NAME/ ",
     "best/model.safetensors ",
     "cps_ray/errors.py ",

@@ -228,14 +228,15 @@ def test_nested_each_fold_is_searched_without_itself_and_tested_with_what_that_h
     assert trained["plain-fold2"].model == second.model
 
 
-def test_a_search_in_a_search_resumes_the_sweep(tmp_path: Path) -> None:
+def test_a_search_in_a_search_resumes_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "folds").mkdir()
     root = tmp_path / "folds" / "mine"
     inside = root / "folds" / "2" / "baselines" / "plain"
     inside.mkdir(parents=True)
     (root / ".begun.json").write_text('{"address": "1.2.3.4:6379"}')
     assert resume_command(inside) == resume_command(root)
-    assert resume_command(root).endswith(f"sweep resume {root} --address 1.2.3.4:6379"), (
+    assert resume_command(root).endswith("sweep resume folds/mine --address 1.2.3.4:6379"), (
         "it lies in a folder of that name"
     )
 
