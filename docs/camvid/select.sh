@@ -20,3 +20,10 @@ select_on_val \
   --variant "supervised, root weights: method=supervised 'loss.class_weights=$ROOT'" \
   --variant "supervised, ce + dice: method=supervised 'loss.supervised={ce: 1.0, dice: 1.0}'" \
   --variant "supervised, repeats: method=supervised augment.repeat_threshold=0.9"
+
+# What won among these, further: higher rates, with and without weights.
+select_on_val \
+  --variant "supervised, fourth-root weights, rate 4e-3: method=supervised optim.lr=4e-3 'loss.class_weights=$FOURTH'" \
+  --variant "supervised, fourth-root weights, rate 8e-3: method=supervised optim.lr=8e-3 'loss.class_weights=$FOURTH'" \
+  --variant "supervised, rate 8e-3: method=supervised optim.lr=8e-3" \
+  --variant "supervised, root weights, rate 4e-3: method=supervised optim.lr=4e-3 'loss.class_weights=$ROOT'"

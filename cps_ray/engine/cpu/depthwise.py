@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # N images, C channels, H W cells of the map; K x K weights for each channel. A tensor's name ends in its dims.
 Region = tuple[slice, slice]
 """Rows and columns of a map."""
+_MOST_PADDED = 1.7
+"""Cells of all phases, by those of the map, up to which phases are faster than taps."""
 
 
 def use_cpu_kernels(network: nn.Module) -> None:
@@ -54,11 +56,19 @@ def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Ten
     if torch.is_autocast_enabled(x_NCHW.device.type):
         dtype = torch.get_autocast_dtype(x_NCHW.device.type)
         x_NCHW, weight_C1KK = x_NCHW.to(dtype), weight_C1KK.to(dtype)
-    kernel, cells = weight_C1KK.shape[-2:], x_NCHW.shape[-2:]
-    # Phases smaller than the kernel would be mostly padding: there most weights meet no cell, and taps skip those.
-    if all(-(-cell // dilation) >= size for cell, size in zip(cells, kernel, strict=True)):
+    height, width = x_NCHW.shape[-2:]
+    tall, wide = _phase(x_NCHW, weight_C1KK, dilation)
+    # Where phases would be mostly padding, most weights meet no cell, and taps skip those.
+    if tall * wide * dilation**2 <= _MOST_PADDED * height * width:
         return _by_phases(x_NCHW, weight_C1KK, dilation)
     return _ByTaps.apply(x_NCHW, weight_C1KK, dilation)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _phase(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> tuple[int, int]:
+    """(height, width) of a phase: no smaller than the kernel, on which oneDNN is slow."""
+    sides = zip(x_NCHW.shape[-2:], weight_C1KK.shape[-2:], strict=True)
+    tall, wide = (max(-(-cells // dilation), size) for cells, size in sides)
+    return tall, wide
 
 
 def _by_phases(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
@@ -68,7 +78,7 @@ def _by_phases(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Tensor:
     """
     padding = (weight_C1KK.shape[-2] // 2, weight_C1KK.shape[-1] // 2)
     (images, channels, height, width), step = x_NCHW.shape, dilation
-    tall, wide = -(-height // step), -(-width // step)
+    tall, wide = _phase(x_NCHW, weight_C1KK, dilation)
     if (tall * step, wide * step) != (height, width):
         x_NCHW = F.pad(x_NCHW, (0, wide * step - width, 0, tall * step - height))
     # (N, H, W, C) -> (N, row in phase, phase, column in phase, phase, C) -> phases beside the images; channels stay last in memory.

@@ -25,6 +25,7 @@ PHASES = [  # cells, kernel, dilation
     ((11, 7), 3, 2),
     ((16, 21), 5, 3),
     ((37, 40), 3, 12),
+    ((8, 10), 5, 2),  # phases of 4x5 are padded to the kernel
 ]
 TAPS = [
     ((16, 20), 3, 12),
