@@ -136,17 +136,17 @@ def _add_methods(benchmarks: "Benchmarks") -> None:
         "train on N draws of labelled images (data.subset_seed 0 to N - 1) with each seed (default: that of the file)"
     )
     add("--draws", type=_positive, metavar="N", help=draws)
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of the training (default 1 2 3)")
+    add("--seeds", type=int, nargs="+", help="seeds of the training (default 1 2 3)")
     add("--only", nargs="+", metavar="NAME", help="variants beside the control (default: all)")
     further = "a further variant, such as 'half weight: method=cps cps.weight=0.5'; may be repeated"
     add("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help=further)
     control = "variant that all are compared with (default supervised)"
     add("--control", default="supervised", metavar="NAME", help=control)
-    add("--split", default="test", help="split that the last networks are evaluated on (default test)")
+    add("--split", help="split that the last networks are evaluated on (default test)")
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     record = "file that every run is written to as it ends; runs that it already holds are not repeated"
     add("--json", type=Path, metavar="FILE", help=record)
-    add("--png", type=Path, metavar="FILE", help="picture of what each variant gains, on each class, too")
+    add("--png", type=_picture, metavar="FILE", help="picture of what each variant gains, on each class, too")
     add("--along", metavar="KEY", help="the picture is that of mIoU along this setting, such as cps.weight")
 
 
@@ -230,12 +230,19 @@ def _add_search(benchmarks: "Benchmarks") -> None:
     add("--points", type=_positive, default=5, help="values of each range (default 5)")
     add("--jobs", type=_positive, default=1, help="trainings at once, among which the cores are divided (default 1)")
     add("--seeds", type=_positive, default=20, help="searches of each kind (default 20)")
-    add("--png", type=Path, metavar="FILE", help="picture of the searches")
+    add("--png", type=_picture, metavar="FILE", help="picture of the searches")
     add("--json", type=Path, metavar="FILE", help="file that every figure is written to")
 
 
 def _positive(text: str) -> int:
     return checked(int, text, lambda count: count >= 1, "a whole number of at least 1")
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".png" or not path.parent.is_dir():  # now, and not after hours
+        raise argparse.ArgumentTypeError(f"must be a .png file in a folder that exists, got {text!r}")
+    return path
 
 
 def _num_images(text: str) -> int:

@@ -199,7 +199,7 @@ def table(comparison: Comparison, runs: Mapping[str, Figures], title: str) -> Ta
     score, *others = _COLUMNS
     differences: list[Column | str] = [Column(Text(f"to {comparison.control}")), "better in"]
     shown = Table(
-        "",
+        _names(comparison),
         score,
         *differences,
         *others,
@@ -223,8 +223,11 @@ def further_table(comparison: Comparison, runs: Mapping[str, Figures]) -> Table:
     metrics = further_scores(runs, comparison.split)
     figures = comparison.figures(runs)
     shown = Table(
-        "",
-        *(Column(Text(short_name(metric, comparison.split)), justify="right") for metric in metrics),
+        _names(comparison),
+        *(
+            Column(Text(short_name(metric, comparison.split), overflow="fold"), justify="right", overflow="fold")
+            for metric in metrics
+        ),
         title=Text(f"to {comparison.control}, in points"),
         caption=Text(
             "*: the 95 % interval does not hold 0; those of all classes of a row hold at once in 95 % of all comparisons."
@@ -235,6 +238,11 @@ def further_table(comparison: Comparison, runs: Mapping[str, Figures]) -> Table:
         if row:
             shown.add_row(Text(name), *(_short_cell(row.get(metric)) for metric in metrics))
     return shown
+
+
+def _names(comparison: Comparison) -> Column:
+    """Returns the column of the variants' names, which narrow terminals do not cut."""
+    return Column("", min_width=min(48, max(len(name) for name in comparison.trainings)))
 
 
 def short_name(metric: str, split: str) -> str:

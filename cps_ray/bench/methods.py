@@ -144,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
         comparison, runs = _recorded(args)
         _show(comparison, runs, args)
         return 0
+    args.split, args.seeds = args.split or "test", args.seeds or [1, 2, 3]
     config, draws = _training(args)
     chosen = _chosen(args)
     shards = open_data(config.data)
@@ -199,13 +200,9 @@ def _show(comparison: Comparison, runs: Mapping[str, Figures], args: argparse.Na
 def _recorded(args: argparse.Namespace) -> tuple[Comparison, dict[str, Figures]]:
     """Returns what the record holds, of the variants of `--only` and the control. ConfigError if it is none."""
     path: Path = args.file
-    given = [
-        flag for flag, value in {"--set": args.set, "--variant": args.variant, "--draws": args.draws}.items() if value
-    ]
-    if given or args.json is not None:
-        raise ConfigError(
-            f"{path}: is a record and is only shown; {(given or ['--json'])[0]} would change nothing. Remove it."
-        )
+    flags = ("set", "variant", "draws", "seeds", "split", "json")
+    if given := [f"--{flag}" for flag in flags if getattr(args, flag)]:
+        raise ConfigError(f"{path}: is a record and is only shown; {given[0]} would change nothing. Remove it.")
     record = _read(path)
     known = record["variants"]
     only = [*known] if args.only is None else list(dict.fromkeys([args.control, *args.only]))
@@ -214,10 +211,15 @@ def _recorded(args: argparse.Namespace) -> tuple[Comparison, dict[str, Figures]]
             raise ConfigError(f"{path}: has no variant {name!r}; it has {', '.join(known)}.")
     config = parse_train(record["config"], str(path), path.parent.absolute())
     trainings = variants(config, {name: known[name] for name in only})
-    drawn = [re.fullmatch(r"(.*?)(?: draw (-?\d+))? seed (-?\d+)", key) for key in record["runs"]]
-    found = [each.groups() for each in drawn if each is not None and each[1] in only]
-    pairs = sorted({(int(draw), int(seed)) for _, draw, seed in found if draw is not None})
-    pairs = pairs or sorted({(config.data.subset_seed, int(seed)) for _, _, seed in found})
+    drawn: set[tuple[int, int]] = set()
+    seeds: set[int] = set()
+    for name, training in trainings.items():
+        draw = r" draw (-?\d+)" if is_drawn(training.data) else "()"  # as `Comparison.key` names runs
+        for key in record["runs"]:
+            if found := re.fullmatch(rf"{re.escape(name)}{draw} seed (-?\d+)", key):
+                seeds.add(int(found[2]))
+                drawn |= {(int(found[1]), int(found[2]))} if found[1] else set()
+    pairs = sorted(drawn or {(config.data.subset_seed, seed) for seed in seeds})
     return Comparison(trainings, args.control, record["split"], pairs), record["runs"]
 
 

@@ -251,9 +251,8 @@ def record(args: argparse.Namespace) -> None:
     sweep = load_sweep(args.sweep, args.set)
     points = points_of(sweep.search_space, args.points)
     folder = path.parent.absolute()
-    sweep = sweep.model_copy(
-        update={"output": folder}
-    )  # nothing is written there: where else it lies makes no other record
+    # Nothing is written to `output`: where it lies makes no other record.
+    sweep = sweep.model_copy(update={"output": folder})
     wanted: dict[str, Any] = {
         "sweep": sweep.model_dump(mode="json", context={"base": str(folder)}),
         "points": points,

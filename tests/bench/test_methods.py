@@ -110,7 +110,7 @@ def test_what_is_compared_is_checked_before_anything_is_trained(
     ]:
         assert main(["methods", str(file), *words]) == 2, words
         assert message in error(capsys)
-    for words in (["--draws", "0"], ["--jobs", "0"]):
+    for words in (["--draws", "0"], ["--jobs", "0"], ["--png", "no-folder/a.png"], ["--png", "a.jpg"]):
         with pytest.raises(SystemExit):
             main(["methods", str(file), *words])
 
@@ -179,6 +179,8 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     assert "--along cps.weight: needs two variants with other positive numbers there" in error(capsys)
     for change, message in [
         (["--set", "optim.lr=0.5"], "is a record and is only shown; --set would change nothing"),
+        (["--split", "val"], "is a record and is only shown; --split would change nothing"),
+        (["--seeds", "7"], "is a record and is only shown; --seeds would change nothing"),
         (["--json", "other.json"], "is a record and is only shown; --json would change nothing"),
         (["--along", "cps.weight"], "--along: is drawn into the file of --png. Name one."),
         (["--only", "cps"], "has no variant 'cps'; it has supervised, half weight."),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 Region = tuple[slice, slice]
 """Rows and columns of a map."""
 _MOST_PADDED = 1.7
-"""Cells of all phases, by those of the map, up to which phases are faster than taps."""
+"""Cells of all phases, by those of the map, up to which phases are faster than taps. Measured: 0.5 of the time at 1.56, 1.3 to 1.8 times as long from
+1.8 on."""
 
 
 def use_cpu_kernels(network: nn.Module) -> None:
@@ -65,7 +66,7 @@ def dilated_depthwise(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> Ten
 
 
 def _phase(x_NCHW: Tensor, weight_C1KK: Tensor, dilation: int) -> tuple[int, int]:
-    """(height, width) of a phase: no smaller than the kernel, on which oneDNN is slow."""
+    """(height, width) of a phase: at least those of the kernel, since oneDNN is slow on smaller maps."""
     sides = zip(x_NCHW.shape[-2:], weight_C1KK.shape[-2:], strict=True)
     tall, wide = (max(-(-cells // dilation), size) for cells, size in sides)
     return tall, wide
