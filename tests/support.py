@@ -87,7 +87,8 @@ def without_a_cluster(config: TrainConfig) -> list[dict[str, float]]:
         reports.append(metrics)
         return True
 
-    fit(config, state, train_batches(train_data(shards, config), config), validate, report)
+    data = train_data(shards, config)
+    fit(data.weigh(config), state, train_batches(data, config), validate, report)
     return reports
 
 

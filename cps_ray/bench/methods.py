@@ -118,7 +118,7 @@ def train_and_evaluate(
     begin = time.perf_counter()
     try:
         fit(
-            config,
+            data.weigh(config),
             state,
             batches,
             lambda _: {},

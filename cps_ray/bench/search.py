@@ -296,7 +296,7 @@ def train(raw: dict[str, Any], metric: str, threads: int) -> Curve:
 
     with closing(train_batches(data, config, threads=threads, fill=padding_color(config.model))) as batches:
         try:
-            fit(config, build_state(config, len(classes), ranks), batches, validate, report)
+            fit(data.weigh(config), build_state(config, len(classes), ranks), batches, validate, report)
         except DivergedError:
             return curve
     return curve

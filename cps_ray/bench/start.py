@@ -41,7 +41,8 @@ shards = open_data(config.data)
 state = build_state(config, len(shards.classes), Ranks())
 validate = lambda state: summarise(
     evaluate(config, state.evaluated, eval_batches(shards, "val"), len(shards.classes), Ranks()), shards.classes, "val")
-fit(config, state, train_batches(train_data(shards, config), config), validate, lambda metrics, state: False)
+data = train_data(shards, config)
+fit(data.weigh(config), state, train_batches(data, config), validate, lambda metrics, state: False)
 """
 """Trains to its first evaluation by the engine alone, without Ray: what a script of one's own would do."""
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Any, Literal, Self
@@ -36,10 +36,24 @@ def _some_class_counts(weights: tuple[float, ...]) -> tuple[float, ...]:
     return weights
 
 
-ClassWeights = Annotated[
-    tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2), AfterValidator(_some_class_counts)
-]
-"""One weight per class, in the order of the classes."""
+ClassWeights = (
+    Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], Field(min_length=2), AfterValidator(_some_class_counts)]
+    | Annotated[float, Field(gt=0.0, le=1.0)]
+)
+"""One weight per class, in the order of the classes; or a power p. Of a class with the fraction f of the labelled images' pixels the weight is
+then 1 / f^p, times what makes the weights' mean over these pixels 1; a class without a pixel weighs as much as the rarest. 0.5 is usual, 1
+lets all classes weigh the same in sum."""
+
+
+def _weights_of(pixels: Sequence[int], power: float) -> tuple[float, ...]:
+    """Returns the weights that a power of 1 / frequency gives classes with so many pixels; see `ClassWeights`."""
+    rarest = min((count for count in pixels if count), default=1)
+    raw = [max(count, rarest) ** -power for count in pixels]
+    weighed = sum(weight * count for weight, count in zip(raw, pixels, strict=True))
+    scale = sum(pixels) / weighed if weighed else 1.0
+    return tuple(weight * scale for weight in raw)
+
+
 ColorMean = tuple[Fraction, Fraction, Fraction]
 ColorStd = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -304,8 +318,9 @@ class LossConfig(Section):
     ohem_min_kept: PositiveInt = 50_000
     """ohem: smallest number of pixels that are kept, per worker and micro-batch."""
     class_weights: ClassWeights | None = None
-    """Weight of each class, in the order of the classes of the shards; the loss is divided by the sum of its pixels' weights, as torch's
-    cross-entropy is, `dice` and `focal` by the sum of all weights. `lovasz` has none. None: all count the same."""
+    """Weight of each class, in the order of the classes of the shards, or a power of 1 / its frequency among the labelled images' pixels, in
+    (0, 1]: 0.5 is usual where rare classes are lost. The loss is divided by the sum of its pixels' weights, as torch's cross-entropy is, `dice`
+    and `focal` by the sum of all weights. `lovasz` has none. None: all count the same."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -361,7 +376,8 @@ class PseudoLabelConfig(MethodConfig):
     classes keep as many of theirs as easy ones (Zou et al., ECCV 2018: class-balanced self-training). Taken over the pixels that
     pass the networks at once, on all workers. 1: all."""
     class_weights: ClassWeights | None = None
-    """Weight of each class, in the order of the classes of the shards. The loss stays a mean over pixels. None: all count the same."""
+    """Weight of each class, in the order of the classes of the shards, or a power, as in `loss.class_weights`. The loss stays a mean over
+    pixels. None: all count the same."""
 
 
 class MixConfig(Section):
@@ -746,21 +762,29 @@ class TrainConfig(Section):
         return self.settings is not None
 
     @property
-    def class_weights(self) -> dict[str, tuple[float, ...]]:
-        """Weights of the classes, by the section of the loss that has some."""
+    def class_weights(self) -> dict[str, tuple[float, ...] | float]:
+        """Weights of the classes, or the power that makes them, by the section of the loss that has some."""
         sections = {name: section for name, section in self if isinstance(section, Section)}
         if is_import_path(self.method):
             sections["custom"] = self.settings  # type: ignore[assignment]
         weights = {name: getattr(section, "class_weights", None) for name, section in sections.items()}
         return {name: found for name, found in weights.items() if found is not None}
 
+    def weighed(self, pixels: Sequence[int]) -> Self:
+        """Returns the same training with weights in place of powers, for labelled images with so many pixels of each class."""
+        powers = {name: power for name, power in self.class_weights.items() if isinstance(power, float)}
+        return self._with_class_weights({name: _weights_of(pixels, power) for name, power in powers.items()})
+
     def without_class_weights(self) -> Self:
         """Returns the same training with all classes weighing the same."""
+        return self._with_class_weights(dict.fromkeys(self.class_weights))
+
+    def _with_class_weights(self, weights: Mapping[str, tuple[float, ...] | None]) -> Self:
         changes: dict[str, Any] = {
-            name: {**self.custom, "class_weights": None}
+            name: {**self.custom, "class_weights": found}
             if name == "custom"
-            else getattr(self, name).model_copy(update={"class_weights": None})
-            for name in self.class_weights
+            else getattr(self, name).model_copy(update={"class_weights": found})
+            for name, found in weights.items()
         }
         return self.model_copy(update=changes)
 

@@ -52,6 +52,10 @@ class TrainData:
         """Locations of the labelled images, in the order of the index."""
         return self.index.locations.take(self.subset.labeled)
 
+    def weigh(self, config: TrainConfig) -> TrainConfig:
+        """Returns the training with weights of its classes in place of powers: those of the labelled images."""
+        return config.weighed(self.index.pixels[self.subset.labeled].sum(axis=0).tolist())
+
     def repeats(self, threshold: float) -> NDArray[np.int64]:
         """Numbers of the labelled images, int64, each as often as it comes up in a pass (`augment.repeat_threshold`)."""
         presence = self.index.presence[self.subset.labeled].astype(bool)
@@ -348,7 +352,7 @@ def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = (
     train_data(shards, config)
     classes = shards.classes
     for section, weights in config.class_weights.items():
-        if len(weights) != len(classes):
+        if isinstance(weights, tuple) and len(weights) != len(classes):
             raise DataError(
                 f"{section}.class_weights: must have one weight for each of the {len(classes)} classes of {shards.folder} "
                 f"({', '.join(classes[:3])}, ...), but has {len(weights)}."

@@ -44,8 +44,9 @@ class Term(NamedTuple):
 
 
 @functools.lru_cache
-def class_weights_on(device: torch.device, weights: tuple[float, ...] | None) -> Tensor | None:
+def class_weights_on(device: torch.device, weights: tuple[float, ...] | float | None) -> Tensor | None:
     """Returns weights of classes as float32 (C,)."""
+    assert not isinstance(weights, float), "a power, which `TrainConfig.weighed` turns into weights"
     return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 
@@ -131,8 +132,10 @@ def _by_autograd(function: LossFunction, coarse_BChw: Tensor, mask_BHW: Tensor) 
 
 
 @functools.lru_cache
-def loss_function(name: str, class_weights: tuple[float, ...] | None, num_classes: int) -> LossFunction:
+def loss_function(name: str, class_weights: tuple[float, ...] | float | None, num_classes: int) -> LossFunction:
     """Returns the loss of smp, or that at an import path after a trial of it. Raises ConfigError, which says what its contract is."""
+    if isinstance(class_weights, float):
+        class_weights = (1.0,) * num_classes
     if name in _OF_SMP:
         import segmentation_models_pytorch as smp
 

@@ -206,7 +206,7 @@ def _train(
         )
         with closing(batches):
             validated = partial(validate, config, shards.classes, data, evaluated)
-            fit(config, state, batches, validated, report, shards.classes)
+            fit(data.weigh(config), state, batches, validated, report, shards.classes)
     finally:
         report.close()
 

@@ -49,7 +49,7 @@ def test_a_variant_with_other_steps_is_evaluated_at_its_end(tiny: TrainConfig) -
 
 
 def test_a_variant_is_trained_and_evaluated_on_the_split(tiny: TrainConfig) -> None:
-    raw = variants(tiny, VARIANTS)["cps + cutmix"].dump()
+    raw = changed(variants(tiny, VARIANTS)["cps + cutmix"], cps__class_weights=0.5).dump()
     figures = train_and_evaluate(raw, "test", threads=1)
     assert figures["step"] == 6
     assert figures["seconds"] > 0.0

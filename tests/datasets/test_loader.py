@@ -168,9 +168,31 @@ def test_class_weights_must_be_as_many_as_classes(tiny: TrainConfig, section: st
         check_data(shards, config)
 
 
+def test_a_power_weighs_classes_by_the_labelled_images(tiny: TrainConfig) -> None:
+    config = changed(tiny, method="cps", loss__class_weights=0.5, cps__class_weights=1.0)
+    shards = open_shards(tiny.data.shards)
+    check_data(shards, config)
+    data = train_data(shards, config)
+    pixels = data.index.pixels[data.subset.labeled].sum(axis=0)
+    assert (pixels != data.index.pixels.sum(axis=0)).any()
+    for section, power in (("loss", 0.5), ("cps", 1.0)):
+        weights = np.array(data.weigh(config).class_weights[section])
+        assert weights @ pixels == pytest.approx(pixels.sum())
+        assert weights * pixels**power == pytest.approx(weights[0] * pixels[0] ** power)
+    assert config.loss.class_weights == 0.5  # what is written down stays as it was
+
+
+def test_a_class_that_no_labelled_image_shows_weighs_as_much_as_the_rarest(tiny: TrainConfig) -> None:
+    config = changed(tiny, loss__class_weights=0.5)
+    assert config.weighed([0, 4, 16]).loss.class_weights == pytest.approx((20 / 12, 20 / 12, 10 / 12))
+    assert config.weighed([0, 0, 0]).loss.class_weights == (1.0, 1.0, 1.0)
+
+
 def test_weights_of_which_none_counts_are_refused(tiny: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"loss\.class_weights: must have a weight above 0, but all are 0"):
         changed(tiny, loss__class_weights=[0.0] * 7)
+    with pytest.raises(ConfigError, match=r"loss\.class_weights: "):
+        changed(tiny, loss__class_weights=1.5)
 
 
 def test_hidden_masks_are_those_of_unlabelled_images(tiny: TrainConfig) -> None:
