@@ -55,7 +55,7 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.ray
 def test_two_workers_train_as_one_in_either_placement(tiny: TrainConfig, tmp_path: Path, in_double: None) -> None:
-    config = changed(tiny, schedule__steps=8, schedule__eval_every=2, loss__class_weights=0.5)
+    config = changed(tiny, schedule__steps=8, schedule__eval_every=2, cps__class_weights=0.5)
     expected = without_a_cluster(config)
     assert len(expected) == 4
     with connected(None):
