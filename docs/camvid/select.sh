@@ -28,3 +28,31 @@ select_on_val \
   --variant "supervised, fourth-root weights, rate 8e-3: method=supervised optim.lr=8e-3 'loss.class_weights=$FOURTH'" \
   --variant "supervised, rate 8e-3: method=supervised optim.lr=8e-3" \
   --variant "supervised, root weights, rate 4e-3: method=supervised optim.lr=4e-3 'loss.class_weights=$ROOT'"
+
+# Lovasz beside them, and what the masks of all training images would be worth at these steps.
+select_on_val \
+  --variant "supervised, fourth-root weights, rate 4e-3, ce + lovasz: method=supervised optim.lr=4e-3 'loss.class_weights=$FOURTH' 'loss.supervised={ce: 1.0, lovasz: 1.0}'" \
+  --variant "all labels, fourth-root weights, rate 4e-3: method=supervised data.labeled=367 optim.lr=4e-3 'loss.class_weights=$FOURTH'"
+
+# CPS from the best of them: classes weighed in both losses, masks alone first, labels by the averages.
+CPS="method=cps optim.lr=4e-3 'loss.class_weights=$FOURTH' 'cps.class_weights=$FOURTH' cps.start=0.3 cps.ramp=0.2 cps.teacher=average"
+select_on_val \
+  --variant "cps + cutmix, by averages: $CPS" \
+  --variant "cps + classmix, by averages: $CPS cps.mix=classmix"
+
+# Whether the baseline has flattened after 1 000 steps, and what all masks are worth in twice the steps.
+select_on_val \
+  --variant "supervised, root weights, rate 4e-3, 2000 steps: method=supervised schedule.steps=2000 optim.lr=4e-3 'loss.class_weights=$ROOT'" \
+  --variant "all labels, root weights, rate 4e-3, 2000 steps: method=supervised schedule.steps=2000 data.labeled=367 optim.lr=4e-3 'loss.class_weights=$ROOT'"
+
+# Images at full size, 360x480 px, where a sign has more than a few pixels; crops of the same size cost the same.
+FULL="--set data.shards=data/camvid/shards-full --set augment.scale=[0.5,1.25] --set evaluation.window_px=whole"
+python -m cps_ray.bench methods docs/camvid/training.yaml --split val --set data.subset_seed=100 --seeds 1 --jobs 2 $FULL \
+  --set optim.lr=4e-3 --set loss.class_weights="$FOURTH" --json docs/camvid/selection-full.json --only supervised \
+  --variant "all labels: method=supervised data.labeled=367"
+
+# CPS in the second half alone, weights of the classes from each draw's own labels: what keeps rare classes alive.
+HALF="method=cps optim.lr=4e-3 loss.class_weights=0.5 cps.class_weights=0.5 cps.start=0.5 cps.ramp=0.1 cps.teacher=average"
+select_on_val \
+  --variant "cps + cutmix, second half, surest half of each class: $HALF cps.class_fraction=0.5" \
+  --variant "cps + cutmix, second half, weight 0.3: $HALF cps.weight=0.3"
