@@ -56,3 +56,14 @@ HALF="method=cps optim.lr=4e-3 loss.class_weights=0.5 cps.class_weights=0.5 cps.
 select_on_val \
   --variant "cps + cutmix, second half, surest half of each class: $HALF cps.class_fraction=0.5" \
   --variant "cps + cutmix, second half, weight 0.3: $HALF cps.weight=0.3"
+
+# Twice the steps of half the images cost the same.
+select_on_val \
+  --variant "supervised, root weights, 2000 steps of 2: method=supervised schedule.steps=2000 data.labeled_batch=2 optim.lr=4e-3 loss.class_weights=0.5" \
+  --variant "all labels, root weights, 2000 steps of 2: method=supervised schedule.steps=2000 data.labeled_batch=2 data.labeled=367 optim.lr=4e-3 loss.class_weights=0.5"
+
+# A small weight in the second half keeps rare classes; with fewer of them overrated, and with strong views for the students.
+LIGHT="method=cps optim.lr=4e-3 cps.start=0.5 cps.ramp=0.1 cps.teacher=average cps.weight=0.3"
+select_on_val \
+  --variant "cps + cutmix, second half, weight 0.3, fourth root: $LIGHT loss.class_weights=0.25 cps.class_weights=0.25" \
+  --variant "cps + cutmix, second half, weight 0.3, strong students: $LIGHT loss.class_weights=0.5 cps.class_weights=0.5 cps.student=strong"
