@@ -21,6 +21,7 @@ examples:
   python -m cps_ray.encoders 'resnet*' --crop 512x512 --architecture unet
 In a config: `model: {encoder: ENCODER, weights: WEIGHTS}`, and `architecture: dpt` where the table says so."""
 _MAX_ROWS = 25
+_UNBOUNDED = 10_000
 _FAMILIES = (
     ("resnet*", "ResNet and ResNeXt: what papers compare with", "bsd-3-clause; ssl, swsl, instagram non-commercial"),
     ("tu-convnext*", "ConvNeXt, many sizes and pretrainings", "mostly apache-2.0, some non-commercial"),
@@ -88,17 +89,9 @@ def _print_encoders(
     found = matching(pattern)
     if not found:
         raise ConfigError(f"no encoder fits {pattern!r}. `python -m cps_ray.encoders` lists patterns to begin with.")
-    table = Table(
-        Column("encoder", no_wrap=True), Column("weights", overflow="fold"), "M params"
-    )  # a name is copied whole
-    for title in (
-        "licence of the weights",
-        "mean; std",
-        "divisor",
-        "architecture",
-        *(["at the crop"] if size_px else []),
-    ):
-        table.add_column(title, overflow="fold")
+    titles = ["encoder", "weights", "M params", "licence of the weights", "mean; std", "divisor", "architecture"]
+    titles += ["at the crop"] if size_px else []
+    rows = []
     for weights in found[:_MAX_ROWS]:
         size = size_of(weights.encoder)
         licence = weights.licence or "none: from scratch"
@@ -112,8 +105,17 @@ def _print_encoders(
             form = architecture or (size.architecture if size else None) or "deeplabv3plus"
             refused = refusal(NetworkConfig(architecture=form, encoder=weights.encoder), size_px)
             row.append(f"no: {refused}" if refused else f"runs in {form}")
+        rows.append(row)
+    table = Table(Column(titles[0], no_wrap=True), *titles[1:])
+    for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    # Narrower than its longest words, rich would cut them, and names are to be copied.
+    if console.measure(table, options=console.options.update(width=_UNBOUNDED)).minimum <= console.width:
+        console.print(table)
+    else:
+        for name, *facts_of in rows:
+            named = zip(titles[1:], facts_of, strict=True)
+            say(console, name, "    " + ", ".join(f"{title}: {fact}" for title, fact in named if fact))
     if len(found) > _MAX_ROWS:
         say(console, f"and {len(found) - _MAX_ROWS} more, narrow the pattern")
     if any(unusual_normalisation(weights) for weights in found[:_MAX_ROWS]):

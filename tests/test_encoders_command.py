@@ -38,7 +38,11 @@ def test_names_are_whole_however_narrow_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["tu-vit_small_patch14_reg4_dinov2"]) == 0
-    assert "tu-vit_small_patch14_reg4_dinov2.lvd142m" in capsys.readouterr().out
+    name, facts, *_ = capsys.readouterr().out.splitlines()
+    assert name == "tu-vit_small_patch14_reg4_dinov2.lvd142m"
+    assert facts == (
+        "    weights: lvd142m, M params: 22.1, licence of the weights: apache-2.0, divisor: 28, architecture: dpt"
+    )
 
 
 def test_long_lists_are_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
