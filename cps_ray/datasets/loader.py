@@ -352,7 +352,7 @@ def check_data(shards: Shards, config: TrainConfig, evaluated: Sequence[str] = (
     train_data(shards, config)
     classes = shards.classes
     for section, weights in config.class_weights.items():
-        if isinstance(weights, tuple) and len(weights) != len(classes):
+        if not isinstance(weights, float) and len(weights) != len(classes):
             raise DataError(
                 f"{section}.class_weights: must have one weight for each of the {len(classes)} classes of {shards.folder} "
                 f"({', '.join(classes[:3])}, ...), but has {len(weights)}."

@@ -185,7 +185,8 @@ def _train(
     checkpoint = _shared(ranks, latest_checkpoint(folder))
     if checkpoint is not None:
         state.load(read_checkpoint(checkpoint), source=checkpoint)
-    _log_start(log, config, data, state)
+    weighed = data.weigh(config)
+    _log_start(log, weighed, data, state, shards.classes)
     report = WorkerReport(config, folder, sweep, metric, state, log, judge)
     try:
         # The answer to the checkpoint's report may have been lost with the process that waited for it.
@@ -206,7 +207,7 @@ def _train(
         )
         with closing(batches):
             validated = partial(validate, config, shards.classes, data, evaluated)
-            fit(data.weigh(config), state, batches, validated, report, shards.classes)
+            fit(weighed, state, batches, validated, report, shards.classes)
     finally:
         report.close()
 
@@ -332,7 +333,9 @@ def decode_threads(workers_here: int = 1) -> int:
     return max(2, min(_MOST_THREADS, (os.cpu_count() or 1) // workers_here))
 
 
-def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state: TrainState) -> None:
+def _log_start(
+    log: logging.Logger, config: TrainConfig, data: TrainData, state: TrainState, classes: Sequence[str]
+) -> None:
     ranks = state.ranks
     sizes = (
         f"{name} of {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for name, net in state.networks.items()
@@ -346,6 +349,10 @@ def _log_start(log: logging.Logger, config: TrainConfig, data: TrainData, state:
         if network.filled:
             log.info("network %s: %s", name, network.filled)
         log.info("network %s: images normalised by %s", name, normalisation(config.model.of(NETWORK_NAMES.index(name))))
+    for section, weights in config.class_weights.items():
+        assert not isinstance(weights, float)
+        each = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(classes, weights, strict=True))
+        log.info("%s: classes weigh %s", section, each)
 
 
 @contextmanager

@@ -81,11 +81,23 @@ def test_the_log_says_what_a_weights_file_filled(
     config = changed(tiny, model__weights_file=str(tmp_path / "w.pt"))
     data = train_data(open_shards(config.data.shards), config)
     with caplog.at_level(logging.INFO):
-        _log_start(logging.getLogger("test"), config, data, build_state(config, 7, Ranks()))
+        _log_start(logging.getLogger("test"), config, data, build_state(config, 7, Ranks()), ())
     said = "filled by 80 tensors of w.pt under model.model.; 1 tensor not used: model.head.*"
     assert [line for line in caplog.messages if "filled" in line] == [
         f"network {name}: {tiny.model.encoder} {said}" for name in "ab"
     ]
+
+
+def test_the_log_says_what_a_power_makes_classes_weigh(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = changed(tiny, cps__class_weights=0.5)
+    shards = open_shards(config.data.shards)
+    data = train_data(shards, config)
+    weighed = data.weigh(config)
+    with caplog.at_level(logging.INFO):
+        _log_start(logging.getLogger("test"), weighed, data, build_state(config, 7, Ranks()), shards.classes)
+    assert caplog.messages[-1].startswith(
+        f"cps: classes weigh {shards.classes[0]} {weighed.cps.class_weights[0]:.3g}, "
+    )
 
 
 def test_a_training_is_validated_on_the_fold_that_is_held_out(tiny: TrainConfig) -> None:
