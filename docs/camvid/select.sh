@@ -73,3 +73,10 @@ select_on_val \
 select_on_val \
   --variant "supervised, root weights, rate 4e-3, ce + lovasz: method=supervised optim.lr=4e-3 loss.class_weights=0.5 'loss.supervised={ce: 1.0, lovasz: 1.0}'" \
   --variant "11 labels, fourth-root weights, rate 4e-3, ce + lovasz: method=supervised data.labeled=11 optim.lr=4e-3 loss.class_weights=0.25 'loss.supervised={ce: 1.0, lovasz: 1.0}'"
+
+# The best baseline's loss in the best form, and with half the labels.
+LIGHT25="$LIGHT loss.class_weights=0.25 cps.class_weights=0.25"
+LOVASZ="loss.supervised={ce: 1.0, lovasz: 1.0}"
+select_on_val \
+  --variant "cps + cutmix, second half, weight 0.3, fourth root, ce + lovasz: $LIGHT25 '$LOVASZ'" \
+  --variant "11 labels, cps + cutmix, second half, weight 0.3, fourth root, ce + lovasz: $LIGHT25 data.labeled=11 '$LOVASZ'"
