@@ -80,3 +80,14 @@ LOVASZ="loss.supervised={ce: 1.0, lovasz: 1.0}"
 select_on_val \
   --variant "cps + cutmix, second half, weight 0.3, fourth root, ce + lovasz: $LIGHT25 '$LOVASZ'" \
   --variant "11 labels, cps + cutmix, second half, weight 0.3, fourth root, ce + lovasz: $LIGHT25 data.labeled=11 '$LOVASZ'"
+
+# Weights of the methods that proof.sh compares beside CPS, with the remedies of its best form.
+select_beside() {
+  python -m cps_ray.bench methods docs/camvid/proof.yaml --split val --set data.subset_seed=100 --seeds 1 --jobs 2 \
+    --json docs/camvid/selection-methods.json "$@"
+}
+select_beside --only supervised fixmatch unimatch \
+  --variant "fixmatch, weight 1: method=fixmatch fixmatch.weight=1" --variant "unimatch, weight 1: method=unimatch unimatch.weight=1" \
+  --variant "mean teacher, weight 1: method=mean_teacher mean_teacher.weight=1" \
+  --variant "mean teacher, weight 10: method=mean_teacher mean_teacher.weight=10" \
+  --variant "mean teacher, weight 100: method=mean_teacher mean_teacher.weight=100"
