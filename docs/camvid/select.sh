@@ -91,3 +91,7 @@ select_beside --only supervised fixmatch unimatch \
   --variant "mean teacher, weight 1: method=mean_teacher mean_teacher.weight=1" \
   --variant "mean teacher, weight 10: method=mean_teacher mean_teacher.weight=10" \
   --variant "mean teacher, weight 100: method=mean_teacher mean_teacher.weight=100"
+
+# More influence: full weight, strong views for the students, twice the steps.
+select_beside --only unimatch --control "strong students, weight 1, 2000 steps" \
+  --variant "strong students, weight 1, 2000 steps: cps.student=strong cps.weight=1 schedule.steps=2000"
