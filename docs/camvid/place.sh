@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Unlabelled images of the place where the model is used: 84 frames of Seq05VD, tested on 71 later ones of that drive (place.yaml); the 23 labelled images
-# are of other drives. Written down before its first run: proof.yaml's settings, draws 0 to 4. The question: does "best form" have a higher test mIoU than
-# "supervised"? Beside it: with a full weight, and with the unlabelled images of all drives.
+# are of other drives. Written down before its first run: proof.yaml's settings, draws 0 to 4. The question: does "best form, of the place" have a
+# higher test mIoU than "supervised"? Beside it: with a full weight, and with the unlabelled images of all drives.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

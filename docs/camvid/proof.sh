@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison on CamVid's test, written down before the first run of it: draws, seed, steps, arms. proof.yaml holds rates, weights and losses,
-# which were chosen on val of draw 100 (select.sh); draws 0 to 4 have not been trained before. Every run is in proof.json as it ends, and
+# which were chosen on val of draw 100 (select.sh); nothing was chosen by draws 0 to 4. Every run is in proof.json as it ends, and
 # this script goes on from there. Arms are never chosen, stopped or left out by their scores on test.
 #
 # The question: does "best form" have a higher test mIoU (network a, average of the weights, step 1000) than "supervised"?
@@ -41,4 +41,4 @@ on_test 2 --variant "weight 0.03: cps.weight=0.03" --variant "weight 0.1: cps.we
 
 # 8. Methods with one network, each with the remedies of the best form (start, ramp, weights of the classes), on 5 draws; mean teacher on 3.
 #    Weights of their losses: the best val mIoU of draw 100 among 0.3 and 1 (fixmatch, unimatch), 1, 10 and 100 (mean teacher). Where these
-#    trainings are in selection.json, the values are written here, and not before.
+#    trainings are in selection-methods.json, the values are written here, and not before.
