@@ -354,8 +354,9 @@ def _run_all(comparison: Comparison, jobs: int, runs: Mapping[str, Figures]) -> 
 
 
 def threads_of(jobs: int) -> int:
-    """Returns how many threads each of `jobs` trainings at once has."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """Returns how many threads each of `jobs` trainings at once has: its share of the cores, and no more than OMP_NUM_THREADS says. Two
+    commands that both take all cores wait for each other's threads: their trainings become ten times slower."""
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // jobs))
 
 
 def in_processes(jobs: int, calls: Mapping[str, Callable[[], T]]) -> Iterator[tuple[str, T]]:

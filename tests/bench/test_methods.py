@@ -43,6 +43,12 @@ def test_every_variant_is_a_training_and_changes_something(tiny: TrainConfig) ->
     assert found["oracle"] == found["shuffled control"] == found["cps + cutmix"]
 
 
+def test_trainings_at_once_share_the_threads_that_the_environment_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)  # OMP_NUM_THREADS=3
+    assert [methods.threads_of(jobs) for jobs in (1, 2, 4, 16)] == [3, 3, 2, 1]
+
+
 def test_a_variant_with_other_steps_is_evaluated_at_its_end(tiny: TrainConfig) -> None:
     schedule = variants(tiny, {"long": {"schedule.steps": 25}})["long"].schedule
     assert (schedule.steps, schedule.eval_every) == (25, 25)
