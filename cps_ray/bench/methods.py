@@ -22,7 +22,7 @@ from cps_ray.bench.comparison import Comparison, Figures, further_table, is_draw
 from cps_ray.bench.comparison_picture import along_picture, gains_picture
 from cps_ray.bench.labels import ShuffledLabels, TrueMasks, with_true_masks
 from cps_ray.config.reader import load_sweep, load_train, parse_train, sweeps, value_at
-from cps_ray.config.schema import locate
+from cps_ray.config.schema import absolute, locate, relative
 from cps_ray.config.space import apply
 from cps_ray.config.train import TrainConfig
 from cps_ray.datasets.loader import check_data, eval_batches, hidden_batches, train_batches, train_data
@@ -176,7 +176,8 @@ def run(args: argparse.Namespace) -> int:
 
     def save() -> None:
         if args.json is not None:
-            write_json(args.json, {**record, "comparison": comparison.figures(record["runs"])})
+            portable = _changes_with_paths(record["variants"], relative, args.json.parent.absolute())
+            write_json(args.json, {**record, "variants": portable, "comparison": comparison.figures(record["runs"])})
 
     save()
     commit = environment()["commit"]
@@ -229,10 +230,19 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         parse_train(found["config"], str(path), path.parent.absolute())
         record = {name: found[name] for name in ("config", "data", "split", "variants", "runs")}
-        record |= {name: dict(record[name]) for name in ("variants", "runs")}
+        record["variants"] = _changes_with_paths(record["variants"], absolute, path.parent.absolute())
+        record["runs"] = dict(record["runs"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as err:
         raise ConfigError(f"{path}: must be a record of `bench methods`: {err} Name another file.") from err
     return record
+
+
+def _changes_with_paths(named: Mapping[str, Changes], change: Callable[..., Any], base: Path) -> dict[str, Changes]:
+    """Returns the changes of variants with the paths in them made `relative` to the folder `base`, or `absolute` again."""
+    return {
+        name: {key: change(TrainConfig, locate(TrainConfig, {}, key), value, base) for key, value in changes.items()}
+        for name, changes in named.items()
+    }
 
 
 def _training(args: argparse.Namespace) -> tuple[TrainConfig, list[int]]:

@@ -151,10 +151,18 @@ def put(model: type[BaseModel], raw: Any, loc: Loc, value: Any, *, where: str = 
 
 def absolute(model: type[BaseModel], loc: Loc, value: Any, base: Path) -> Any:
     """Returns `value` for the setting at `loc`, with paths in it, which are relative to `base`, made absolute."""
+    return _with_paths(model, loc, value, lambda path: os.path.abspath(base / os.path.expanduser(path)))
+
+
+def relative(model: type[BaseModel], loc: Loc, value: Any, base: Path) -> Any:
+    """Returns `value` for the setting at `loc`, with the absolute paths in it made relative to `base`."""
+    return _with_paths(model, loc, value, lambda path: os.path.relpath(path, base))
+
+
+def _with_paths(model: type[BaseModel], loc: Loc, value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: absolute(model, (*loc, key), inner, base) for key, inner in value.items()}
-    is_path = isinstance(value, str) and Path in types_at(model, loc)
-    return os.path.abspath(base / os.path.expanduser(value)) if is_path else value
+        return {key: _with_paths(model, (*loc, key), inner, change) for key, inner in value.items()}
+    return change(value) if isinstance(value, str) and Path in types_at(model, loc) else value
 
 
 def _put(node: Any, loc: Loc, value: Any, is_section: Callable[[Loc], bool], where: str, done: Loc = ()) -> Any:
