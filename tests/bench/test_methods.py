@@ -151,7 +151,7 @@ def test_a_killed_comparison_goes_on_from_its_record(file: Path, capsys: pytest.
 
 
 def test_runs_on_record_are_kept_and_other_runs_refused(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: TrainConfig, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def scores_without_training(
         comparison: Comparison, jobs: int, runs: Mapping[str, Figures]
@@ -163,7 +163,7 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     monkeypatch.setattr(methods, "_run_all", scores_without_training)
     record_file = file.with_name("methods.json")
     words = ["methods", str(file), "--only", "supervised", "--seeds", "1", "--json", str(record_file)]
-    half = ["--variant", "half weight: cps.weight=0.5 'data.crop_px=[32, 32]'"]
+    half = ["--variant", f"half weight: cps.weight=0.5 'data.crop_px=[32, 32]' data.shards={tiny.data.shards}"]
     assert main([*words, *half]) == 0
     record = json.loads(record_file.read_text())
     assert record["comparison"]["half weight"]["difference"]["n"] == 1
@@ -172,7 +172,8 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     (line,) = (line for line in out.splitlines() if "│ half weight" in line)
     cells = [cell.strip() for cell in line.split("│")]
     assert cells[2:5] == ["35.0", "+10.0", "1 of 1"]
-    assert not Path(record["config"]["data"]["shards"]).is_absolute(), "a record may be published"
+    for shards in (record["config"]["data"]["shards"], record["variants"]["half weight"]["data.shards"]):
+        assert not Path(shards).is_absolute(), "a record may be published"
     assert record["runs"]["supervised draw 0 seed 1"]["commit"] == environment()["commit"]
 
     # The record alone shows the same.
