@@ -95,3 +95,12 @@ select_beside --only supervised fixmatch unimatch \
 # More influence: full weight, strong views for the students, twice the steps.
 select_beside --only unimatch --control "strong students, weight 1, 2000 steps" \
   --variant "strong students, weight 1, 2000 steps: cps.student=strong cps.weight=1 schedule.steps=2000"
+
+# Self-training in its plain form (section 4.4 of the CPS paper, with a supervised teacher): a model labels all images once; a new network learns from
+# all of these labels, or from the surest 70 % of each class.
+python -m cps_ray.train docs/camvid/proof.yaml --set method=supervised --set data.subset_seed=100 --set seed=1 --output runs/camvid-draw100
+for KEEP in 0.99 0.7; do
+  python -m cps_ray.pseudolabel runs/camvid-draw100/best data/camvid/shards data/camvid/once-$KEEP --keep $KEEP
+  python -m cps_ray.bench methods docs/camvid/proof.yaml --split val --set data.shards=data/camvid/once-$KEEP --set data.labeled=1.0 --seeds 1 \
+    --json docs/camvid/selection-once-$KEEP.json --only supervised
+done
