@@ -100,7 +100,7 @@ select_beside --only unimatch --control "strong students, weight 1, 2000 steps" 
 # all of these labels, or from the surest 70 % of each class.
 python -m cps_ray.train docs/camvid/proof.yaml --set method=supervised --set data.subset_seed=100 --set seed=1 --output runs/camvid-draw100
 for KEEP in 0.99 0.7; do
-  python -m cps_ray.pseudolabel runs/camvid-draw100/best data/camvid/shards data/camvid/once-$KEEP --keep $KEEP
-  python -m cps_ray.bench methods docs/camvid/proof.yaml --split val --set data.shards=data/camvid/once-$KEEP --set data.labeled=1.0 --seeds 1 \
+  python -m cps_ray.pseudolabel runs/camvid-draw100/best data/camvid/shards data/camvid/shards-once-$KEEP --keep $KEEP
+  python -m cps_ray.bench methods docs/camvid/proof.yaml --split val --set data.shards=data/camvid/shards-once-$KEEP --set data.labeled=1.0 --seeds 1 \
     --json docs/camvid/selection-once-$KEEP.json --only supervised
 done
