@@ -240,8 +240,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _changes_with_paths(named: Mapping[str, Changes], change: Callable[..., Any], base: Path) -> dict[str, Changes]:
     """Returns the changes of variants with the paths in them made `relative` to the folder `base`, or `absolute` again."""
     return {
-        name: {key: change(TrainConfig, locate(TrainConfig, {}, key), value, base) for key, value in changes.items()}
-        for name, changes in named.items()
+        name: {
+            key: change(TrainConfig, locate(TrainConfig, {}, key), value, base) for key, value in dict(changes).items()
+        }
+        for name, changes in dict(named).items()
     }
 
 

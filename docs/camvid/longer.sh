@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A third question, written down after proof.sh's pair at 3 000 steps (draw 0: 47.1 % against 45.9), and before any other training of that length
-# was evaluated on test: with three times the steps, does "best form" have a higher test mIoU (network a, average of the weights, step 3000) than
+# A third question, written down after proof.sh's pair at 3 000 steps (draw 0: 47.1 % against 45.9), and before any other pair of that length
+# was evaluated on test (of single trainings, all labels on draw 0 had been): with three times the steps, does "best form" have a higher test mIoU (network a, average of the weights, step 3000) than
 # "supervised"? The answer: the 95 % t-interval of the paired difference over draws 1 to 5. Draw 0, which raised the question, is not among them.
 # The best form is proof.yaml's, chosen at 1 000 steps, unchanged. The baseline's rate is chosen again, at 3 000 steps, on val of draw 100; if another
 # than proof.yaml's wins there, its trainings are added under "supervised, its own rate", and the best form is compared with those.

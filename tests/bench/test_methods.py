@@ -213,9 +213,10 @@ def test_runs_on_record_are_kept_and_other_runs_refused(
     record_file.write_text(json.dumps({**record, "data": "other"}))
     assert main(words) == 2
     assert "trained on other shards" in error(capsys)
-    record_file.write_text("[]")
-    assert main(words) == 2
-    assert "must be a record of `bench methods`" in error(capsys)
+    for spoilt in ([], {**record, "variants": ["half weight"]}, {**record, "variants": {"half weight": None}}):
+        record_file.write_text(json.dumps(spoilt))
+        assert main(words) == 2
+        assert "must be a record of `bench methods`" in error(capsys)
 
 
 def test_a_shipped_sweep_goes_by_its_name(
