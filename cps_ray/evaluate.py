@@ -2,7 +2,7 @@
 
     python -m cps_ray.evaluate runs/quickstart/best runs/quickstart/shards --split test
     python -m cps_ray.evaluate runs/camvid/best --images photos --masks masks
-    python -m cps_ray.evaluate runs/camvid/best data/camvid/shards --against runs/old/best --group-by '^(seq\\d+)'
+    python -m cps_ray.evaluate runs/mine/best data/mine/shards --against runs/old/best --group-by '^(seq\\d+)'
 
 Prints scores per class, and writes scores.json, images.csv, a picture of the confusion matrix and the worst images. With `--against` the
 difference of two models has an interval, by leaving out images one by one; frames of one video are then to be left out together: `--group-by`.

@@ -97,7 +97,15 @@ def _import(root: Path, shards: "Shards", index: "Index") -> list[SubsetLists]:
     other_splits = {
         key: split for split in shards.manifest.splits if split != "train" for key in shards.index(split).ids
     }
-    return [_read_lists(path, _subset_name(path, root), index, other_splits) for path in files]
+    found: dict[str, tuple[Path, SubsetLists]] = {}
+    for path in files:
+        subset = _read_lists(path, _subset_name(path, root), index, other_splits)
+        before, same = found.setdefault(subset.name, (path, subset))
+        if subset != same:
+            raise DataError(
+                f"{path}: must not mean the subset {subset.name}, which {before} is, with other images. Rename one of them."
+            )
+    return [subset for _, subset in found.values()]
 
 
 def _read_lists(path: Path, name: str, index: "Index", other_splits: dict[str, str]) -> SubsetLists:
@@ -148,6 +156,8 @@ def _write(shards: "Shards", index: "Index", subsets: Sequence[SubsetLists]) -> 
     from cps_ray.datasets.prepare.checks import absent_classes
     from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST, subset_folder
 
+    for subset in subsets:
+        _refuse_to_replace(subset_folder(shards.folder, subset.name), subset)
     table = Table("name", "labelled", "unlabelled", "remarks")
     rows = {key: row for row, key in enumerate(index.ids)}
     for subset in subsets:
@@ -163,6 +173,19 @@ def _write(shards: "Shards", index: "Index", subsets: Sequence[SubsetLists]) -> 
     say(console, f"written to {subset_folder(shards.folder, '')}; in a config: data: {{labeled: NAME}}")
     if any(subset.name.isdigit() for subset in subsets):
         say(console, 'a name that is a number goes in quotes: data: {labeled: "92"}; without, 92 images are drawn')
+
+
+def _refuse_to_replace(folder: Path, subset: SubsetLists) -> None:
+    """Raises DataError if there is a subset of this name with other images: a training that names it would mean others than before."""
+    from cps_ray.datasets.subsets import LABELED_LIST, UNLABELED_LIST
+
+    for name, ids in ((LABELED_LIST, subset.labeled), (UNLABELED_LIST, subset.unlabeled)):
+        path = folder / name
+        if path.exists() and path.read_bytes() != "".join(f"{key}\n" for key in ids).encode():
+            raise DataError(
+                f"{path}: must name the same images as the list that is to be written, but names others. "
+                f"Remove {folder} to replace it, or rename it to keep both."
+            )
 
 
 def _run(args: argparse.Namespace) -> int:

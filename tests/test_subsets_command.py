@@ -109,6 +109,36 @@ def test_published_lists_come_in_under_their_own_names(
     assert "no labelled mask shows" in output
 
 
+def test_a_subset_is_not_replaced_by_one_of_other_images(
+    own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_file(first / "1_16/labeled.txt", "train_00001\n")
+    write_file(second / "1_8/labeled.txt", "train_00004\n")
+    write_file(second / "train_aug_labeled_1-16.txt", "train_00003\n")
+    assert main(["import", str(first), str(own_shards)]) == 0
+    assert main(["import", str(first), str(own_shards)]) == 0  # the same again
+    capsys.readouterr()
+    assert main(["import", str(second), str(own_shards)]) == 2
+    assert "rename it to keep both" in capsys.readouterr().err
+    assert lines(own_shards, "1_16", "labeled") == ["train_00001"]
+    assert not (own_shards / "subsets/1_8").exists()
+    (own_shards / "subsets/1_16").rename(own_shards / "subsets/first_1_16")
+    assert main(["import", str(second), str(own_shards)]) == 0
+    assert lines(own_shards, "1_16", "labeled") == ["train_00003"]
+
+
+def test_two_lists_of_one_name_are_refused(
+    own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_file(tmp_path / "lists/1_16/labeled.txt", "train_00001\n")
+    write_file(tmp_path / "lists/train_aug_labeled_1-16.txt", "train_00003\n")
+    assert main(["import", str(tmp_path / "lists"), str(own_shards)]) == 2
+    assert "must not mean the subset 1_16" in capsys.readouterr().err
+    write_file(tmp_path / "lists/train_aug_labeled_1-16.txt", "train_00001\n")
+    assert main(["import", str(tmp_path / "lists"), str(own_shards)]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -159,18 +159,15 @@ def find_real_images(
             f"{model.folder}: an export is compared with the model on {what}, and the shards that trained it are not here. "
             f"Give --shards FOLDER{or_images}."
         )
+    calibration: tuple[Pixels, ...] = ()
+    if found is not None and options.precision == "int8":
+        calibration = _fit(_images(found, "train" if "train" in found.manifest.splits else split), options.size)
     if images is not None:
         read = tuple(model.to_rgb(path) for path in _spread(_files(images)))
-        return RealImages(images.name, _fit(read, options.size), (), found, split)
+        return RealImages(images.name, _fit(read, options.size), calibration, found, split)
     assert found is not None
-    calibration = _images(found, "train" if "train" in found.manifest.splits else split)
-    return RealImages(
-        f"{split} of {found.folder.name}",
-        _fit(_images(found, split), options.size),
-        _fit(calibration, options.size) if options.precision == "int8" else (),
-        found,
-        split,
-    )
+    source = f"{split} of {found.folder.name}"
+    return RealImages(source, _fit(_images(found, split), options.size), calibration, found, split)
 
 
 def _shards(model: Model, given: Path | None) -> Shards | None:

@@ -220,6 +220,10 @@ def test_real_images_must_be_there(folder: Path, shards: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="must be an image or a folder of images"):
         find_real_images(model, FIXED, images=tmp_path / "photos")
     Image.fromarray(photos(shards)[0]).save(tmp_path / "photos/one.png")
+    real = find_real_images(
+        model, ExportOptions(size=(32, 48), precision="int8"), images=tmp_path / "photos", shards=shards
+    )
+    assert (len(real.images), len(real.calibration)) == (1, 16)
     for given in (tmp_path / "photos", tmp_path / "photos/one.png"):
         (image,) = find_real_images(model, ExportOptions(), images=given).images
         assert np.array_equal(image, photos(shards)[0])
