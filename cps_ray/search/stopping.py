@@ -59,8 +59,9 @@ class _Asha:
         if not collapsed:
             return
         for step, value in curve.items():
-            if self._is_rung(step) and not math.isnan(value):
-                del self._rungs[step][bisect_left(self._rungs[step], value)]
+            rung = self._rungs.get(step)  # at the last step nobody is stopped, so it has none
+            if rung is not None and not math.isnan(value):
+                del rung[bisect_left(rung, value)]
 
 
 class _Hyperband:

@@ -141,6 +141,19 @@ def test_every_decision_is_optunas_and_a_resumed_study_equals_the_undisturbed_on
     assert repr(resumed) == repr(undisturbed)  # NaN is not equal to itself
 
 
+@pytest.mark.parametrize("kind", ["asha", "hyperband"])
+def test_a_trial_may_collapse_at_its_last_step_where_a_rung_would_be(
+    sweep: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    config = SweepConfig.model_validate({**sweep, "early_stopping": {"type": kind, "grace": 3, "reduction": 3}})
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    for step in range(1, _STEPS + 1):
+        study.report(0, step, 0.5)
+    assert study.tell(0, failure="one class takes all", collapsed=True) == "collapsed"
+    assert SweepStudy(config, tmp_path).trial(0).state == "collapsed"
+
+
 @pytest.mark.parametrize("killed_at", ["set_trial_user_attr", "set_trial_intermediate_value"])
 def test_a_decision_outlives_the_driver(
     sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
