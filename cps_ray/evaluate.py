@@ -82,8 +82,9 @@ def _run(args: argparse.Namespace) -> int:
     of_files = args.images is not None and args.masks is not None
     if (args.shards is None) != of_files or (args.images is None) != (args.masks is None):
         raise ConfigError("either SHARDS, or both --images and --masks must be given.")
-    if args.against_network and args.against is None:
-        raise ConfigError("--against-network needs --against MODEL.")
+    for flag, given in (("--against-network", args.against_network), ("--group-by", args.group_by)):
+        if given and args.against is None:
+            raise ConfigError(f"{flag} needs --against MODEL.")
     # Imported only now, because torch takes seconds, and --help needs none of it.
     from rich.console import Console
 
@@ -98,9 +99,15 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{args.against}: must have the classes of {args.model}, but has {', '.join(other.classes)}."
             )
-    split = Path(args.masks).name if of_files else args.split
-    output = args.output or args.model.absolute().with_name(f"{args.model.absolute().name}-{split}")
+    output = args.output or _default_output(args)
     images = _Images(args, output)
+    _groups(args.group_by, images.ids)  # before hours of predictions, and so is the folder
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise DataError(
+            f"{output}: cannot be made ({err.strerror or err}). Name another folder with --output."
+        ) from err
     scores = evaluate_model(model, images.of(model), args.worst)
     theirs = None if other is None else evaluate_model(other, images.of(other))
     result = _result(args, scores, theirs)
@@ -112,6 +119,15 @@ def _run(args: argparse.Namespace) -> int:
     files = ", ".join(["scores.json", "images.csv", "confusion.png", *(["worst.png"] if scores.worst else [])])
     say(console, f"{len(scores.ids)} image(s): {display_path(output)}: {files}")
     return 0
+
+
+def _default_output(args: argparse.Namespace) -> Path:
+    """Returns MODEL-SPLIT, or MODEL and the name of the masks' folder, beside the model."""
+    model, name = args.model.absolute(), args.split
+    if args.masks is not None:
+        masks = Path(args.masks)
+        name = (masks.absolute().parent if {*"*?["} & {*masks.name} else masks).name
+    return Path(model.with_name(f"{model.name}-{name}"))
 
 
 def _result(args: argparse.Namespace, scores: "ModelScores", theirs: "ModelScores | None") -> dict[str, Any]:
@@ -152,10 +168,10 @@ def _write(
     from cps_ray.files import write_json
     from cps_ray.model.examples import confusion_picture, write_examples
 
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "scores.json", result)
     _write_images(output / "images.csv", scores, theirs)
     confusion_picture(scores.matrix, model.classes).save(output / "confusion.png")
+    (output / "worst.png").unlink(missing_ok=True)  # of an earlier call
     if scores.worst:
         notes = [f"mIoU {100 * value:.1f} %" for value, _ in scores.worst]
         title = "all networks" if model.network == "ensemble" else f"network {model.network}"
@@ -174,7 +190,9 @@ class _Images:
         self._shards = None if args.shards is None else open_shards(args.shards)
         self._notes: list[str] = []
         if self._shards is not None:
-            if not self._shards.index(args.split).labeled.any():
+            index = self._shards.index(args.split)
+            self.ids = [index.ids[row] for row in index.labeled.nonzero()[0]]
+            if not self.ids:
                 raise DataError(
                     f"{args.shards}: split {args.split!r} must have masks to be evaluated on, but has none."
                 )
@@ -186,6 +204,7 @@ class _Images:
             for given in (args.images, args.masks)
         )
         self._pairs = pair_files(images, masks)
+        self.ids = [name for name, *_ in self._pairs]
         if len(images) > len(masks):
             self._notes = [f"{len(images) - len(masks)} of {len(images)} images have no mask and were left out."]
 
@@ -239,7 +258,7 @@ def _write_images(path: Path, scores: "ModelScores", theirs: "ModelScores | None
 
     def columns(each: "ModelScores", suffix: str) -> dict[str, list[float | None]]:
         values = [float(image_ious(counts)) for counts in each.counts]
-        hits: list[float | None] = [float(counts[0].sum() / max(1, counts[1].sum())) for counts in each.counts]
+        hits = [float(counts[0].sum() / total) if (total := counts[1].sum()) else None for counts in each.counts]
         return {
             f"miou{suffix}": [None if value != value else value for value in values],
             f"pixel_accuracy{suffix}": hits,

@@ -186,6 +186,8 @@ def run(args: argparse.Namespace) -> int:
     repeated = summary_lines(warnings)
     notes = [note for note in manifest.notes if note not in repeated]
     messages = page.Messages(tuple(_finding_lines(fatal)), tuple(_finding_lines(warnings)), tuple(notes))
+    for earlier in (FINDINGS_FILE, "contact-train-labeled.png"):  # which this call may not write
+        (output / earlier).unlink(missing_ok=True)
     written = _write_pictures_and_page(output, name, manifest, parts, messages)
     if len(messages.errors) < len(fatal):
         written.append(output / FINDINGS_FILE)

@@ -27,7 +27,7 @@ from cps_ray.config.schema import Where
 from cps_ray.config.train import CpsConfig, MixConfig, TrainConfig, UniMatchConfig
 from cps_ray.config.yaml_reader import dump_yaml
 from cps_ray.errors import ConfigError, CpsRayError, DivergedError
-from cps_ray.text import printable, shell_path
+from cps_ray.text import first_few, printable, shell_path
 
 if TYPE_CHECKING:
     from cps_ray.datasets.subsets import LabeledSubset
@@ -139,11 +139,18 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> TrainConfi
         raise ConfigError(
             f"{folder}: already holds a training. Continue it: {_resume_command(folder)}. Start again: --output another folder."
         )
+    from cps_ray.datasets.open import HASHES_FILE
     from cps_ray.runs import CONFIG_FILE
 
     config_file = folder / CONFIG_FILE
     if not config_file.exists():
-        return None
+        others = sorted(path.name for path in folder.iterdir() if path.name != HASHES_FILE and path.name[0] != ".")
+        if others:  # a sweep's folder, say, whose best/ would be replaced
+            raise ConfigError(
+                f"{folder}: must hold a training to be continued, with a {CONFIG_FILE}, but holds {first_few(others)}. "
+                "Name its run folder with --output."
+            )
+        return None  # it was ended before its first line
     begun = load_train(config_file)
     free = {"resources": config.resources, "sinks": config.sinks}
     # Whether the data are the same is compared with the data.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from support import changed, write_untrained
@@ -69,6 +70,8 @@ def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> 
         (["SHARDS", "--split", "no"], "no"),
         (["SHARDS", "--network", "c"], "network must be one of a, b, ensemble, but got 'c'"),
         (["SHARDS", "--against-network", "a"], "--against-network needs --against MODEL"),
+        (["SHARDS", "--group-by", "test"], "--group-by needs --against MODEL"),
+        (["SHARDS", "--output", "SHARDS/manifest.json/o"], "manifest.json/o: cannot be made (Not a directory)"),
         (
             ["SHARDS", "--against", "BEST", "--group-by", "zzz"],
             "must match ids, but matches none; they look like 'test_",
@@ -78,15 +81,25 @@ def test_frames_are_drawn_together(best: Path, shards: Path, tmp_path: Path) -> 
     ],
 )
 def test_what_does_not_go_is_one_line(
-    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+    best: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    text: str,
 ) -> None:
     other = tmp_path / "other"
     write_synthetic(other, SyntheticConfig(train=4, val=1, test=1, height_px=32, width_px=32))
     manifest = json.loads((other / "manifest.json").read_text())
     manifest |= {"classes": [*"abcdefg"], "sha256": ""}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    given = {"SHARDS": str(shards), "BEST": str(best), "OTHER": str(other)}
-    assert evaluate.main([str(best), *(given.get(word, word) for word in words)]) == 2
+    given = {"BEST": str(best), "OTHER": str(other)}
+    monkeypatch.setattr("cps_ray.model.evaluating.evaluate_model", None)  # nothing is predicted before it is refused
+    words = [
+        word.replace("SHARDS", str(shards)) if word.startswith("SHARDS") else given.get(word, word) for word in words
+    ]
+    assert evaluate.main([str(best), *words]) == 2
     err = capsys.readouterr().err
     assert text in err
     assert err.count("\n") == 1
@@ -109,3 +122,10 @@ def test_predictions_evaluated_as_masks_are_all_right(
     scores = json.loads((tmp_path / "o/scores.json").read_text())
     assert (scores["miou"], scores["pixel_accuracy"], scores["images"]) == (1.0, 1.0, 6)
     assert "drive/test_00000" in (tmp_path / "o/images.csv").read_text()
+    label = Path(predicted, "labels/drive/test_00000.png")
+    Image.fromarray(np.full_like(np.asarray(Image.open(label)), 255)).save(label)
+    words[3] = f"{predicted}/labels/drive/*.png"
+    words[1] = f"{photos}/drive/*.png"
+    assert evaluate.main([str(best), *words[:-2], "--worst", "0"]) == 0
+    rows = (best.with_name("best-drive") / "images.csv").read_text().splitlines()
+    assert [row for row in rows if row.endswith(",,")], "what has no pixel that counts has no accuracy"

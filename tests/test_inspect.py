@@ -198,6 +198,10 @@ def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path
     listed = (folder.parent / "shards-inspect/findings.txt").read_text().splitlines()
     assert len(listed) == 24
     assert listed[23].startswith("train/train_00023: an image must be in one split")
+    manifest["splits"].pop("val")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(folder)]) == 0
+    assert not (folder.parent / "shards-inspect/findings.txt").exists(), "of the call before"
 
 
 def test_labels_that_lack_a_class_are_warned_about(folder: Path, rare: str, capsys: Capture) -> None:

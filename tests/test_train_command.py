@@ -176,6 +176,18 @@ def test_a_dry_run_refuses_a_folder_that_is_taken(shards: Path, capsys: pytest.C
     assert "already holds a training" in capsys.readouterr().err
 
 
+def test_a_folder_without_a_training_is_not_resumed(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep's folder, say, whose best/ the training would replace at its end."""
+    Path("runs/sweep/best").mkdir(parents=True)
+    Path("runs/sweep/data.parquet").touch()
+    words = ["reference/voc", "--set", f"data.shards={shards}", "--dry-run", *small(), "--output", "runs/sweep"]
+    assert train.main([*words, "--resume"]) == 2
+    text = capsys.readouterr().err
+    assert "runs/sweep: must hold a training to be continued, with a config.yaml, but holds best." in text
+    Path("runs/sweep/best").rmdir()
+    assert train.main([*words, "--resume"]) == 0
+
+
 def test_an_unknown_name_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["none.yaml", "--dry-run"]) == 2
     text = capsys.readouterr().err

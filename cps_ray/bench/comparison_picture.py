@@ -33,7 +33,7 @@ def gains_picture(comparison: Comparison, runs: Mapping[str, Figures]) -> Image.
     }
     dots = {name: [comparison.gains(name, metric, runs) for metric in metrics] for name in shown}
     most = max((abs(value) for each in dots.values() for row in each for value in row), default=0.05)
-    most = math.ceil(20 * most) / 20
+    most = math.ceil(20 * most) / 20 or 0.05
     fitted = [fit_text(name, 150, 13) for name in names]
     left = 18 + round(max(font.getlength(text) for text, font in fitted)) + 62
     height = _TOP_PX + _ROW_PX * len(metrics) + _FOOT_PX
@@ -96,7 +96,7 @@ def along_picture(comparison: Comparison, runs: Mapping[str, Figures], key: str)
     found = {
         name: {pair: run[f"{comparison.split}/miou"] for pair, run in comparison.ended(name, runs).items()}
         for name, value in values.items()
-        if name == comparison.control_name or (isinstance(value, int | float) and value > 0)
+        if name == comparison.control_name or (isinstance(value, int | float) and value is not True and value > 0)
     }
     found = {name: scores for name, scores in found.items() if scores}
     common = set.intersection(*(set(scores) for scores in found.values())) if found else set()

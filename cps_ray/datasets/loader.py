@@ -97,7 +97,16 @@ def train_data(shards: Shards, config: TrainConfig) -> TrainData:
 
 def evaluated_images(shards: Shards, config: TrainConfig, split: str) -> Index:
     """Returns the images with masks of a split. With `data.folds`, val and HELD_OUT are the fold that is held out, and val is the labelled
-    images where none is held out and val has no masks. DataError if there are none."""
+    images where none is held out and val has no masks. DataError if there are none, or if every pixel of theirs is ignored."""
+    index = _evaluated_images(shards, config, split)
+    if not index.pixels.any():
+        raise DataError(
+            f"{shards.folder}: the masks of {split!r} must have pixels that count, but every pixel of its {len(index)} is ignored."
+        )
+    return index
+
+
+def _evaluated_images(shards: Shards, config: TrainConfig, split: str) -> Index:
     folds = config.data.folds
     if folds is not None and split in ("val", HELD_OUT):
         data = train_data(shards, config)
@@ -379,14 +388,14 @@ def evaluated_sizes(shards: Shards, config: TrainConfig) -> list[tuple[int, int]
 
 def metrics_of(shards: Shards, config: TrainConfig, split: str, extra: Sequence[str] = ()) -> list[str]:
     """Returns the names of everything that an evaluation of this split measures: mIoU and the IoU of each class that is there,
-    for the whole split and per slice, and the scores `extra` of the whole split. A slice without masks has no metrics."""
+    for the whole split and per slice, and the scores `extra` of the whole split. A slice without masks, or without a pixel that counts, has no metrics."""
     index = evaluated_images(shards, config, split)
     rows_of = {"": np.ones(len(index), bool)}  # by the prefix of their metrics; the whole split has none
     for name, pattern in config.data.slices.items():
         rows_of[f"{name}/"] = np.array([fnmatchcase(image_id, pattern) for image_id in index.ids])
     names = []
     for prefix, rows in rows_of.items():
-        if rows.any():
+        if index.pixels[rows].any():
             names.append(f"{split}/{prefix}miou")
             present = np.flatnonzero(index.presence[rows].sum(axis=0))
             names += [f"{split}/{prefix}iou/{shards.classes[label]}" for label in present]

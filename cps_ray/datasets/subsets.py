@@ -90,7 +90,7 @@ def drawn_unlabeled(data: DataConfig, unlabeled: NDArray[np.int64], images: int)
     """Returns those of the unlabelled rows that `data.unlabeled` asks for, ascending; `images`: how many the index has. DataError if there
     are too few."""
     wanted, there = data.unlabeled, len(unlabeled)
-    if wanted is None:
+    if wanted is None or not there:  # a method that needs some says so itself
         return unlabeled
     count = min(there, max(1, round(wanted * there))) if isinstance(wanted, float) else wanted
     if count > there:

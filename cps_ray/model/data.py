@@ -1,5 +1,6 @@
 """Prepared data that a model is applied to: whether they fit it, and which of their training images it was trained on with masks."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,9 +70,15 @@ def labeled_rows_of(
 
 
 def check_new(folder: Path) -> None:
-    """Raises DataError if there is anything at `folder` but an empty folder."""
+    """Raises DataError if there is anything at `folder` but an empty folder, or if no other folder can take its place."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: must not hold anything yet, but does; remove it or name another folder.")
+    target = Path(os.path.abspath(folder))
+    if target == Path.cwd() or target.is_symlink() or os.path.ismount(target):
+        raise DataError(f"{folder}: must not be the working directory, a link or a mount point; name a folder in it.")
+    there = next(parent for parent in target.parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(f"{folder}: cannot be written, since {there} cannot; name another folder.")
 
 
 @contextmanager
@@ -79,7 +86,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder to write into, which becomes `folder` when the block ends well; else nothing is left. Raises as `check_new` does."""
     check_new(folder)
     try:
-        with replaced_folder(folder) as unfinished:
+        with replaced_folder(Path(os.path.abspath(folder))) as unfinished:
             yield unfinished
     except OSError as err:
         raise DataError(f"{folder}: cannot be written ({err.strerror or err}).") from err

@@ -151,7 +151,8 @@ def find_real_images(
 
     Raises ConfigError where there are none: on noise, errors hide in probabilities that are all alike.
     """
-    found = _shards(model, shards) if shards is not None or images is None else None
+    wanted = shards is not None or images is None or options.precision != "float32"
+    found = _shards(model, shards) if wanted else None
     if found is None and (images is None or options.precision != "float32"):
         what = "images with masks, by which the mIoU is measured" if images else "real images"
         or_images = "" if options.precision != "float32" else ", or --images FOLDER"
@@ -227,12 +228,12 @@ def _middle(image: Pixels) -> Pixels:
 def export_model(
     model: Model, target: Path, format: Format, real: RealImages, options: ExportOptions
 ) -> dict[str, Any]:
-    """Writes a file, compares it with the model, and notes it in model.json; returns what is noted there.
+    """Writes a file, compares it with the model, and notes it in model.json where the file lies beside it; returns what is noted there.
 
     Raises ConfigError where the network cannot be exported, CheckpointError where the file differs too far: nothing is left of it then.
     """
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target}: must be in a folder that exists.")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{target}: must be in a folder that exists and can be written. Name another file.")
     program = _traced(model, options)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
         file = Path(folder) / target.name
@@ -256,9 +257,10 @@ def export_model(
             "made_with": _versions(format),
         }
         os.replace(file, target)
-    description = read_description(model.folder)  # anew: another export may have ended meanwhile
-    exports = {**description.exports, target.name: entry}
-    write_description(model.folder, description.model_copy(update={"exports": exports}))
+    if target.parent.resolve() == model.folder.resolve():  # a file elsewhere may have the name of one here
+        description = read_description(model.folder)  # anew: another export may have ended meanwhile
+        exports = {**description.exports, target.name: entry}
+        write_description(model.folder, description.model_copy(update={"exports": exports}))
     return entry
 
 

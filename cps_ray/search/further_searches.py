@@ -140,7 +140,8 @@ def open_study(root: Path, sweep: SweepConfig, folder: Path) -> SweepStudy:
     """Opens the study of a search in the sweep's own study.db; its trials lie in `folder`. One that varied another training, of an earlier best
     configuration, is begun anew, without its trials."""
     study = SweepStudy(sweep, root, home=folder)
-    if not is_of(study, root, sweep):
+    # One that has not begun may have been opened before the best configuration was elected, and would begin with another's values.
+    if not is_of(study, root, sweep) or (study.fact(_BASE) is None and not study.trials):
         # First the trials: without a study they would be taken for a loss of it.
         shutil.rmtree(folder, ignore_errors=True)
         study.delete()
@@ -168,8 +169,9 @@ def _base(train: TrainConfig, sweep: SweepConfig) -> dict[str, Any]:
     not use."""
     found = train.dump()
     unused = set(METHOD_SETTINGS) - {"method", "custom", train.method}
-    # What the data were is the sweep's business, which may have been told to go on with others.
-    for name in (*unused, *sweep.search_space, "data.fingerprint"):
+    # What the data were is the sweep's business, which may have been told to go on with others. Whole sections last: what is searched may
+    # be in one.
+    for name in (*sweep.search_space, "data.fingerprint", *unused):
         *sections, last = map(str, locate(TrainConfig, found, name))
         reduce(lambda section, key: section[key] or {}, sections, found).pop(last, None)
     return found

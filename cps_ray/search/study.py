@@ -110,7 +110,7 @@ def _is_warm(trial: FrozenTrial) -> bool:
 
 def _state(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
-        return COLLAPSED if "failure" in trial.user_attrs else COMPLETE
+        return COLLAPSED if trial.user_attrs.get("failure") else COMPLETE
     return {TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}.get(trial.state, RUNNING)
 
 
@@ -517,6 +517,9 @@ class SweepStudy:
         elif max(finite) < self._config.train.schedule.steps:
             state = PRUNED
         with on_disk(self._path):
+            if failure is None and "failure" in self._storage.get_trial(live.trial_id).user_attrs:
+                # Of a session that was killed before the trial had ended by it: the trial went on.
+                self._storage.set_trial_user_attr(live.trial_id, "failure", None)
             for name, fact in {"failure": failure, "ended": trial.ended, "score_last": last, **facts}.items():
                 if fact is not None:
                     self._storage.set_trial_user_attr(live.trial_id, name, fact)

@@ -57,8 +57,19 @@ def test_the_line_along_a_setting_goes_through_its_means(comparison: Comparison)
     assert pixels(picture, _LOSS) > 0, "the control"
 
 
+def test_without_any_gain_there_is_a_picture(comparison: Comparison) -> None:
+    runs = runs_of(comparison, {"supervised": 0.4, "weight 0.1": 0.4})
+    assert gains_picture(comparison, runs).height > 0
+
+
 def test_along_needs_two_values(comparison: Comparison) -> None:
+    comparison = Comparison(
+        {name: changed(each, compute__channels_last=True) for name, each in comparison.trainings.items()},
+        "supervised",
+        "test",
+        comparison.pairs,
+    )
     runs = runs_of(comparison, {"supervised": 0.4, "weight 0.1": 0.3, "weight 0.3": 0.45})
-    for key in ("cps.mix", "optim.lr", "no.such"):
+    for key in ("cps.mix", "optim.lr", "no.such", "compute.channels_last"):
         with pytest.raises(ConfigError, match=f"--along {key}: needs two variants"):
             along_picture(comparison, runs, key)

@@ -1,6 +1,7 @@
 """Batches are a function of (config, step, batch shard): on any number of batch shards, and from any step."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cps_ray.datasets.loader import (
     evaluated_images,
     evaluated_sizes,
     hidden_batches,
+    metrics_of,
     read_unlabeled,
     train_batches,
     train_data,
@@ -397,6 +399,25 @@ def test_folds_need_no_val_and_no_test(tiny: TrainConfig, without_val: Shards) -
         assert {*evaluated_sizes(without_val, folded)} == {*zip(evaluated.height, evaluated.width, strict=True)}
     with pytest.raises(DataError, match="no split 'held_out'"):
         evaluated_images(without_val, folded, HELD_OUT)
+
+
+def test_masks_without_a_pixel_that_counts_cannot_be_evaluated_on(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, config = open_shards(tiny.data.shards), changed(tiny, data__slices={"first": "val_00000"})
+    index = shards.index("val")
+    assert "val/first/miou" in metrics_of(shards, config, "val")
+    pixels = index.pixels.copy()
+    pixels[[key == "val_00000" for key in index.ids]] = 0
+    monkeypatch.setattr(Shards, "index", lambda *_: replace(index, pixels=pixels))
+    known = metrics_of(shards, config, "val")
+    assert "val/miou" in known
+    assert "val/first/miou" not in known
+    pixels[:] = 0
+    with pytest.raises(
+        DataError, match=r"the masks of 'val' must have pixels that count, but every pixel of its 6 is ignored"
+    ):
+        evaluated_images(shards, config, "val")
 
 
 def test_masks_of_val_are_evaluated_where_no_fold_is_held_out(tiny: TrainConfig) -> None:

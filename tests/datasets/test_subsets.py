@@ -227,5 +227,6 @@ def test_draws_of_unlabelled_images_are_nested_and_seeded() -> None:
     assert drawn_unlabeled(data(labeled=1), rows, 60).tolist() == rows.tolist()
     fewer = drawn_unlabeled(data(labeled=1, unlabeled=20), rows[5:], 60).tolist()
     assert {*found[20]} - {*range(15)} <= {*fewer}, "other labelled images change as little as can be"
+    assert not len(drawn_unlabeled(data(labeled=1, unlabeled=20), rows[:0], 60)), "all are labelled: nothing is drawn"
     with pytest.raises(DataError, match=r"data\.unlabeled must be at most 50, the unlabelled images, but is 51"):
         drawn_unlabeled(data(labeled=1, unlabeled=51), rows, 60)

@@ -110,6 +110,28 @@ def test_another_best_begins_the_search_anew_unless_it_differs_only_in_what_is_s
     assert not folder.exists()
 
 
+def test_a_study_that_was_opened_before_the_election_begins_with_the_elected(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr"])
+    folder = baseline_folder(tmp_path, "plain")
+    for rate in (0.01, 0.05):
+        point = {"cps.weight": 1.0, "optim.lr": rate, "model.encoder": "tu-test_efficientnet"}
+        best = config.train.model_copy(update={"optim": config.train.optim.model_copy(update={"lr": rate})})
+        own = baseline_sweep(config, "plain", best, point, 3)
+        if rate == 0.01:
+            SweepStudy(own, tmp_path, home=folder)  # as who looks whether it has a best trial
+    first = open_study(tmp_path, own, folder).ask()
+    assert first is not None
+    assert first[1].optim.lr == 0.05
+
+
+def test_what_is_searched_may_be_of_a_method_that_is_not_used(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = sweep(tiny, tmp_path, search=["optim.lr", "cps.weight"])
+    point = {"cps.weight": 1.0, "optim.lr": 0.01, "model.encoder": "tu-test_efficientnet"}
+    own = baseline_sweep(config, "plain", config.train, point, 3)
+    run(open_study(tmp_path, own, baseline_folder(tmp_path, "plain")), [0.1])
+    assert len(open_study(tmp_path, own, baseline_folder(tmp_path, "plain")).trials) == 1
+
+
 def test_what_a_searched_parameter_depends_on_is_the_best_ones(tiny: TrainConfig, tmp_path: Path) -> None:
     config = sweep(tiny, tmp_path, search=["optim.weight_decay", "optim.lr"])
     for encoder, names in (

@@ -311,6 +311,24 @@ def test_the_sampler_leaves_a_region_that_collapses(
     assert fewest <= sum(collapses[10:]) <= most, f"{sum(collapses[10:])} of 20 proposals"
 
 
+def test_a_trial_that_goes_on_after_a_crash_is_complete(
+    config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is killed after it has noted why the trial failed, and before the trial has ended by it."""
+    study = SweepStudy(config, tmp_path)
+    number, train = study.ask()
+    with monkeypatch.context() as patch:
+        patch.setattr(study.study, "tell", None)
+        with pytest.raises(TypeError):
+            study.tell(number, failure="a worker died")
+    study = SweepStudy(config, tmp_path)
+    study.ask()
+    report(study, number, train.schedule.steps, 0.5)
+    assert study.tell(number, failure=None) == "complete"
+    trial = SweepStudy(config, tmp_path).trial(number)
+    assert (trial.state, trial.failure, trial.value) == ("complete", None, 0.5)
+
+
 def test_failures_in_a_row_end_with_a_success(config: SweepConfig, tmp_path: Path) -> None:
     study = SweepStudy(config, tmp_path)
     for number, failure in enumerate(["x", "x", None, "x"]):

@@ -67,7 +67,7 @@ def draw_splits(
         _write_lists(lists, names, split_of, recipe, is_first=not listed)
     notes = _notes(recipe, lists, listed, split_of, group_of)
 
-    held_out = {group_of[key] for key, name in split_of.items() if name != DRAWN_FROM}
+    held_out = {group_of[key]: name for key, name in split_of.items() if name != DRAWN_FROM}
     left_out = {source.id for source in sources if not source.masks and group_of[source.id] in held_out}
     if left_out:
         notes.append(
@@ -77,7 +77,8 @@ def draw_splits(
     drawn: dict[str, list[Source]] = {name: [] for name in names}
     for source in sources:
         if source.id not in left_out:
-            drawn[split_of.get(source.id, DRAWN_FROM)].append(source)
+            # One whose mask cannot be used goes with its group: were the mask left out, its photo would be trained on.
+            drawn[split_of.get(source.id) or held_out.get(group_of[source.id], DRAWN_FROM)].append(source)
     return {name: tuple(drawn.get(name, splits.get(name, ()))) for name in recipe.splits}, notes
 
 

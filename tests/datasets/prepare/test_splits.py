@@ -86,6 +86,14 @@ def test_groups_stay_whole_and_take_their_unlabelled_images_out_of_train(raw: Pa
     assert "4 unlabelled images are left out of train, as images of their group" in data.notes[-1]
 
 
+def test_a_photo_with_a_mask_that_cannot_be_used_stays_with_its_group(raw: Path) -> None:
+    for number in range(1, 24, 3):  # one of each video
+        (raw / f"v{number // 3}_{number:02}.png").write_bytes(b"no mask")
+    found = layouts.folder(raw, recipe(group_by=r"^v\d")).splits
+    videos = {name: {source.id[:2] for source in sources} for name, sources in found.items()}
+    assert not videos["train"] & (videos["val"] | videos["test"])
+
+
 @pytest.mark.parametrize("pattern", [r"^v\d", r"(v\d)_", r"^(v\d)_(\d)", r"^(x)?v\d"])
 def test_a_group_is_the_first_group_of_the_expression_or_its_match(raw: Path, pattern: str) -> None:
     data = layouts.folder(raw, recipe(group_by=pattern))
