@@ -27,6 +27,7 @@ PAGE_FILE = "index.html"
 FINDINGS_FILE = "findings.txt"
 _MAX_LINES = 20
 """Longest list of findings that is printed in full."""
+_LABELED_SLUG = "train-labeled"
 _MAX_SIZES = 3
 """Largest number of distinct image sizes that are listed one by one."""
 
@@ -57,7 +58,7 @@ def _indexes(shards: Shards) -> tuple[dict[str, Index], list[Finding]]:
 def _labeled_rows(shards: Shards, index: Index, which: str, seed: int) -> SplitRows:
     """Returns the images that `--labeled` names. Raises DataError if there are no such images."""
     rows = named_rows(shards.folder, index, which, seed)
-    return SplitRows(f"labelled: {which}", "train-labeled", index, np.sort(rows))
+    return SplitRows(f"labelled: {which}", _LABELED_SLUG, index, np.sort(rows))
 
 
 def _label_findings(part: SplitRows, classes: Sequence[str]) -> list[Finding]:
@@ -129,11 +130,15 @@ def _write_pictures_and_page(
             if total.masks and not masks
         ]
         sheet = picture.contact_sheet(title, part.thumbnails, manifest.classes, manifest.palette, missing)
-        written.append(output / f"contact-{slug}.png")
+        written.append(output / _sheet_file(slug))
         sheet.save(written[-1])
     written.append(output / PAGE_FILE)
     written[-1].write_text(page.page(name, manifest, list(parts.values()), messages), encoding="utf-8")
     return written
+
+
+def _sheet_file(slug: str) -> str:
+    return f"contact-{slug}.png"
 
 
 def _page_part(part: SplitRows, manifest: Manifest, seed: int) -> page.ImageSet:
@@ -186,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     repeated = summary_lines(warnings)
     notes = [note for note in manifest.notes if note not in repeated]
     messages = page.Messages(tuple(_finding_lines(fatal)), tuple(_finding_lines(warnings)), tuple(notes))
-    for earlier in (FINDINGS_FILE, "contact-train-labeled.png"):  # which this call may not write
+    for earlier in (FINDINGS_FILE, _sheet_file(_LABELED_SLUG)):  # which this call may not write
         (output / earlier).unlink(missing_ok=True)
     written = _write_pictures_and_page(output, name, manifest, parts, messages)
     if len(messages.errors) < len(fatal):

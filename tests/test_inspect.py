@@ -200,8 +200,11 @@ def test_one_image_in_two_splits_is_fatal_and_many_lines_become_one(folder: Path
     assert listed[23].startswith("train/train_00023: an image must be in one split")
     manifest["splits"].pop("val")
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(folder), "--labeled", "6"]) == 0
+    assert (folder.parent / "shards-inspect/contact-train-labeled.png").exists()
     assert main([str(folder)]) == 0
-    assert not (folder.parent / "shards-inspect/findings.txt").exists(), "of the call before"
+    for name in ("findings.txt", "contact-train-labeled.png"):
+        assert not (folder.parent / "shards-inspect" / name).exists(), "of the call before"
 
 
 def test_labels_that_lack_a_class_are_warned_about(folder: Path, rare: str, capsys: Capture) -> None:

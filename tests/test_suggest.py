@@ -98,6 +98,9 @@ def test_of_other_data_the_images_without_a_mask(
     ("words", "text"),
     [
         (["SHARDS", "--output", "FULL"], "must not hold anything yet"),
+        (["SHARDS", "--output", "."], "must not be the working directory, a link or a mount point"),
+        (["SHARDS", "--output", "LINK"], "must not be the working directory, a link or a mount point"),
+        (["SHARDS", "--output", "FULL/mine.txt/out"], "mine.txt cannot; name another folder"),
         (
             ["SHARDS", "--output", "OUT", "--labeled", "24"],
             "there must be unlabelled images in split train, but there are none left",
@@ -111,16 +114,26 @@ def test_of_other_data_the_images_without_a_mask(
     ],
 )
 def test_what_does_not_go_is_one_line(
-    best: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], text: str
+    best: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    text: str,
 ) -> None:
-    full, other = tmp_path / "full", tmp_path / "other"
+    full, other, empty = tmp_path / "full", tmp_path / "other", tmp_path / "empty"
     full.mkdir()
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    (tmp_path / "link").symlink_to(empty)
+    monkeypatch.setattr("cps_ray.model.suggesting.score_images", None)  # nothing is predicted before it is refused
     (full / "mine.txt").write_text("mine")
     write_synthetic(other, SyntheticConfig(train=4, val=1, test=1, height_px=32, width_px=32))
     manifest = json.loads((other / "manifest.json").read_text()) | {"classes": [*"abcdefg"], "sha256": ""}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    given = {"SHARDS": str(shards), "FULL": str(full), "OUT": str(tmp_path / "out")}
-    words = [given.get(word, word.replace("OTHER", str(other))) for word in words]
+    given = {"SHARDS": str(shards), "OUT": str(tmp_path / "out"), "LINK": str(tmp_path / "link")}
+    words = [given.get(word, word.replace("OTHER", str(other)).replace("FULL", str(full))) for word in words]
     assert suggest.main([str(best), *words]) == 2
     err = capsys.readouterr().err
     assert text in err

@@ -175,6 +175,15 @@ def test_an_older_file_and_its_entry_outlive_a_fault(folder: Path, monkeypatch: 
     assert read_description(folder).exports[file.name]["sha256"] == entry["sha256"]
 
 
+def test_a_file_elsewhere_does_not_take_the_entry_of_one_of_its_name(folder: Path, tmp_path: Path) -> None:
+    file, entry = export(load_model(folder, device="cpu"), "torch", FIXED)
+    model = load_model(folder, device="cpu", network="b")
+    (tmp_path / "elsewhere").mkdir()
+    export_model(model, tmp_path / "elsewhere" / file.name, "torch", find_real_images(model, FIXED), FIXED)
+    assert (tmp_path / "elsewhere" / file.name).exists()
+    assert read_description(folder).exports == {file.name: json.loads(json.dumps(entry))}
+
+
 def test_fp16_and_int8_are_measured_by_miou(folder: Path) -> None:
     model = load_model(folder, device="cpu", network="b")
     half, entry = export(model, "torch", ExportOptions(size=(32, 48), precision="fp16"))
@@ -224,6 +233,8 @@ def test_real_images_must_be_there(folder: Path, shards: Path, tmp_path: Path) -
         model, ExportOptions(size=(32, 48), precision="int8"), images=tmp_path / "photos", shards=shards
     )
     assert (len(real.images), len(real.calibration)) == (1, 16)
+    (folder / "config.yaml").write_text(f"data: {{shards: {shards}}}\n")
+    assert find_real_images(model, ExportOptions(precision="fp16"), images=tmp_path / "photos").shards is not None
     for given in (tmp_path / "photos", tmp_path / "photos/one.png"):
         (image,) = find_real_images(model, ExportOptions(), images=given).images
         assert np.array_equal(image, photos(shards)[0])
