@@ -148,7 +148,7 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> TrainConfi
         if others:  # a sweep's folder, say, whose best/ would be replaced
             raise ConfigError(
                 f"{folder}: must hold a training to be continued, with a {CONFIG_FILE}, but holds {first_few(others)}. "
-                "Name its run folder with --output."
+                "Name its run folder, or a new one, with --output."
             )
         return None  # it was ended before its first line
     begun = load_train(config_file)
